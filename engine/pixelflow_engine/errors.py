@@ -1,0 +1,13 @@
+"""The engine's own error types, each also the built-in error that a caller would expect."""
+
+
+class ConfigError(ValueError):
+    """A configuration value is missing, unknown, of the wrong type or out of range; the message names it."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be trusted or understood; the message names the file and what is wrong with it."""
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run here; the message says why."""
