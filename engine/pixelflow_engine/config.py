@@ -1,4 +1,4 @@
-"""The typed description of a model: what a checkpoint's ``config.json`` holds, and the parameters that follow from it."""
+"""The typed description of a model, as ``config.json`` holds it, and the parameters that follow from it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ class ModelConfig:
         _check(self.attention_head_dim % 4 == 0, "model.attention_head_dim", self.attention_head_dim, "a multiple of 4")
         _check_range("model.depth", self.depth, 1, 256)
         _check_range("model.in_channels", self.in_channels, 1, 64)
-        _check(self.out_channels == self.in_channels, "model.out_channels", self.out_channels, "the value of in_channels")
+        _check(
+            self.out_channels == self.in_channels, "model.out_channels", self.out_channels, "the value of in_channels"
+        )
         _check_range("model.patch_size", self.patch_size, 1, 64)
         _check_range("model.num_classes", self.num_classes, 0, 1_000_000)
         _check(isinstance(self.attention_bias, bool), "model.attention_bias", self.attention_bias, "true or false")
@@ -131,22 +133,24 @@ class PixelFlowConfig:
         return from_mapping(cls, data, "config")
 
 
-def check_size(name: str, value: object, config: PixelFlowConfig) -> None:
-    """Refuse a height or width (pixels) that the patch and the stages do not divide."""
+def check_size(name: str, value: object, config: PixelFlowConfig) -> int:
+    """A height or width in pixels, refused where the patch and the stages do not divide it."""
     divisor = config.size_divisor
     _check(
         isinstance(value, int) and not isinstance(value, bool) and value > 0 and value % divisor == 0,
         name,
         value,
-        f"a positive multiple of {divisor} (patch size {config.model.patch_size}, {config.scheduler.num_stages} stages)",
+        f"a positive multiple of {divisor}: patch size {config.model.patch_size}, {config.scheduler.num_stages} stages",
     )
+    return typing.cast(int, value)
 
 
 def from_mapping(cls: type[T], data: object, where: str) -> T:
     """Build a config dataclass from plain data, typed and with unknown and missing keys named.
 
     Args:
-        cls: a dataclass whose fields are bool, int, float, str, tuples of these, optionals of these, or such dataclasses.
+        cls: a dataclass whose fields are bool, int, float, str, tuples of these, optionals of these, or such
+            dataclasses.
         data: nested mappings as a YAML or JSON file gives them.
         where: the name of ``data`` in error messages.
 

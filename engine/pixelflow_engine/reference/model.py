@@ -70,7 +70,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, rows: int, columns: int, patch_size: int) -> Tensor:
-    """``[B, N, p * p * c] -> [B, c, rows * p, columns * p]``: the head's patches are in (row, column, channel) order."""
+    """``[B, N, p * p * c] -> [B, c, rows * p, columns * p]`` from patches in (row, column, channel) order."""
     p = patch_size
     grid = patches.reshape(patches.shape[0], rows, columns, p, p, -1)
     return grid.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, rows * p, columns * p)
@@ -159,7 +159,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width)
 
     def forward(self, x: Tensor, context: Tensor | None, angles: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x [B, N, C]``, ``context [B, L, E]`` or None for self-attention, ``bias [B, 1, 1, L]`` added to the logits."""
+        """``x [B, N, C]``, ``context [B, L, E]`` (None: self-attention), ``bias [B, 1, 1, L]`` added to the logits."""
         source = x if context is None else context
         q = self.q_norm(self.q_proj(x)).unflatten(-1, (self.heads, -1))
         k = self.k_norm(self.k_proj(source)).unflatten(-1, (self.heads, -1))
@@ -167,9 +167,7 @@ class Attention(nn.Module):
         q = rotate(q, angles)
         if context is None:
             k = rotate(k, angles)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias
-        )
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
 
@@ -200,7 +198,7 @@ class MLP(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention if there is text, MLP; a LayerNorm before the first, RMSNorms before the others."""
+    """Self-attention after a LayerNorm, cross-attention (where there is text) and MLP after RMSNorms."""
 
     def __init__(self, width: int, heads: int, bias: bool, cross_attention_dim: int | None) -> None:
         super().__init__()
@@ -277,13 +275,15 @@ class PixelFlowTransformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        if self.patch_embed.proj.bias is not None:
+            nn.init.zeros_(self.patch_embed.proj.bias)
         for mlp in (self.timestep_embedder, self.latent_size_embedder):
             nn.init.normal_(mlp.linear_1.weight, std=0.02)
             nn.init.normal_(mlp.linear_2.weight, std=0.02)
         if self.num_classes > 0:
             nn.init.normal_(self.class_embedder.embedding_table.weight, std=0.02)
-        for linear in [block.norm1.linear for block in self.transformer_blocks] + [self.proj_out_1, self.proj_out_2]:
+        modulations = [module.linear for module in self.modules() if isinstance(module, AdaLayerNorm)]
+        for linear in [*modulations, self.proj_out_1, self.proj_out_2]:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 

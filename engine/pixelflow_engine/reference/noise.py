@@ -1,7 +1,7 @@
 """The block-correlated noise that joins two stages, as a law, and the published code's way of drawing it.
 
-Inside each 2x2 block of pixels the covariance is ``(1 - g) I + g 1 1^T + 1e-6 I`` with ``g = -1/3``; blocks and channels
-are independent. Source: arXiv 2504.07963, equation 6.
+Inside each 2x2 block of pixels the covariance is ``(1 - g) I + g 1 1^T + 1e-6 I`` with ``g = -1/3``; blocks and
+channels are independent. Source: arXiv 2504.07963, equation 6.
 """
 
 from typing import Protocol
@@ -47,7 +47,8 @@ def correlate(z: Tensor) -> Tensor:
     """Give independent normals ``[B, c, h, w]`` the block covariance.
 
     The mean of a block and the deviations from it are the covariance's eigenspaces, so
-    ``sqrt(1 - g + 1e-6) (z - mean z) + sqrt(1 + 3g + 1e-6) mean z`` has the right law. The four are summed left to right.
+    ``sqrt(1 - g + 1e-6) (z - mean z) + sqrt(1 + 3g + 1e-6) mean z`` has the right law. The four are summed left to
+    right.
     """
     deviation_scale = (1 - GAMMA + BLOCK_JITTER) ** 0.5
     mean_scale = (1 + 3 * GAMMA + BLOCK_JITTER) ** 0.5

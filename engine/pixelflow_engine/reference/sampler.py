@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .model import PixelFlowTransformer
+from .model import PixelFlowTransformer, at_least_fp32
 from .noise import NoiseSource
 from .schedule import Stage, euler_times, make_stages
 from .solvers import dopri5, euler_step
@@ -23,6 +23,7 @@ def guided_velocity(
     class_labels: Tensor | None,
     text: tuple[Tensor, Tensor | None] | None,
     null_text: tuple[Tensor, Tensor | None] | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """``v_null + w (v_cond - v_null)`` from one batch with the null half first; the conditional half alone where w = 1.
 
@@ -33,10 +34,11 @@ def guided_velocity(
         weight: the guidance weight w.
         class_labels: ``[B]``, or None for a text model.
         text, null_text: states ``[B, L, E]`` and mask ``[B, L]`` of the prompt and of the empty prompt, or None.
+        dtype: in which the halves are combined.
     """
     if weight == 1:
         states, mask = text if text is not None else (None, None)
-        return model(x, t_model, class_labels, encoder_hidden_states=states, encoder_attention_mask=mask)
+        return model(x, t_model, class_labels, encoder_hidden_states=states, encoder_attention_mask=mask).to(dtype)
     labels = None
     if class_labels is not None:
         labels = torch.cat([torch.full_like(class_labels, model.num_classes), class_labels])
@@ -52,7 +54,7 @@ def guided_velocity(
         encoder_hidden_states=states,
         encoder_attention_mask=mask,
     )
-    null, conditional = both.chunk(2)
+    null, conditional = both.to(dtype).chunk(2)
     return null + weight * (conditional - null)
 
 
@@ -94,12 +96,14 @@ def sample(
         class_labels, text, null_text: as in :func:`guided_velocity`.
         solver: ``euler`` or ``dopri5``.
         shift: the time shift of Euler's steps.
-        state: ``fp32``: the state stays float32. ``public``: after an Euler step it takes the velocity's type, as the
-            published code does.
+        state: ``fp32``: guidance, update and state are in at least float32. ``public``: they and the state after an
+            Euler step have the velocity's type, as in the published code.
         error_norm, rtol, atol: of dopri5.
     """
     batch, channels, height, width = shape
     shrink = 2 ** (num_stages - 1)
+    model_dtype = model.proj_out_2.weight.dtype
+    v_dtype = model_dtype if state == "public" else at_least_fp32(model_dtype)
     x = noise.initial((batch, channels, height // shrink, width // shrink))
     ends = []
     for stage in make_stages(num_stages):
@@ -110,18 +114,20 @@ def sample(
             tau, t_model = euler_times(stage, num_inference_steps[stage.index], shift)
             for step in range(len(t_model)):
                 t = t_model[step].to(torch.float32).expand(batch)
-                v = guided_velocity(model, x, t, weight, class_labels, text, null_text)
+                v = guided_velocity(model, x, t, weight, class_labels, text, null_text, v_dtype)
                 x = euler_step(x, v, tau[step], tau[step + 1])
                 if state == "public":
                     x = x.to(v.dtype)
         else:
             first, last = stage.window
 
-            def field(y: Tensor, tau: Tensor, weight: float = weight, first: float = first, last: float = last) -> Tensor:
+            def field(
+                y: Tensor, tau: Tensor, weight: float = weight, first: float = first, last: float = last
+            ) -> Tensor:
                 t = (first + (last - first) * tau).to(torch.float32)
-                return guided_velocity(model, y, t, weight, class_labels, text, null_text).to(y.dtype)
+                return guided_velocity(model, y, t, weight, class_labels, text, null_text, y.dtype)
 
-            x = dopri5(field, x.float(), rtol, atol, error_norm).x
+            x = dopri5(field, x.to(at_least_fp32(model_dtype)), rtol, atol, error_norm).x
         ends.append(x)
     return ends
 

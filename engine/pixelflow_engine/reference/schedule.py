@@ -45,7 +45,11 @@ def rectify(boundary: float) -> float:
 
 
 def make_stages(num_stages: int, num_train_timesteps: int = 1000) -> list[Stage]:
-    """The stages of a cascade, smallest first."""
+    """The stages of a cascade, smallest first.
+
+    A stage's model times divide the span between two whole times evenly; the right edge belongs to the last stage
+    alone.
+    """
     K = num_train_timesteps
     boundaries = [(torch.tensor(float(int(K * (s / num_stages)))) / K).item() for s in range(num_stages)] + [1.0]
     starts = [b * rectify(b) for b in boundaries[:-1]]
@@ -53,22 +57,20 @@ def make_stages(num_stages: int, num_train_timesteps: int = 1000) -> list[Stage]
     edges = [int(K * (sum(lengths[:s]) / sum(lengths))) for s in range(num_stages)] + [K - 1]
     stages = []
     for s, b in enumerate(boundaries[:-1]):
-        if s < num_stages - 1:
-            model_times = torch.linspace(edges[s], edges[s + 1], K + 1, dtype=torch.float64)[:-1]
-        else:
-            model_times = torch.linspace(edges[s], edges[s + 1], K, dtype=torch.float64)
-        local_times = torch.linspace(0, 1, K + 1, dtype=torch.float64)[:-1]
+        k = torch.arange(K, dtype=torch.float64)
+        intervals = K if s < num_stages - 1 else K - 1
+        model_times = edges[s] + (edges[s + 1] - edges[s]) * k / intervals
         alpha = rectify(b)
         beta = alpha * (1 - b) / math.sqrt(-GAMMA)
-        stages.append(Stage(s, starts[s], boundaries[s + 1], local_times, model_times, alpha, beta))
+        stages.append(Stage(s, starts[s], boundaries[s + 1], k / K, model_times, alpha, beta))
     return stages
 
 
 def euler_times(stage: Stage, num_steps: int, shift: float = 1.0) -> tuple[Tensor, Tensor]:
     """Local times ``[n + 1]``, the last of them 1, and model times ``[n]`` of an Euler pass, float64.
 
-    ``tau`` is evenly spaced from 0 to 0.999, then shifted by ``tau / (shift + (1 - shift) tau)``; model time is the linear
-    map that sends 0 to the window's start and 0.999 to its end.
+    ``tau`` is evenly spaced from 0 to 0.999, then shifted by ``tau / (shift + (1 - shift) tau)``; model time is the
+    linear map that sends 0 to the window's start and 0.999 to its end.
     """
     final = stage.local_times[-1].item()
     tau = torch.arange(num_steps, dtype=torch.float64) * (final / max(num_steps - 1, 1))

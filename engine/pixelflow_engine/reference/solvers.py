@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .model import at_least_fp32
+
 NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 COUPLING = (
     (),
@@ -38,8 +40,9 @@ VelocityField = Callable[[Tensor, Tensor], Tensor]
 
 
 def euler_step(x: Tensor, velocity: Tensor, tau: Tensor, tau_next: Tensor) -> Tensor:
-    """``x + (tau_next - tau) v``: times to float32 first, then a product and a sum, each rounded."""
-    return x.float() + (tau_next.float() - tau.float()) * velocity
+    """``x + (tau_next - tau) v`` in at least float32; the times are rounded to float32 before they are subtracted."""
+    step = tau_next.float() - tau.float()
+    return x.to(at_least_fp32(x.dtype)) + step * velocity
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Dopri5Result:
 
 
 def combine(slopes: list[Tensor], coefficients: tuple[float, ...], step: Tensor) -> Tensor:
-    """``sum_i (h c_i) k_i`` left to right; ``h c_i`` is formed in float64 and rounded to the state's type. Zeros are skipped."""
+    """``sum_i (h c_i) k_i`` left to right, zeros skipped; ``h c_i`` in float64, then rounded to the state's type."""
     total = None
     for slope, coefficient in zip(slopes, coefficients, strict=True):
         if coefficient == 0.0:
@@ -113,8 +116,8 @@ def dopri5(
     Args:
         field: the velocity field.
         x: the state at tau = 0, ``[B, c, h, w]``.
-        rtol, atol: an image's step is accepted when the root mean square of ``error / (atol + rtol max(|x0|, |x1|))`` is at
-            most 1.
+        rtol, atol: an image's step is accepted when the root mean square of ``error / (atol + rtol max(|x0|, |x1|))``
+            is at most 1.
         error_norm: ``image``: each image has its own step size and does not feel its batch mates. ``batch``: one
             step size from the norm over the whole batch, as torchdiffeq does.
         max_attempts: steps tried, accepted or not, before giving up.
@@ -144,7 +147,8 @@ def dopri5(
         scale = atol + rtol * torch.maximum(x.abs(), y.abs())
         ratio = rms(combine(slopes, ERROR, h) / scale, batch_wide)
         if not ratio.isfinite().all():
-            raise RuntimeError(f"dopri5: the error estimate is not finite for images {(~ratio.isfinite()).nonzero().flatten().tolist()}")
+            images = (~ratio.isfinite()).nonzero().flatten().tolist()
+            raise RuntimeError(f"dopri5: the error estimate is not finite for images {images}")
 
         accept = active & (ratio <= 1)
         keep = accept[:, None, None, None]

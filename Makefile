@@ -1,0 +1,101 @@
+# One command each, from a bare checkout: `make quickstart`, `make test`. Needs GNU make and Python 3.11 or newer.
+#
+#   make test ARGS="tests/engine -k noise"     hand arguments to pytest
+#   make setup PYTHON=/path/to/python3         choose the interpreter of a new .venv
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+VENV := .venv
+PY := $(VENV)/bin/python
+BASE := $(VENV)/.installed-base
+DEV := $(VENV)/.installed-dev
+ARGS ?=
+
+# --- the environment ---------------------------------------------------------------------------------------
+
+# Prints the first interpreter that will do. Each candidate is run, not looked up: a version manager may leave
+# a python3.12 on the path that only says that it is not installed.
+define find_python
+if [ -n "$$PYTHON" ]; then set -- "$$PYTHON"; else set -- python3.12 python3.11 python3; fi
+refused=
+for candidate do
+  if ! version=$$("$$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); then
+    why="does not run"
+  elif ! "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    why="is Python $$version"
+  elif ! "$$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
+    why="is Python $$version without the venv module's ensurepip (Debian and Ubuntu: install python$$version-venv)"
+  else
+    echo "$$candidate"
+    exit 0
+  fi
+  refused="$$refused
+  $$candidate $$why"
+done
+echo "No usable Python: 3.11 or newer with venv and ensurepip is needed. Tried:$$refused" >&2
+echo "Name one with: make PYTHON=/path/to/python3 ..." >&2
+exit 1
+endef
+
+# Also runs when the interpreter behind an existing environment is gone (a dangling link), and then starts afresh.
+$(PY): export FIND_PYTHON = $(find_python)
+$(PY):
+	@python=$$(sh -c "$$FIND_PYTHON") || exit 1; \
+	echo "Creating $(VENV) with $$python"; \
+	"$$python" -m venv --clear $(VENV) || { \
+	  rm -rf $(VENV); echo "$$python -m venv failed: see above" >&2; exit 1; }
+
+# Build isolation does not see -c: the two exported variables (pip before and after 25.3) pin the build as well.
+# The path stays relative because pip splits the variable at blanks.
+$(BASE) $(DEV): export PIP_CONSTRAINT := constraints.txt
+$(BASE) $(DEV): export PIP_BUILD_CONSTRAINT := constraints.txt
+
+define install
+@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null || { \
+  echo "$(VENV) has no pip and cannot make one: remove $(VENV) and run make again" >&2; exit 1; }
+$(PY) -m pip install -c constraints.txt -e '$(1)'
+endef
+
+$(BASE): $(PY) pyproject.toml constraints.txt
+	$(call install,.)
+	@touch $@
+
+$(DEV): $(PY) pyproject.toml constraints.txt
+	$(call install,.[dev])
+	@touch $(BASE) $@
+
+# --- targets -----------------------------------------------------------------------------------------------
+
+.PHONY: help setup quickstart test lint types check clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+setup: $(DEV) ## make .venv and install the package with everything for development
+
+quickstart: $(BASE) ## sample images with the bundled model into out/quickstart
+	$(VENV)/bin/pixelflow quickstart --output out/quickstart $(ARGS)
+
+# Triton decides at import whether it interprets, so those tests have a process of their own; pytest's code 5 says
+# that there were none. One process by default: torch's own threads fill the cores that xdist would divide.
+test: $(DEV) ## run the tests; with ARGS, one pytest run with these arguments
+ifeq ($(strip $(ARGS)),)
+	$(PY) -m pytest -m "not interpret"
+	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret || [ $$? -eq 5 ]
+else
+	$(PY) -m pytest $(ARGS)
+endif
+
+lint: $(DEV) ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(DEV) ## mypy, strict
+	$(PY) -m mypy
+
+check: lint types test ## lint, types and test
+
+clean: ## remove build outputs and caches; .venv, out and runs stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +

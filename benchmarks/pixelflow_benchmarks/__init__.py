@@ -1,0 +1,1 @@
+"""Measurements of the engine: the quality of what it generates."""

@@ -1,0 +1,124 @@
+"""Quality of generated digits, each measure beside what real and meaningless images get.
+
+Everything is measured on the 8x8 grid of the original scans (block means of the larger images, values 0..16), because that
+is all the detail that real digits have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg
+from sklearn.neural_network import MLPClassifier
+from sklearn.svm import SVC
+
+from pixelflow_training.data import ImageSet
+
+Float = NDArray[np.float64]
+Labels = NDArray[np.int64]
+
+SCAN_SIDE = 8
+FEATURES = 64
+
+
+def scan_values(images: NDArray[np.float32] | NDArray[np.uint8]) -> Float:
+    """Images ``[N, R, R, c]`` (uint8, or float in [0, 1]) as scans ``[N, 64]`` of values 0..16, channels averaged."""
+    scale = 16 / 255 if images.dtype == np.uint8 else 16.0
+    grey = images.mean(axis=-1, dtype=np.float64) * scale
+    count, side, _ = grey.shape
+    block = side // SCAN_SIDE
+    return grey.reshape(count, SCAN_SIDE, block, SCAN_SIDE, block).mean(axis=(2, 4)).reshape(count, -1)
+
+
+def set_values(images: ImageSet) -> tuple[Float, Labels]:
+    """The scans and labels of an image set."""
+    return scan_values(images.images.permute(0, 2, 3, 1).numpy()), images.labels.numpy()
+
+
+def frechet_distance(a: Float, b: Float) -> float:
+    """Frechet distance of two Gaussians fitted to ``[n, d]`` and ``[m, d]``.
+
+    ``|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))``; the trace of the root is the sum of the roots of the eigenvalues
+    of ``S_a^(1/2) S_b S_a^(1/2)``.
+    """
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    cross = np.sqrt(linalg.eigvalsh(root @ cov_b @ root).clip(min=0)).sum()
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def nearest(queries: Float, points: Float) -> Float:
+    """Distance of each query ``[n, d]`` to its nearest point ``[m, d]``, as root mean square over ``d``."""
+    squares = np.square(queries).sum(1)[:, None] + np.square(points).sum(1)[None] - 2 * queries @ points.T
+    return np.sqrt(squares.min(1).clip(min=0) / queries.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """How good a set of digits is.
+
+    Attributes:
+        agreement: fraction that the classifier reads as the class asked for.
+        frechet: Frechet distance to held-out real digits in the classifier's 64 hidden features.
+        frechet_scan: the same on the 64 scan values.
+        copying: median distance to the nearest training digit over that to the nearest held-out digit, both sets cut to the
+            same size: 1 for digits that know neither set, towards 0 for copies of training digits.
+        copies: fraction nearer to a training digit than 99 of 100 held-out digits are.
+    """
+
+    agreement: float
+    frechet: float
+    frechet_scan: float
+    copying: float
+    copies: float
+
+
+class Judge:
+    """Scores digits by models fitted to the real training digits.
+
+    Args:
+        train, held_out: the real digits.
+        seed: of the hidden features and of the subset that ``copying`` compares.
+    """
+
+    def __init__(self, train: ImageSet, held_out: ImageSet, seed: int = 0) -> None:
+        self.train, self.train_labels = set_values(train)
+        self.held_out, self.held_out_labels = set_values(held_out)
+        self.classifier = SVC(gamma=0.001, C=10.0).fit(self.train, self.train_labels)
+        network = MLPClassifier((FEATURES,), max_iter=400, random_state=seed)
+        self.network = network.fit(self.train / 16, self.train_labels)
+        self.seed = seed
+        self.subset = np.random.default_rng(seed).permutation(len(self.train))[: len(self.held_out)]
+        self.near = float(np.quantile(nearest(self.held_out, self.train), 0.01))
+
+    def features(self, scans: Float) -> Float:
+        """The network's hidden layer: ``[N, 64] -> [N, 64]``."""
+        return np.maximum(scans / 16 @ self.network.coefs_[0] + self.network.intercepts_[0], 0)
+
+    def score(self, scans: Float, labels: Labels) -> Scores:
+        """Score digits ``[N, 64]`` that were asked to show ``labels``."""
+        to_train = nearest(scans, self.train[self.subset])
+        return Scores(
+            agreement=float((self.classifier.predict(scans) == labels).mean()),
+            frechet=frechet_distance(self.features(scans), self.features(self.held_out)),
+            frechet_scan=frechet_distance(scans, self.held_out),
+            copying=float(np.median(to_train) / np.median(nearest(scans, self.held_out))),
+            copies=float((nearest(scans, self.train) < self.near).mean()),
+        )
+
+    def score_real(self) -> Scores:
+        """Training digits against held-out ones: what a perfect model that knows the training set would get."""
+        return self.score(self.train, self.train_labels)
+
+    def score_noise(self, count: int = 1000) -> Scores:
+        """Independent uniform values with random labels: what knowing nothing gets."""
+        rng = np.random.default_rng(self.seed)
+        return self.score(rng.uniform(0, 16, (count, FEATURES)), rng.integers(0, 10, count))
+
+    def held_out_accuracy(self) -> tuple[float, float]:
+        """Accuracy on held-out real digits of the classifier and of the network whose features are used."""
+        network = self.network.score(self.held_out / 16, self.held_out_labels)
+        return float(self.classifier.score(self.held_out, self.held_out_labels)), float(network)

@@ -1,0 +1,169 @@
+"""Checks at the engine's door: each names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import guidance
+from .config import ModelConfig, PixelFlowConfig, check_size
+from .model import Text
+from .noise import MAX_SEED
+
+
+def choice(name: str, value: object, options: Sequence[str]) -> str:
+    """One of a few words."""
+    if value not in options:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(options)}")
+    return str(value)
+
+
+def finite_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite number from low to high."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}: got {value!r}, expected a finite number")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: got {value!r}, expected a number from {low} to {high}")
+    return float(value)
+
+
+def positive_number(name: str, value: object) -> float:
+    """A finite number above 0."""
+    number = finite_number(name, value)
+    if number <= 0:
+        raise ValueError(f"{name}: got {value!r}, expected a number above 0")
+    return number
+
+
+def positive_integer(name: str, value: object) -> int:
+    """An integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
+    return value
+
+
+def steps(value: object, num_stages: int) -> tuple[int, ...]:
+    """``num_inference_steps``: one number for all stages or one per stage."""
+    name = "num_inference_steps"
+    if isinstance(value, (list, tuple)):
+        if len(value) != num_stages:
+            raise ValueError(f"{name}: got {len(value)} values, expected {num_stages}, one per stage")
+        return tuple(positive_integer(f"{name}[{i}]", v) for i, v in enumerate(value))
+    return (positive_integer(name, value),) * num_stages
+
+
+def guidance_weights(scale: object, schedule: object, num_stages: int) -> tuple[float, ...]:
+    """``guidance_scale`` and ``guidance_schedule``: the weight of each stage."""
+    number = finite_number("guidance_scale", scale)
+    if isinstance(schedule, (list, tuple)):
+        if len(schedule) != num_stages:
+            raise ValueError(f"guidance_schedule: got {len(schedule)} weights, expected {num_stages}, one per stage")
+        return tuple(finite_number(f"guidance_schedule[{i}]", w) for i, w in enumerate(schedule))
+    if choice("guidance_schedule", schedule, ("stagewise", "constant")) == "constant":
+        return (number,) * num_stages
+    return guidance.stagewise_weights(number, num_stages)
+
+
+def labels(value: object, model: ModelConfig, device: torch.device) -> Tensor:
+    """``class_labels``: integers from 0 to ``num_classes``, the last being the null class, as ``[B]`` int64."""
+    if model.num_classes == 0:
+        raise ValueError(f"class_labels: got {value!r}, expected None for a model without classes")
+    if isinstance(value, Tensor):
+        if value.dtype.is_floating_point or value.dtype == torch.bool or value.ndim != 1:
+            raise ValueError(
+                f"class_labels: got a tensor {tuple(value.shape)} of {value.dtype}, expected one dimension of integers"
+            )
+        value = value.tolist()
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [value]
+    if not isinstance(value, (list, tuple, range)) or len(value) == 0:
+        raise ValueError(f"class_labels: got {value!r}, expected an integer or a non-empty list of integers")
+    for i, label in enumerate(value):
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label <= model.num_classes:
+            raise ValueError(
+                f"class_labels[{i}]: got {label!r}, expected an integer from 0 to {model.num_classes} "
+                f"({model.num_classes} is the null class)"
+            )
+    return torch.tensor(list(value), dtype=torch.int64, device=device)
+
+
+def text(name: str, states: object, mask: object, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Text:
+    """Encoded prompts ``[B, L, E]`` and their mask ``[B, L]``."""
+    if model.cross_attention_dim is None:
+        raise ValueError(f"{name}: expected None for a model without cross-attention")
+    if not isinstance(states, Tensor) or states.ndim != 3 or states.shape[2] != model.cross_attention_dim:
+        raise ValueError(f"{name}: got {_shape(states)}, expected a tensor [B, L, {model.cross_attention_dim}]")
+    if min(states.shape) == 0:
+        raise ValueError(f"{name}: got {_shape(states)}, expected at least one image and one text token")
+    if mask is None:
+        return Text(states.to(device=device, dtype=dtype))
+    if not isinstance(mask, Tensor) or mask.shape != states.shape[:2]:
+        raise ValueError(f"{name} mask: got {_shape(mask)}, expected a tensor {tuple(states.shape[:2])}")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"{name} mask: got other values than 0 and 1")
+    return Text(states.to(device=device, dtype=dtype), mask.to(device=device, dtype=torch.float32))
+
+
+def per_image_seeds(value: object, batch: int) -> tuple[int, ...]:
+    """``seed`` of counter noise: one per image, or a first one from which images count up, or None for fresh ones."""
+    if value is None:
+        return tuple(secrets.randbits(64) for _ in range(batch))
+    if isinstance(value, (list, tuple)):
+        if len(value) != batch:
+            raise ValueError(f"seed: got {len(value)} seeds, expected {batch}, one per image")
+        return tuple(_seed(f"seed[{i}]", v) for i, v in enumerate(value))
+    first = _seed("seed", value)
+    return tuple((first + i) % (MAX_SEED + 1) for i in range(batch))
+
+
+def stream_seed(value: object) -> int | None:
+    """``seed`` of the published code's random stream: one for the whole batch, or None for torch's global generator."""
+    if isinstance(value, (list, tuple)):
+        raise ValueError(f"seed: got {value!r}, expected one integer: noise='public' is one stream for the batch")
+    return None if value is None else _seed("seed", value)
+
+
+def image_size(name: str, value: object, config: PixelFlowConfig) -> int:
+    """``height`` or ``width`` in pixels; None is the model's resolution."""
+    if value is None:
+        return config.resolution
+    return check_size(name, value, config)
+
+
+def images(x: object, model: ModelConfig) -> Tensor:
+    """``x``: an image batch ``[B, c, h, w]`` of whole patches."""
+    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != model.in_channels or not x.dtype.is_floating_point:
+        raise ValueError(f"x: got {_shape(x)}, expected a float tensor [B, {model.in_channels}, h, w]")
+    p = model.patch_size
+    if x.shape[2] % p or x.shape[3] % p or x.numel() == 0:
+        raise ValueError(
+            f"x: got {_shape(x)}, expected height and width to be positive multiples of the patch size {p}"
+        )
+    return x
+
+
+def per_image(name: str, value: Any, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number or ``[B]`` numbers as ``[B]``."""
+    tensor = torch.as_tensor(value, device=device)
+    if tensor.ndim > 1 or (tensor.ndim == 1 and tensor.shape[0] not in (1, batch)):
+        raise ValueError(f"{name}: got {_shape(tensor)}, expected one number or {batch}, one per image")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name}: got {tensor.tolist()}, expected finite numbers")
+    return tensor.to(dtype).expand(batch)
+
+
+def _seed(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
+        raise ValueError(f"{name}: got {value!r}, expected an integer from 0 to 2^64 - 1")
+    return value
+
+
+def _shape(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    return type(value).__name__

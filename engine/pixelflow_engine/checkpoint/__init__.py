@@ -1,0 +1,18 @@
+"""Checkpoints: reading the two public forms and our own, writing and converting between them.
+
+====================  ===============================  ==================================================
+form                  files                            integrity, checked on every load
+====================  ===============================  ==================================================
+ours                  config.json, model.safetensors   SHA-256 of every tensor and of config.json
+public                config.yaml, model.pt            CRC-32 of model.pt's records; config.yaml has none
+public, in training   config.yaml, any ``.pt``         the same
+====================  ===============================  ==================================================
+
+A file from elsewhere is data: no code in it runs, nothing that it names is imported, and what it claims
+(sizes, shapes, types) is checked before memory is spent on it. Whatever is wrong, the answer is a
+``CheckpointError`` that names the file, what was found and what was expected.
+"""
+
+from .api import Checkpoint, convert, load_checkpoint, save_checkpoint
+
+__all__ = ["Checkpoint", "convert", "load_checkpoint", "save_checkpoint"]

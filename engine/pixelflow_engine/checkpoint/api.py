@@ -1,0 +1,194 @@
+"""Load, save and convert."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from pixelflow_engine.config import PixelFlowConfig, parameter_shapes
+from pixelflow_engine.errors import CheckpointError
+
+from . import native, public
+from .folder import replace_folder
+from .problems import about, listed
+from .public import Weights
+from .tensors import check_finite, check_layout, plain_layout
+
+Form = Literal["safetensors", "public"]
+
+FORMS = {"safetensors": native, "public": public}
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model at rest.
+
+    Attributes:
+        config: everything but the weights.
+        state_dict: the weights in the published order: contiguous CPU tensors that own their memory, with
+            exactly the names and shapes of ``parameter_shapes(config.model)``, of floating type, finite.
+        source: the folder or ``.pt`` file that it was read from.
+    """
+
+    config: PixelFlowConfig
+    state_dict: dict[str, Tensor]
+    source: str
+
+
+def load_checkpoint(path_or_name: str | os.PathLike[str], weights: Weights = "auto") -> Checkpoint:
+    """Read a checkpoint of any form and check all of it.
+
+    Args:
+        path_or_name: one of
+
+            - a folder with ``config.json`` and ``model.safetensors``; they win if the next two are there too;
+            - a folder with ``config.yaml`` and ``model.pt``;
+            - a ``.pt`` file with a ``config.yaml`` beside it;
+            - the name of a bundled model. A path that exists wins over a name.
+        weights: which weights of a training checkpoint (a ``.pt`` file with keys model, ema, opt, args):
+            "ema", "model", or "auto", the moving average where there is one. Any other checkpoint has one set
+            of weights and takes only "auto".
+
+    Returns:
+        The checkpoint, on the CPU, in the types that were stored.
+
+    Raises:
+        CheckpointError: naming the file, what was found and what was expected.
+    """
+    _check_option("weights", weights, Weights)
+    path = _located(path_or_name)
+    with about(path, OSError):
+        if path.is_dir():
+            config, state_dict = _read_folder(path, weights)
+        elif path.suffix == ".pt":
+            config, state_dict = public.read_public(path, weights)
+        else:
+            raise CheckpointError(f"{path}: expected a folder or a .pt file")
+    return Checkpoint(config, state_dict, str(path))
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    config: PixelFlowConfig,
+    state_dict: Mapping[str, Tensor],
+    overwrite: bool = False,
+) -> None:
+    """Write ``config.json`` and ``model.safetensors`` into a new folder, all or nothing.
+
+    When this returns, the checkpoint is on the disk. When it raises, nothing has changed: there is no partial
+    folder, and a checkpoint that was there before still is.
+
+    Args:
+        path: the folder to make. Its parent exists.
+        config: the model.
+        state_dict: its weights: contiguous, finite CPU tensors of floating type, with exactly the names and
+            shapes of ``parameter_shapes(config.model)``.
+        overwrite: replace an existing checkpoint. A folder that holds anything else is never replaced.
+
+    Raises:
+        CheckpointError: the destination exists or cannot be written, or the weights are not the model's.
+    """
+    _save(path, config, state_dict, "safetensors", overwrite)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    to: Form = "safetensors",
+    weights: Weights = "auto",
+    overwrite: bool = False,
+) -> Checkpoint:
+    """Read a checkpoint of any form and write it as ours or as the public one. No bit of a weight changes.
+
+    Args:
+        source, weights: as in :func:`load_checkpoint`.
+        destination, overwrite: as in :func:`save_checkpoint`.
+        to: "safetensors" for ``config.json`` and ``model.safetensors``, "public" for ``config.yaml`` and
+            ``model.pt``.
+
+    Returns:
+        What was written, read back.
+
+    Raises:
+        CheckpointError: as those two.
+    """
+    _check_option("to", to, Form)
+    checkpoint = load_checkpoint(source, weights)
+    _save(destination, checkpoint.config, checkpoint.state_dict, to, overwrite)
+    del checkpoint  # one copy of the weights at a time
+    return load_checkpoint(destination)
+
+
+def _save(
+    path: str | os.PathLike[str],
+    config: PixelFlowConfig,
+    state_dict: Mapping[str, Tensor],
+    to: Form,
+    overwrite: bool,
+) -> None:
+    # RuntimeError: a loop of links, and torch.save's answer to a full disk.
+    with about(Path(path), OSError, RuntimeError, ValueError):
+        destination = Path(path).resolve()
+        ordered = _checked(config, state_dict, destination)
+        write = native.write_native if to == "safetensors" else public.write_public
+        files = [name for form in FORMS.values() for name in (form.CONFIG_FILE, form.WEIGHTS_FILE)]
+        replace_folder(
+            destination, lambda folder: write(folder, config, ordered), overwrite=overwrite, replaceable=files
+        )
+
+
+def _checked(config: PixelFlowConfig, state_dict: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The state dict in the published order, once it is known to be one that loads again."""
+    if not isinstance(config, PixelFlowConfig):
+        raise CheckpointError(f"{path}: the configuration is a {type(config).__name__}, expected a PixelFlowConfig")
+    check_layout(plain_layout(state_dict, path), config.model, path)
+    for name, tensor in state_dict.items():
+        if not tensor.is_contiguous():
+            raise CheckpointError(f"{path}: {name}: got strides {tensor.stride()}, expected a contiguous tensor")
+        check_finite(name, tensor, path)
+    return {name: state_dict[name].detach() for name in parameter_shapes(config.model)}
+
+
+def _read_folder(folder: Path, weights: Weights) -> tuple[PixelFlowConfig, dict[str, Tensor]]:
+    has_native = (folder / native.WEIGHTS_FILE).exists()
+    # A config.json of another meaning may lie beside the public files, so it does not decide alone.
+    if (folder / public.CONFIG_FILE).exists() and not has_native:
+        return public.read_public(folder / public.WEIGHTS_FILE, weights)
+    if has_native or (folder / native.CONFIG_FILE).exists():
+        public.refuse_choice(weights, folder)
+        return native.read_native(folder)
+    pairs = " nor ".join(f"{form.CONFIG_FILE} with {form.WEIGHTS_FILE}" for form in FORMS.values())
+    raise CheckpointError(f"{folder}: holds neither {pairs}")
+
+
+def _located(path_or_name: str | os.PathLike[str]) -> Path:
+    path = Path(path_or_name)
+    with about(path, OSError, ValueError):
+        if path.exists():
+            return path
+        bundled = _bundled()
+        if str(path_or_name) in bundled:
+            return bundled[str(path_or_name)]
+    names = listed(sorted(bundled)) or "none"
+    raise CheckpointError(f"{path}: no such file or folder, and no bundled model of this name; bundled are: {names}")
+
+
+def _bundled() -> dict[str, Path]:
+    """The folders of the models that came with the package, by name."""
+    assets = importlib.resources.files("pixelflow_engine").joinpath("assets")
+    if not isinstance(assets, Path) or not assets.is_dir():  # a package inside a zip file has no folders
+        return {}
+    return {folder.name: folder for folder in assets.iterdir() if (folder / native.CONFIG_FILE).is_file()}
+
+
+def _check_option(name: str, value: object, choices: object) -> None:
+    known = typing.get_args(choices)
+    if value not in known:
+        raise CheckpointError(f"{name}: got {value!r}, expected one of {', '.join(known)}")

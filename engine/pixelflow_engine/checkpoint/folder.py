@@ -1,0 +1,95 @@
+"""Writing a folder all or nothing."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+from pixelflow_engine.errors import CheckpointError
+
+from .problems import listed
+
+
+def replace_folder(
+    destination: Path, write: Callable[[Path], None], *, overwrite: bool, replaceable: Iterable[str]
+) -> None:
+    """Write a folder so that a reader, or a power cut, never sees half of it.
+
+    The files are written into a hidden sibling folder and brought to the disk, then one rename puts the folder
+    into place. An existing one is first renamed aside, and removed at the end. Failures are undone in reverse
+    order. Only a crash between the two renames leaves no destination; the old folder is then beside it, as
+    ``.NAME.*.old``.
+
+    Args:
+        destination: absolute; its parent exists.
+        write: fills the empty folder that it is given with files.
+        overwrite: whether an existing destination may be replaced.
+        replaceable: the only file names that a folder to be replaced may hold: nothing else is ever deleted.
+
+    Raises:
+        CheckpointError: the destination may not be written.
+        OSError: from the file system or ``write``; everything is as it was before.
+    """
+    _check_destination(destination, overwrite, set(replaceable))
+    token = secrets.token_hex(4)
+    temporary = destination.with_name(f".{destination.name}.{token}.partial")
+    retired = destination.with_name(f".{destination.name}.{token}.old")
+    with ExitStack() as undo:
+        temporary.mkdir()
+        undo.callback(shutil.rmtree, temporary, ignore_errors=True)
+        write(temporary)
+        for file in sorted(temporary.iterdir()):
+            _sync(file)
+        _sync(temporary)
+        if overwrite and destination.exists():
+            destination.rename(retired)
+            undo.callback(_put_back, retired, destination)
+        temporary.rename(destination)
+        undo.callback(destination.rename, temporary)
+        _sync(destination.parent)
+        undo.pop_all()
+    _remove(retired)
+
+
+def _check_destination(destination: Path, overwrite: bool, replaceable: set[str]) -> None:
+    if not destination.parent.is_dir():
+        raise CheckpointError(f"{destination}: the folder {destination.parent} does not exist")
+    if not destination.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(f"{destination}: exists already; pass overwrite to replace it")
+    if not destination.is_dir():
+        raise CheckpointError(f"{destination}: is a file, expected a folder to replace")
+    others = sorted(entry.name for entry in destination.iterdir() if entry.name not in replaceable or entry.is_dir())
+    if others:
+        raise CheckpointError(f"{destination}: not replaced, because it also holds {listed(others)}")
+
+
+def _put_back(retired: Path, destination: Path) -> None:
+    try:
+        retired.rename(destination)
+    except OSError as error:
+        raise CheckpointError(f"{destination}: could not be replaced; the old checkpoint is now {retired}") from error
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(retired: Path) -> None:
+    """Remove the replaced folder. The new one is safe already: a failure is worth a warning, not an error."""
+    try:
+        if retired.exists():
+            shutil.rmtree(retired)
+    except OSError as error:
+        warnings.warn(f"{retired}: the replaced checkpoint could not be removed: {error}", RuntimeWarning, stacklevel=4)

@@ -1,0 +1,109 @@
+"""Reading small text files that somebody else wrote: JSON and YAML without their surprises."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from pixelflow_engine.errors import CheckpointError
+
+from .problems import about
+
+LARGEST_CONFIG = 64 * 1024
+
+
+def read_config_bytes(path: Path) -> bytes:
+    """The bytes of a configuration file.
+
+    Args:
+        path: a regular file of at most 64 KiB; a link to one will do.
+
+    Raises:
+        CheckpointError: it is missing, not a file, empty or too large.
+    """
+    with about(path, OSError):
+        check_is_file(path)
+        with path.open("rb") as file:
+            data = file.read(LARGEST_CONFIG + 1)  # the size that stat gives may change before the read
+    if len(data) > LARGEST_CONFIG:
+        raise CheckpointError(f"{path}: larger than {LARGEST_CONFIG} bytes, which no configuration is")
+    if not data:
+        raise CheckpointError(f"{path}: the file is empty")
+    return data
+
+
+def check_is_file(path: Path) -> None:
+    """Refuse what is not a regular file: opening a pipe would wait for ever."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not a file")
+
+
+def parse_json(data: bytes, path: Path) -> object:
+    """The value of a JSON text; a key that occurs twice and a number that is not finite are errors.
+
+    Args:
+        data: the file's bytes, UTF-8.
+        path: the file, for messages.
+
+    Raises:
+        CheckpointError: it is not such a text.
+    """
+    with about(path, ValueError):
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+
+
+def parse_yaml(data: bytes, path: Path) -> object:
+    """The value of a YAML text of plain data; aliases, merges and keys that occur twice are errors.
+
+    Args:
+        data: the file's bytes, UTF-8.
+        path: the file, for messages.
+
+    Raises:
+        CheckpointError: it is not such a text.
+    """
+    # Beside YAMLError, errors of the scalars come through: a date of month 13, a number of 5000 digits.
+    with about(path, yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
+        # The strict loader derives from the safe one: it builds no object but plain data.
+        return yaml.load(data.decode("utf-8"), Loader=_StrictLoader)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    mapping: dict[str, object] = {}
+    for key, value in pairs:
+        if key in mapping:
+            raise ValueError(f"the key {key!r} occurs twice")
+        mapping[key] = value
+    return mapping
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"got {name}, expected a finite number")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """The safe loader without aliases, which unfold exponentially, and without the last of equal keys winning."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        events: Any = self  # its stubs give this method no types
+        event = events.peek_event()
+        if getattr(event, "anchor", None) is not None:  # an alias carries its anchor's name here too
+            raise yaml.MarkedYAMLError(problem="anchors and aliases are not accepted", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            key = self.construct_object(key_node, deep=True)
+            if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key, Hashable):
+                raise yaml.MarkedYAMLError(problem="a key must be a plain value", problem_mark=key_node.start_mark)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} occurs twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,251 @@
+"""Sample images with PixelFlow, train it and measure it."""
+
+# Training and benchmarks add their sub-commands through the entry-point group ``pixelflow.commands``.
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from . import backends, pictures
+from .checkpoint import bundled_models, convert
+from .engine import PixelFlowEngine, to_uint8
+from .errors import BackendUnavailableError
+from .sampler import StageReport, StepEvent
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar and no table.")]
+Model = Annotated[str, typer.Option(help="Checkpoint folder or file, or the name of a bundled model.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+
+
+def main() -> None:
+    """Run the command; an error that its user can mend is one line, without a traceback."""
+    for entry_point in sorted(metadata.entry_points(group="pixelflow.commands"), key=lambda e: e.name):
+        command = entry_point.load()
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=entry_point.name)
+        else:
+            app.command(entry_point.name)(command)
+    try:
+        app()
+    except (ValueError, OSError, ImportError, BackendUnavailableError, FloatingPointError) as error:
+        print(f"pixelflow: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def generate(
+    output: Annotated[str, typer.Option(help="*.png, *.npz, *.npy, or a folder ending in /.")],
+    model: Model = "digits",
+    class_label: Annotated[list[int] | None, typer.Option(help="Repeat for several images.")] = None,
+    images_per_label: Annotated[int, typer.Option(min=1, help="Images of each class label.")] = 1,
+    steps: Annotated[str, typer.Option(help="Euler steps of every stage, or of each: 10,10,10.")] = "10",
+    guidance_scale: Annotated[float, typer.Option(help="Largest guidance weight; 1 is none.")] = 2.4,
+    guidance_schedule: Annotated[str, typer.Option(help="stagewise, constant, or a weight per stage.")] = "stagewise",
+    solver: Annotated[Literal["euler", "dopri5"], typer.Option()] = "euler",
+    shift: Annotated[float, typer.Option(help="Time shift of Euler's steps.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the first image; the others count up.")] = 0,
+    noise: Annotated[Literal["counter", "public"], typer.Option()] = "counter",
+    height: Annotated[int | None, typer.Option(help="Pixels; the model's resolution by default.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the model's resolution by default.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images sampled at once.")] = 64,
+    device: Device = "cpu",
+    dtype: Annotated[Dtype, typer.Option()] = "float32",
+    quiet: Quiet = False,
+) -> None:
+    """Sample images into a file or folder."""
+    pictures.check_output(output)
+    engine = PixelFlowEngine.from_pretrained(model, device, getattr(torch, dtype))
+    labels = [label for label in class_label or [] for _ in range(images_per_label)]
+    if not labels:
+        raise ValueError("class-label: got none, expected at least one")
+    if noise == "public" and len(labels) > batch_size:
+        raise ValueError(
+            f"batch-size: got {batch_size}, expected at least {len(labels)}: noise=public is one batch's stream"
+        )
+    num_stages = engine.config.scheduler.num_stages
+    per_stage = _numbers("steps", steps)
+    parts, reports = [], []
+    batches = range(0, len(labels), batch_size)
+    with CascadeBar(num_stages * len(batches), disable=quiet) as bar:
+        for first in batches:
+            result = engine(
+                labels[first : first + batch_size],
+                num_inference_steps=[int(v) for v in per_stage] if len(per_stage) > 1 else int(per_stage[0]),
+                guidance_scale=guidance_scale,
+                guidance_schedule=_schedule(guidance_schedule),
+                solver=solver,
+                shift=shift,
+                seed=(seed + first) % 2**64 if seed >= 0 else seed,
+                noise=noise,
+                height=height,
+                width=width,
+                output_type="np",
+                callback_on_step_end=bar.step,
+            )
+            parts.append(np.asarray(result.images))
+            reports.append(result.stages)
+    files = pictures.write_images(np.concatenate(parts), output)
+    if not quiet:
+        console.print(stage_table([merge(stage) for stage in zip(*reports, strict=True)], len(labels)))
+        where = files[0] if len(files) == 1 else f"{files[0].parent}/ ({len(files)} files)"
+        console.print(f"wrote {where}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out/quickstart"),
+    samples: Annotated[int, typer.Option(min=1, help="Images of each class.")] = 8,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Device = "cpu",
+    quiet: Quiet = False,
+) -> None:
+    """Sample every class of the bundled model: a contact sheet, the cascade as an animation, and times."""
+    engine = PixelFlowEngine.from_pretrained("digits", device)
+    output.mkdir(parents=True, exist_ok=True)
+    classes = engine.config.model.num_classes
+    labels = [label for label in range(classes) for _ in range(samples)]
+    resolution = engine.config.resolution
+    recorder = pictures.CascadeRecorder(resolution, resolution, columns=samples, zoom=2)
+    with CascadeBar(engine.config.scheduler.num_stages, disable=quiet) as bar:
+
+        def on_step(event: StepEvent) -> None:
+            bar.step(event)
+            recorder(event)
+
+        result = engine(labels, seed=seed, output_type="np", callback_on_step_end=on_step)
+    sheet, animation = output / "digits.png", output / "cascade.webp"
+    images = np.asarray(result.images)
+    pictures.save_png(pictures.contact_sheet(to_uint8(images), samples, zoom=2), sheet)
+    recorder.save(animation)
+    if not quiet:
+        console.print(stage_table(result.stages, len(labels)))
+    console.print(f"{classes} classes, {samples} samples each: {sheet}", highlight=False, soft_wrap=True)
+    console.print(f"the cascade, step by step:    {animation}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices, backends and bundled models, and why something is not available."""
+    versions = Table("package", "version", title="versions")
+    versions.add_row("python", platform.python_version())
+    for name in ("pixelflow-engine", "torch", "triton", "numpy", "safetensors", "pillow", "flash-attn"):
+        try:
+            versions.add_row(name, metadata.version(name))
+        except metadata.PackageNotFoundError:
+            versions.add_row(name, "not installed")
+    devices = Table("device", "what it is", title="devices")
+    devices.add_row("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"sm_{properties.major}{properties.minor}"
+        devices.add_row(f"cuda:{index}", f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        devices.add_row("cuda", f"not available: torch is {built}, {torch.cuda.device_count()} devices found")
+    chosen = backends.choose("auto").name
+    table = Table("backend", "available", "why", title=f"backends (auto takes {chosen})")
+    for backend in backends.backends():
+        table.add_row(backend.name, "yes" if backend.available else "no", backend.reason)
+    for part in (versions, devices, table):
+        console.print(part)
+    console.print(f"bundled models: {', '.join(bundled_models()) or 'none'}")
+
+
+@app.command("convert")
+def convert_command(
+    source: Annotated[Path, typer.Argument(help="A checkpoint in any form.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[Literal["safetensors", "public"], typer.Option(help="Form to write.")] = "safetensors",
+    weights: Annotated[Literal["auto", "ema", "model"], typer.Option(help="Of a training checkpoint.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the destination.")] = False,
+) -> None:
+    """Convert a checkpoint between the published form and ours, without loss."""
+    checkpoint = convert(source, destination, to=to, weights=weights, overwrite=overwrite)
+    count = sum(tensor.numel() for tensor in checkpoint.state_dict.values())
+    console.print(f"wrote {destination}: {count:,} parameters", highlight=False, soft_wrap=True)
+
+
+class CascadeBar:
+    """A progress bar over stages, filled as local time passes."""
+
+    def __init__(self, total: int, disable: bool) -> None:
+        form = "{l_bar}{bar}| {n:.1f}/{total} stages [{elapsed}<{remaining}]"
+        # A run of less than two seconds shows nothing.
+        self.bar = tqdm(total=total, disable=disable, delay=2, bar_format=form, leave=False)
+        self.stage, self.tau = 0, 0.0
+
+    def __enter__(self) -> CascadeBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def step(self, event: StepEvent) -> None:
+        """Advance to an event."""
+        passed = event.tau - self.tau if event.stage == self.stage else 1 - self.tau + event.tau
+        self.bar.update(passed)
+        self.stage, self.tau = event.stage, event.tau
+
+
+def stage_table(reports: tuple[StageReport, ...] | list[StageReport], images: int) -> Table:
+    """A row per stage."""
+    table = Table("stage", "resolution", "tokens", "guidance", "steps", "evaluations", "seconds", "images/s")
+    for column in table.columns:
+        column.justify = "right"
+    for r in reports:
+        table.add_row(
+            str(r.stage),
+            f"{r.width} x {r.height}",
+            str(r.tokens),
+            f"{r.guidance_weight:.3g}",
+            str(r.steps),
+            str(r.evaluations),
+            f"{r.seconds:.2f}",
+            f"{images / r.seconds:.1f}",
+        )
+    return table
+
+
+def merge(reports: tuple[StageReport, ...]) -> StageReport:
+    """One report of a stage's several batches: seconds and evaluations added up, steps of the slowest."""
+    first = reports[0]
+    return StageReport(
+        stage=first.stage,
+        height=first.height,
+        width=first.width,
+        tokens=first.tokens,
+        guidance_weight=first.guidance_weight,
+        steps=max(r.steps for r in reports),
+        evaluations=sum(r.evaluations for r in reports),
+        seconds=sum(r.seconds for r in reports),
+    )
+
+
+def _numbers(name: str, value: str) -> list[float]:
+    try:
+        return [float(part) if name != "steps" else int(part) for part in value.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}: got {value!r}, expected numbers separated by commas") from None
+
+
+def _schedule(value: str) -> Literal["stagewise", "constant"] | list[float]:
+    if value == "stagewise":
+        return "stagewise"
+    if value == "constant":
+        return "constant"
+    return _numbers("guidance-schedule", value)

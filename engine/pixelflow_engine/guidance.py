@@ -1,0 +1,31 @@
+"""Classifier-free guidance: how strong at each stage, and how the two halves are combined."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+PUBLISHED_FRACTIONS = (0.0, 1 / 6, 2 / 3, 1.0)
+"""How much of ``scale - 1`` each of the published four stages gets (arXiv 2504.07963, section 4.3)."""
+
+
+def stagewise_weights(scale: float, num_stages: int) -> tuple[float, ...]:
+    """``1 + (scale - 1) * fraction_s``: nothing at the first stage, everything at the last.
+
+    Four stages have the published fractions. Other numbers of stages read theirs off the piecewise-linear curve
+    through the published points, both ends kept; a single stage has the full weight.
+    """
+    return tuple((scale - 1) * _fraction(s, num_stages) + 1 for s in range(num_stages))
+
+
+def _fraction(stage: int, num_stages: int) -> float:
+    last = len(PUBLISHED_FRACTIONS) - 1
+    position = last * stage / (num_stages - 1) if num_stages > 1 else float(last)
+    left = min(int(position), last - 1)
+    low, high = PUBLISHED_FRACTIONS[left], PUBLISHED_FRACTIONS[left + 1]
+    return low + (position - left) * (high - low)
+
+
+def combine(both: Tensor, weight: float) -> Tensor:
+    """``v_null + w (v_cond - v_null)`` of a batch whose first half is the null half: ``[2B, ...] -> [B, ...]``."""
+    null, conditional = both.chunk(2)
+    return null + weight * (conditional - null)

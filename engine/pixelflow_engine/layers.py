@@ -1,0 +1,124 @@
+"""The operations of a transformer block over packed tokens, in plain PyTorch (``backend="torch"``).
+
+Shapes: ``T`` packed tokens of ``n`` images, ``C = H * D`` width. A vector per image (``[n, C]``) reaches the tokens
+through the :class:`PackedLayout`. What the method keeps in float32 is computed in at least that.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixelflow_kernels import PackedLayout
+
+from .config import SINUSOID_CHANNELS
+
+NORM_EPS = 1e-6
+PADDING_BIAS = -10000.0
+
+
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for a float64 model."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def sinusoid(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[n] -> [n, 256]``: cosines, then sines, of ``value * exp(-ln(10000) i / 127)``."""
+    half = SINUSOID_CHANNELS // 2
+    exponent = -math.log(10000.0) * torch.arange(half, dtype=dtype, device=value.device) / (half - 1)
+    angle = value.to(dtype)[:, None] * torch.exp(exponent)
+    return torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
+
+
+def rotary_tables(layout: PackedLayout, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of 2-D RoPE for every token: two tensors ``[T, D / 2]``.
+
+    The first D/4 angles follow the column, the last D/4 the row; ``theta_j = 10000^(-2j / (D/2))``. Only as many rows
+    as the largest grid has positions are computed, the tokens gather theirs.
+    """
+    device = layout.row.device
+    exponent = 2 * torch.arange(head_dim // 4, dtype=dtype, device=device) / (head_dim // 2)
+    theta = 1.0 / torch.pow(torch.tensor(10000.0, dtype=dtype, device=device), exponent)
+    angles = torch.arange(layout.max_position, dtype=dtype, device=device)[:, None] * theta
+    cos, sin = torch.cos(angles), torch.sin(angles)
+    return (
+        torch.cat([cos[layout.column], cos[layout.row]], dim=-1),
+        torch.cat([sin[layout.column], sin[layout.row]], dim=-1),
+    )
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate neighbouring pairs of channels, ``(a, b) -> (a cos - b sin, b cos + a sin)``: ``x [T, H, D]``."""
+    cos, sin = rotary[0][:, None], rotary[1][:, None]
+    a, b = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, in the type of ``x``."""
+    high = x.to(at_least_fp32(x.dtype))
+    return (weight * (high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + NORM_EPS))).to(x.dtype)
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm without affine parameters over the last dimension."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout) -> Tensor:
+    """``x * (1 + scale) + shift``, in the type of ``x [T, C]``; ``shift`` and ``scale [n, C]`` in at least float32."""
+    tokens, (shift, scale) = _beside(x.to(scale.dtype), (shift, scale), layout)
+    return (tokens * (1 + scale) + shift).to(x.dtype).view_as(x)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor, layout: PackedLayout) -> Tensor:
+    """``x + gate * y``: the product in the type of ``gate [n, C]``, cast to that of ``y [T, C]``, then added."""
+    tokens, (gate,) = _beside(y.to(gate.dtype), (gate,), layout)
+    return x + (gate * tokens).to(y.dtype).view_as(y)
+
+
+def _beside(x: Tensor, rows: tuple[Tensor, ...], layout: PackedLayout) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Bring per-image rows ``[n, C]`` beside tokens ``[T, C]``: a broadcast view where all images have one size."""
+    if len(layout.runs) == 1:
+        return x.unflatten(0, (layout.num_images, -1)), tuple(row[:, None] for row in rows)
+    return x, tuple(row[layout.image_index] for row in rows)
+
+
+def self_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+    """Softmax attention of each image's tokens among themselves: ``q``, ``k``, ``v [T, H, D] -> [T, H, D]``."""
+    outputs = []
+    for run in layout.runs:
+        batch = [x[run.tokens].unflatten(0, (run.count, -1)).transpose(1, 2) for x in (q, k, v)]
+        outputs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, layout: PackedLayout) -> Tensor:
+    """Tokens ``q [T, H, D]`` attend their image's text ``k``, ``v [n, L, H, D]``; ``bias [n, L]`` joins the logits."""
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    outputs = []
+    for run in layout.runs:
+        mask = None if bias is None else bias[run.images, None, None]
+        queries = q[run.tokens].unflatten(0, (run.count, -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(queries, k[run.images], v[run.images], attn_mask=mask)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """``[B, c, h, w] -> [B * N, c * p * p]``: row-major patches, each in (channel, row, column) order."""
+    batch, channels, height, width = images.shape
+    p = patch_size
+    grid = images.reshape(batch, channels, height // p, p, width // p, p)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * p * p)
+
+
+def unpatchify(tokens: Tensor, shape: tuple[int, int, int, int], patch_size: int) -> Tensor:
+    """``[B * N, c * p * p] -> [B, c, h, w]``, the inverse of :func:`patchify`."""
+    batch, channels, height, width = shape
+    p = patch_size
+    grid = tokens.reshape(batch, height // p, width // p, channels, p, p)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(shape)

@@ -1,0 +1,145 @@
+"""Pictures for people: contact sheets, the animation of a cascade, and writing images to files."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from .engine import to_output, to_uint8
+from .sampler import StepEvent
+
+Pixels = NDArray[np.uint8]
+
+
+def contact_sheet(images: Pixels, columns: int, zoom: int = 1, gap: int = 2) -> Image.Image:
+    """Images in rows, left to right.
+
+    Args:
+        images: ``[N, H, W, c]`` or ``[N, H, W]`` uint8.
+        columns: images per row.
+        zoom: whole enlargement without interpolation.
+        gap: white pixels between images.
+    """
+    count, height, width = images.shape[:3]
+    rows = math.ceil(count / columns)
+    cell_height, cell_width = height * zoom + gap, width * zoom + gap
+    sheet = np.full((rows * cell_height + gap, columns * cell_width + gap, *images.shape[3:]), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * cell_height, gap + i % columns * cell_width
+        sheet[top : top + height * zoom, left : left + width * zoom] = image.repeat(zoom, 0).repeat(zoom, 1)
+    return Image.fromarray(sheet)
+
+
+class CascadeRecorder:
+    """Collects the state after every step; pass it as ``callback_on_step_end``.
+
+    Args:
+        height, width: of the finished images in pixels; smaller stages are enlarged without interpolation.
+        columns: images per row of a frame.
+        zoom: whole enlargement of the finished images.
+    """
+
+    def __init__(self, height: int, width: int, columns: int, zoom: int = 1) -> None:
+        self.height, self.width, self.columns, self.zoom = height, width, columns, zoom
+        self.frames: list[Image.Image] = []
+
+    def __call__(self, event: StepEvent) -> None:
+        """Record the state of an event."""
+        images = pixels(event.latents)
+        grown = images.repeat(self.height // images.shape[1], 1).repeat(self.width // images.shape[2], 2)
+        self.frames.append(contact_sheet(grown, self.columns, self.zoom))
+
+    def save(self, path: Path, milliseconds: int = 120, hold: int = 2000) -> None:
+        """Write an animated WebP that holds its last frame."""
+        durations = [milliseconds] * (len(self.frames) - 1) + [hold]
+        first, *others = self.frames
+
+        def write(file: BinaryIO) -> None:
+            first.save(
+                file, "WEBP", save_all=True, append_images=others, duration=durations, loop=0, quality=80, method=4
+            )
+
+        write_atomically(path, write)
+
+
+def pixels(latents: Tensor) -> Pixels:
+    """A state ``[B, c, h, w]`` in [-1, 1] as ``[B, h, w, c]`` uint8."""
+    array = to_output(latents, "np")
+    assert isinstance(array, np.ndarray)
+    return to_uint8(array)
+
+
+def write_images(images: NDArray[np.float32], output: str) -> list[Path]:
+    """Write images in the form that the path asks for.
+
+    Args:
+        images: ``[N, H, W, c]`` in [0, 1].
+        output: ``*.png``: the image, or a contact sheet of several. ``*.npz``: ``arr_0``, uint8 NHWC, as the usual FID
+            evaluators read. ``*.npy``: float32 NHWC in [0, 1]. A path ending in ``/`` or an existing folder:
+            ``000000.png`` and so on.
+
+    Returns:
+        the files written.
+
+    Raises:
+        ValueError: another ending.
+    """
+    path = Path(check_output(output))
+    if output.endswith("/") or path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        files = [path / f"{i:06d}.png" for i in range(len(images))]
+        for file, image in zip(files, to_uint8(images), strict=True):
+            save_png(Image.fromarray(image), file)
+        return files
+    path.parent.mkdir(parents=True, exist_ok=True)
+    match path.suffix:
+        case ".png":
+            drawn = to_uint8(images)
+            sheet = Image.fromarray(drawn[0]) if len(drawn) == 1 else contact_sheet(drawn, _columns(len(drawn)))
+            save_png(sheet, path)
+        case ".npz":
+            write_atomically(path, lambda file: np.savez(file, arr_0=(images * 255).round().astype(np.uint8)))
+        case ".npy":
+            write_atomically(path, lambda file: np.save(file, images))
+    return [path]
+
+
+def check_output(output: str) -> str:
+    """Refuse a path that :func:`write_images` would refuse, before any work is done."""
+    if not (output.endswith("/") or Path(output).is_dir() or Path(output).suffix in (".png", ".npz", ".npy")):
+        raise ValueError(f"output: got {output!r}, expected a path ending in .png, .npz, .npy or /")
+    return output
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a PNG."""
+    write_atomically(path, lambda file: image.save(file, "PNG"))
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write beside the file and rename: a reader sees the old file or the whole new one."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            write(file)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            os.fchmod(file.fileno(), 0o666 & ~mask)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _columns(count: int) -> int:
+    return math.ceil(math.sqrt(count))

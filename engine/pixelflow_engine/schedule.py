@@ -1,0 +1,113 @@
+"""The cascade's schedule as pure functions of its configuration. Source: arXiv 2504.07963, section 3.2.
+
+Times: ``tau`` is local to a stage, 0 at its start and 1 at its end; model time is what the transformer is told, 0 to
+999.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import SchedulerConfig
+
+GAMMA = -1.0 / 3.0
+"""Correlation of the noise inside a 2x2 block, over its variance before renoising (equation 6)."""
+
+Float64Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One resolution of the cascade.
+
+    Attributes:
+        index: 0 is the smallest and noisiest.
+        start, end: times between pure noise (0) and image (1) that the stage covers.
+        window: the model time at the first and the last point of the training grid.
+        alpha, beta: entering the stage is ``x = alpha * upsample(x) + beta * noise``.
+    """
+
+    index: int
+    start: float
+    end: float
+    window: tuple[float, float]
+    alpha: float
+    beta: float
+
+    def local_times(self, scheduler: SchedulerConfig) -> Float64Array:
+        """``tau`` of the training grid: ``[K]``, from 0 to 1 - 1/K."""
+        return np.arange(scheduler.num_train_timesteps, dtype=np.float64) / scheduler.num_train_timesteps
+
+    def model_times(self, scheduler: SchedulerConfig) -> Float64Array:
+        """Model time of each point of the training grid: ``[K]``."""
+        return _window_points(scheduler, self.index, _window_edges(scheduler))
+
+
+def make_stages(scheduler: SchedulerConfig) -> tuple[Stage, ...]:
+    """The stages of a cascade, smallest first."""
+    edges = _window_edges(scheduler)
+    stages = []
+    for s, (boundary, (start, end)) in enumerate(zip(_boundaries(scheduler), _spans(scheduler), strict=False)):
+        points = _window_points(scheduler, s, edges)
+        alpha = _rectify(boundary)
+        stages.append(
+            Stage(
+                index=s,
+                start=start,
+                end=end,
+                window=(float(points[0]), float(points[-1])),
+                alpha=alpha,
+                beta=alpha * (1 - boundary) / math.sqrt(-GAMMA),
+            )
+        )
+    return tuple(stages)
+
+
+def euler_times(
+    stage: Stage, scheduler: SchedulerConfig, num_steps: int, shift: float
+) -> tuple[Float64Array, Float64Array]:
+    """Local times ``[n + 1]``, ending at 1, and model times ``[n]`` of ``n`` fixed steps.
+
+    ``tau`` is evenly spaced up to 1 - 1/K and shifted by ``tau / (shift + (1 - shift) tau)``, so the last step has
+    length ``1 - tau_n`` (1/K for shift = 1). Model time is linear in ``tau`` over the stage's window.
+    """
+    final = float(stage.local_times(scheduler)[-1])
+    tau = np.linspace(0.0, final, num_steps, dtype=np.float64)
+    tau = tau / (shift + (1 - shift) * tau)
+    first, last = stage.window
+    return np.append(tau, 1.0), (last - first) / final * tau + first
+
+
+def _rectify(boundary: float) -> float:
+    return 1 / (math.sqrt(1 - 1 / GAMMA) * (1 - boundary) + boundary)
+
+
+def _boundaries(scheduler: SchedulerConfig) -> list[float]:
+    """``b_0 .. b_S``: whole training times over K, in float32 as published checkpoints were trained; ``b_S`` = 1."""
+    K, S = scheduler.num_train_timesteps, scheduler.num_stages
+    return [float(np.float32(int(K * (s / S))) / np.float32(K)) for s in range(S)] + [1.0]
+
+
+def _spans(scheduler: SchedulerConfig) -> list[tuple[float, float]]:
+    """``(start_s, end_s)`` of each stage: a stage starts earlier than the previous one ended, to mend its noise."""
+    boundaries = _boundaries(scheduler)
+    return [(b * _rectify(b), following) for b, following in pairwise(boundaries)]
+
+
+def _window_edges(scheduler: SchedulerConfig) -> list[int]:
+    """Whole model times at which the stages' windows meet, in proportion to the length of their spans."""
+    K = scheduler.num_train_timesteps
+    lengths = [end - start for start, end in _spans(scheduler)]
+    return [int(K * (sum(lengths[:s]) / sum(lengths))) for s in range(len(lengths))] + [K - 1]
+
+
+def _window_points(scheduler: SchedulerConfig, stage: int, edges: list[int]) -> Float64Array:
+    """K points from edge to edge; the right edge belongs to the last stage alone."""
+    K = scheduler.num_train_timesteps
+    intervals = K - 1 if stage == scheduler.num_stages - 1 else K
+    return edges[stage] + (edges[stage + 1] - edges[stage]) * np.arange(K, dtype=np.float64) / intervals

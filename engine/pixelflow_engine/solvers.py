@@ -1,0 +1,182 @@
+"""Integration of ``dx/dtau = v(x, tau)`` over a stage, tau from 0 to 1, with any velocity callable.
+
+Sums over slopes run left to right, every product and every sum rounded on its own, so that a fused kernel can reproduce
+them bit for bit. Step control: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .tableaus import EmbeddedTableau
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""``(x [B, c, h, w], tau [B] float64) -> velocity [B, c, h, w]``."""
+
+ErrorNorm = Literal["image", "batch"]
+
+SAFETY, SMALLEST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0
+
+
+def euler_update(x: Tensor, velocity: Tensor, tau: float, tau_next: float) -> Tensor:
+    """``x + (tau_next - tau) * velocity`` in at least float32; both times are rounded to float32 first."""
+    start, end = torch.tensor([tau, tau_next], dtype=torch.float64, device=x.device).float()
+    return x.to(torch.promote_types(x.dtype, torch.float32)) + (end - start) * velocity
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tolerance:
+    """When an adaptive step is good enough.
+
+    Attributes:
+        rtol, atol: a step is accepted when the root mean square of ``error / (atol + rtol * max(|x0|, |x1|))`` is at
+            most 1.
+        error_norm: ``image``: over each image, which has its own step sizes and does not feel its batch mates.
+            ``batch``: over the whole batch, which shares its step sizes, as torchdiffeq does.
+        max_attempts: steps tried, accepted or not, before giving up.
+    """
+
+    rtol: float = 1e-3
+    atol: float = 1e-6
+    error_norm: ErrorNorm = "image"
+    max_attempts: int = 1000
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class AdaptiveState:
+    """An adaptive integration between two attempts.
+
+    Attributes:
+        x: ``[B, c, h, w]``.
+        slope: the velocity at ``x``.
+        tau: where each image is, ``[B]`` float64; 1 when it has arrived.
+        step: the next step each image will try, ``[B]`` float64.
+        accepted, rejected: attempts so far, ``[B]`` int64.
+    """
+
+    x: Tensor
+    slope: Tensor
+    tau: Tensor
+    step: Tensor
+    accepted: Tensor
+    rejected: Tensor
+
+
+def integrate_adaptive(
+    velocity: Velocity,
+    x: Tensor,
+    tableau: EmbeddedTableau,
+    tolerance: Tolerance,
+    on_attempt: Callable[[AdaptiveState], None] | None = None,
+) -> AdaptiveState:
+    """Integrate to tau = 1 with error control, landing on 1 exactly.
+
+    Args:
+        velocity: the field; called with a time per image.
+        x: the state at tau = 0, ``[B, c, h, w]``.
+        tableau: the embedded pair.
+        tolerance: when a step is good enough.
+        on_attempt: called with the state after every attempt.
+
+    Returns:
+        the state with ``tau`` = 1 everywhere.
+
+    Raises:
+        FloatingPointError: the error of an image is not finite.
+        RuntimeError: ``max_attempts`` were not enough.
+    """
+    state = _start(velocity, x, tableau, tolerance)
+    for _ in range(tolerance.max_attempts):
+        if bool((state.tau == 1).all()):
+            return state
+        state = _attempt(velocity, state, tableau, tolerance)
+        if on_attempt is not None:
+            on_attempt(state)
+    if bool((state.tau == 1).all()):
+        return state
+    raise RuntimeError(
+        f"max_attempts: {tolerance.max_attempts} steps did not reach tau = 1; the slowest image is at "
+        f"{state.tau.min().item():.6f}"
+    )
+
+
+def _start(velocity: Velocity, x: Tensor, tableau: EmbeddedTableau, tolerance: Tolerance) -> AdaptiveState:
+    """Hairer's first step size: small enough that an Euler step changes the slope little."""
+    tau = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+    slope = velocity(x, tau)
+    scale = tolerance.atol + tolerance.rtol * x.abs()
+    size, speed = _rms(x / scale, tolerance), _rms(slope / scale, tolerance)
+    trial = torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed)
+    probe = velocity(x + _per_image(trial, x) * slope, trial)
+    bend = _rms((probe - slope) / scale, tolerance) / trial
+    largest = torch.maximum(speed, bend)
+    cautious = (0.01 / largest) ** (1 / tableau.order)
+    step = torch.minimum(100 * trial, torch.where(largest <= 1e-15, (trial * 1e-3).clamp(min=1e-6), cautious))
+    none = torch.zeros_like(tau, dtype=torch.int64)
+    return AdaptiveState(x, slope, tau, step, none, none)
+
+
+def _attempt(velocity: Velocity, state: AdaptiveState, tableau: EmbeddedTableau, tolerance: Tolerance) -> AdaptiveState:
+    """Try one step of each image that has not arrived; the others stand still in the batch."""
+    active = state.tau < 1
+    remaining = 1 - state.tau
+    h = torch.where(active, torch.minimum(state.step, remaining), 0.0)
+    tau_next = torch.where(state.step >= remaining, 1.0, state.tau + h)
+
+    slopes = [state.slope]
+    x_next = state.x
+    for node, row in zip(tableau.nodes[1:], tableau.coupling[1:], strict=True):
+        x_next = state.x + _weighted_sum(slopes, row, h)
+        slopes.append(velocity(x_next, tau_next if node == 1.0 else state.tau + node * h))
+
+    scale = tolerance.atol + tolerance.rtol * torch.maximum(state.x.abs(), x_next.abs())
+    ratio = _rms(_weighted_sum(slopes, tableau.error, h) / scale, tolerance)
+    if not bool(ratio.isfinite().all()):
+        images = (~ratio.isfinite()).nonzero().flatten().tolist()
+        raise FloatingPointError(f"the error estimate is not finite for images {images} of the batch")
+
+    accept = active & (ratio <= 1)
+    keep = accept[:, None, None, None]
+    return AdaptiveState(
+        x=torch.where(keep, x_next, state.x),
+        slope=torch.where(keep, slopes[-1], state.slope),
+        tau=torch.where(accept, tau_next, state.tau),
+        step=torch.where(active, _next_step(h, ratio, tableau.order), state.step),
+        accepted=state.accepted + accept,
+        rejected=state.rejected + (active & ~accept),
+    )
+
+
+def _weighted_sum(slopes: Sequence[Tensor], weights: Sequence[float], h: Tensor) -> Tensor:
+    """``sum_i (h w_i) k_i`` left to right, zeros skipped; ``h w_i`` in float64, then rounded to the slopes' type."""
+    terms = [_per_image(h * w, k) * k for k, w in zip(slopes, weights, strict=True) if w != 0.0]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _next_step(h: Tensor, ratio: Tensor, order: int) -> Tensor:
+    """``h * clamp(0.9 ratio^(-1/order), 0.2, 10)``, never below h after a step well within tolerance."""
+    factor = SAFETY * ratio ** (-1 / order)
+    smallest = torch.where(ratio < 1, 1.0, SMALLEST_FACTOR)
+    factor = torch.maximum(factor, smallest).clamp(max=LARGEST_FACTOR)
+    return h * torch.where(ratio == 0, LARGEST_FACTOR, factor)
+
+
+def _rms(x: Tensor, tolerance: Tolerance) -> Tensor:
+    """Root mean square of each image, ``[B]`` float64; that of the batch in every entry for the batch-wide norm."""
+    squares = (x * x).flatten(1).mean(-1).double()
+    if tolerance.error_norm == "batch":
+        squares = squares.mean().expand_as(squares)
+    return squares.sqrt()
+
+
+def _per_image(values: Tensor, like: Tensor) -> Tensor:
+    """``[B] -> [B, 1, 1, 1]`` in the type of ``like``."""
+    return values.to(like.dtype)[:, None, None, None]

@@ -1,0 +1,48 @@
+"""Butcher tableaus as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedTableau:
+    """An explicit Runge-Kutta pair whose last slope is the next step's first (FSAL).
+
+    Attributes:
+        nodes: times ``c_i`` of the slopes, as fractions of the step; the first is 0, the last 1.
+        coupling: row i holds the weights of slopes 0..i-1 in the state at which slope i is taken; the last row is the
+            solution.
+        error: weights of the slopes in the difference between the solution and its lower-order companion.
+        order: of the solution.
+    """
+
+    nodes: tuple[float, ...]
+    coupling: tuple[tuple[float, ...], ...]
+    error: tuple[float, ...]
+    order: int
+
+
+DOPRI5 = EmbeddedTableau(
+    nodes=(0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
+    coupling=(
+        (),
+        (1 / 5,),
+        (3 / 40, 9 / 40),
+        (44 / 45, -56 / 15, 32 / 9),
+        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+    ),
+    error=(
+        35 / 384 - 1951 / 21600,
+        0.0,
+        500 / 1113 - 22642 / 50085,
+        125 / 192 - 451 / 720,
+        -2187 / 6784 + 12231 / 42400,
+        11 / 84 - 649 / 6300,
+        -1 / 60,
+    ),
+    order=5,
+)
+"""Dormand and Prince (1980) with Shampine's error weights (1986), which torchdiffeq and the published code use."""

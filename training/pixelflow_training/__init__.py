@@ -1,0 +1,1 @@
+"""Training PixelFlow on packed, multi-resolution batches with the operations that sample."""
