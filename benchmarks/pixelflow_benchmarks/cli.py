@@ -62,8 +62,8 @@ def quality_table(records: list[dict[str, Any]]) -> Table:
         "copying",
         "copies",
         "evaluations",
-        title=f"{judge['train']} training and {judge['held_out']} held-out digits; on the latter the classifier is right in "
-        f"{judge['held_out_accuracy_svm']:.1%}",
+        title=f"{judge['train']} training digits, {judge['held_out']} held out; "
+        f"the classifier reads {judge['held_out_accuracy_svm']:.1%} of the latter",
     )
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records[1:]:

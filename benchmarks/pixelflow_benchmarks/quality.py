@@ -1,7 +1,7 @@
 """Quality of generated digits, each measure beside what real and meaningless images get.
 
-Everything is measured on the 8x8 grid of the original scans (block means of the larger images, values 0..16), because that
-is all the detail that real digits have.
+Everything is measured on the 8x8 grid of the original scans (block means of the larger images, values 0..16), because
+that is all the detail that real digits have.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def set_values(images: ImageSet) -> tuple[Float, Labels]:
 def frechet_distance(a: Float, b: Float) -> float:
     """Frechet distance of two Gaussians fitted to ``[n, d]`` and ``[m, d]``.
 
-    ``|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))``; the trace of the root is the sum of the roots of the eigenvalues
-    of ``S_a^(1/2) S_b S_a^(1/2)``.
+    ``|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))``; the trace of the root is the sum of the roots of the
+    eigenvalues of ``S_a^(1/2) S_b S_a^(1/2)``.
     """
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = linalg.eigh(cov_a)
@@ -64,8 +64,8 @@ class Scores:
         agreement: fraction that the classifier reads as the class asked for.
         frechet: Frechet distance to held-out real digits in the classifier's 64 hidden features.
         frechet_scan: the same on the 64 scan values.
-        copying: median distance to the nearest training digit over that to the nearest held-out digit, both sets cut to the
-            same size: 1 for digits that know neither set, towards 0 for copies of training digits.
+        copying: median distance to the nearest training digit over that to the nearest held-out digit, both sets cut
+            to the same size: 1 for digits that know neither set, towards 0 for copies of training digits.
         copies: fraction nearer to a training digit than 99 of 100 held-out digits are.
     """
 
@@ -88,7 +88,7 @@ class Judge:
         self.train, self.train_labels = set_values(train)
         self.held_out, self.held_out_labels = set_values(held_out)
         self.classifier = SVC(gamma=0.001, C=10.0).fit(self.train, self.train_labels)
-        network = MLPClassifier((FEATURES,), max_iter=400, random_state=seed)
+        network = MLPClassifier((FEATURES,), learning_rate_init=0.01, max_iter=1000, random_state=seed)
         self.network = network.fit(self.train / 16, self.train_labels)
         self.seed = seed
         self.subset = np.random.default_rng(seed).permutation(len(self.train))[: len(self.held_out)]

@@ -113,7 +113,8 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     batch, channels, height, width = images.shape
     p = patch_size
     grid = images.reshape(batch, channels, height // p, p, width // p, p)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * p * p)
+    tokens = grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * p * p)
+    return tokens.contiguous()  # where p = 1 it would be a view, and a product of a view rounds differently
 
 
 def unpatchify(tokens: Tensor, shape: tuple[int, int, int, int], patch_size: int) -> Tensor:

@@ -61,8 +61,8 @@ class SamplingPlan:
         stages: smallest first.
         solver: ``euler`` with fixed steps or ``dopri5`` with error control.
         shift: time shift of Euler's steps; 1 spaces them evenly.
-        state: ``fp32``: guidance, update and state are float32. ``public``: they and the state after an Euler step
-            have the velocity's type, as in the published code under autocast.
+        state: ``fp32``: guidance, update and state are float32. ``public``: they have the velocity's type from the
+            first Euler step on, and the model time that of the state, as in the published code under autocast.
         tolerance: of dopri5.
     """
 
@@ -160,7 +160,8 @@ def sample(
     Raises:
         FloatingPointError, RuntimeError: Dopri5 could not meet its tolerance.
     """
-    dtype = model.dtype if plan.state == "public" and plan.solver == "euler" else at_least_fp32(model.dtype)
+    public_state = plan.state == "public" and plan.solver == "euler"
+    dtype = None if public_state else at_least_fp32(model.dtype)
     x = noise.initial(plan.stages[0].shape)
     reports = []
     for stage_plan in plan.stages:
@@ -199,10 +200,12 @@ class CountedVelocity:
         model: the transformer.
         plan: the stage's shape and weight.
         condition: what the images should show.
-        dtype: in which the halves are combined and returned.
+        dtype: in which the halves are combined and returned; None for the type that the model gives.
     """
 
-    def __init__(self, model: PackedTransformer, plan: StagePlan, condition: Condition, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: PackedTransformer, plan: StagePlan, condition: Condition, dtype: torch.dtype | None
+    ) -> None:
         batch, _, height, width = plan.shape
         p = model.config.patch_size
         guided = plan.weight != 1
@@ -231,7 +234,7 @@ class CountedVelocity:
         tokens = patchify(torch.cat([x] * self.copies), p)
         times = torch.cat([t_model] * self.copies)
         out = self.model(tokens, times, self.layout, self.latent_size, self.class_labels, self.text)
-        images = unpatchify(out.to(self.dtype), self.shape, p)
+        images = unpatchify(out if self.dtype is None else out.to(self.dtype), self.shape, p)
         return images if self.copies == 1 else guidance.combine(images, self.weight)
 
 
@@ -254,9 +257,10 @@ def _euler(
     callbacks: Callbacks,
 ) -> tuple[Tensor, int]:
     tau, t_model = euler_times(stage_plan.stage, config.scheduler, stage_plan.num_steps, plan.shift)
-    times = torch.from_numpy(t_model).to(device=x.device, dtype=torch.float32)
+    times = torch.from_numpy(t_model).to(x.device)
     for step in range(stage_plan.num_steps):
-        v = velocity(x, times[step].expand(x.shape[0]))
+        time_dtype = x.dtype if plan.state == "public" else torch.float32
+        v = velocity(x, times[step].to(time_dtype).expand(x.shape[0]))
         x = euler_update(x, v, float(tau[step]), float(tau[step + 1]))
         if plan.state == "public":
             x = x.to(v.dtype)

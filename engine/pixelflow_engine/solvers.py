@@ -91,18 +91,16 @@ def integrate_adaptive(
         RuntimeError: ``max_attempts`` were not enough.
     """
     state = _start(velocity, x, tableau, tolerance)
-    for _ in range(tolerance.max_attempts):
-        if bool((state.tau == 1).all()):
-            return state
+    attempts = 0
+    while bool((state.tau < 1).any()):
+        if attempts == tolerance.max_attempts:
+            slowest = state.tau.min().item()
+            raise RuntimeError(f"max_attempts: {attempts} did not reach tau = 1; the slowest image is at {slowest:.6f}")
         state = _attempt(velocity, state, tableau, tolerance)
+        attempts += 1
         if on_attempt is not None:
             on_attempt(state)
-    if bool((state.tau == 1).all()):
-        return state
-    raise RuntimeError(
-        f"max_attempts: {tolerance.max_attempts} steps did not reach tau = 1; the slowest image is at "
-        f"{state.tau.min().item():.6f}"
-    )
+    return state
 
 
 def _start(velocity: Velocity, x: Tensor, tableau: EmbeddedTableau, tolerance: Tolerance) -> AdaptiveState:
@@ -164,7 +162,7 @@ def _weighted_sum(slopes: Sequence[Tensor], weights: Sequence[float], h: Tensor)
 def _next_step(h: Tensor, ratio: Tensor, order: int) -> Tensor:
     """``h * clamp(0.9 ratio^(-1/order), 0.2, 10)``, never below h after a step well within tolerance."""
     factor = SAFETY * ratio ** (-1 / order)
-    smallest = torch.where(ratio < 1, 1.0, SMALLEST_FACTOR)
+    smallest = torch.full_like(ratio, SMALLEST_FACTOR).masked_fill(ratio < 1, 1.0)
     factor = torch.maximum(factor, smallest).clamp(max=LARGEST_FACTOR)
     return h * torch.where(ratio == 0, LARGEST_FACTOR, factor)
 

@@ -1,4 +1,4 @@
-"""Small reference models with every parameter random, also those that initialisation sets to zero, and seeded generators."""
+"""Small reference models with every parameter random, also the zeros of initialisation, and seeded generators."""
 
 import torch
 from torch import Tensor

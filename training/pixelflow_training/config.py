@@ -111,7 +111,12 @@ class TrainConfig:
             raise ConfigError(f"model.dropout: got {self.model.dropout}, expected 0 (packed attention has no dropout)")
         if self.model.cross_attention_dim is not None:
             raise ConfigError("model.cross_attention_dim: training of text-conditional models is not supported yet")
-        _ = self.network  # checks that the resolution divides
+        halvings = 2**self.scheduler.num_stages
+        if self.network.resolution % halvings:
+            raise ConfigError(
+                f"resolution: got {self.resolution}, expected a multiple of {halvings}: the first of "
+                f"{self.scheduler.num_stages} stages is trained from a still smaller image"
+            )
 
     @property
     def network(self) -> PixelFlowConfig:

@@ -13,6 +13,6 @@ A file from elsewhere is data: no code in it runs, nothing that it names is impo
 ``CheckpointError`` that names the file, what was found and what was expected.
 """
 
-from .api import Checkpoint, convert, load_checkpoint, save_checkpoint
+from .api import Checkpoint, bundled_models, convert, load_checkpoint, save_checkpoint
 
-__all__ = ["Checkpoint", "convert", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "bundled_models", "convert", "load_checkpoint", "save_checkpoint"]

@@ -173,14 +173,14 @@ def _located(path_or_name: str | os.PathLike[str]) -> Path:
     with about(path, OSError, ValueError):
         if path.exists():
             return path
-        bundled = _bundled()
+        bundled = bundled_models()
         if str(path_or_name) in bundled:
             return bundled[str(path_or_name)]
     names = listed(sorted(bundled)) or "none"
     raise CheckpointError(f"{path}: no such file or folder, and no bundled model of this name; bundled are: {names}")
 
 
-def _bundled() -> dict[str, Path]:
+def bundled_models() -> dict[str, Path]:
     """The folders of the models that came with the package, by name."""
     assets = importlib.resources.files("pixelflow_engine").joinpath("assets")
     if not isinstance(assets, Path) or not assets.is_dir():  # a package inside a zip file has no folders

@@ -15,7 +15,7 @@ from pixelflow_engine.config import PixelFlowConfig, parameter_shapes
 from pixelflow_engine.errors import CheckpointError, ConfigError
 
 from .problems import about, listed
-from .tensors import DTYPE_NAMES, DTYPES, check_finite, check_layout, tensor_bytes, tensor_digest
+from .tensors import DTYPE_NAMES, check_finite, check_layout, tensor_bytes, tensor_digest
 from .text import check_is_file, parse_json, read_config_bytes
 
 CONFIG_FILE = "config.json"
@@ -76,13 +76,12 @@ def write_native(folder: Path, config: PixelFlowConfig, state_dict: Mapping[str,
 def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write the format ourselves: the package's own writer orders the metadata by chance.
 
-    A file is the header's length (8 bytes, little-endian), the header (JSON, padded with spaces), the values.
+    A file is the header's length (8 bytes, little-endian), the header (JSON, padded with spaces), the values. All are
+    aligned, as every parameter but the last has a multiple of four elements: the width is one.
     """
-    wide_first = list(DTYPES.values())  # keeps every tensor aligned to its element
-    ordered = sorted(tensors.items(), key=lambda item: wide_first.index(item[1].dtype))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
-    for name, tensor in ordered:
+    for name, tensor in tensors.items():
         end = offset + tensor.nbytes
         header[name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
@@ -95,7 +94,7 @@ def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapp
     with path.open("wb") as file:
         file.write(len(text).to_bytes(LENGTH_BYTES, "little"))
         file.write(text)
-        for _, tensor in ordered:
+        for tensor in tensors.values():
             file.write(tensor_bytes(tensor))
 
 

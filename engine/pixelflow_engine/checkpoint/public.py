@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,10 +84,7 @@ def read_public(weights_path: Path, weights: Weights) -> tuple[PixelFlowConfig, 
     """
     config = _read_config(weights_path.with_name(CONFIG_FILE))
     check_archive(weights_path)
-    # Exception: torch's reader answers malformed input with nearly every built-in error.
-    with about(weights_path, Exception), torch.serialization.safe_globals([argparse.Namespace]):
-        # Mapped, so that only the chosen weights of a training checkpoint come into memory.
-        content = torch.load(weights_path, map_location="cpu", weights_only=True, mmap=True)
+    content = _unpickled(weights_path)
     chosen = _choose(content, weights, weights_path)
     check_layout(plain_layout(chosen, weights_path), config.model, weights_path)
     return config, _copied(chosen, config.model, weights_path)
@@ -118,6 +116,20 @@ def _read_config(path: Path) -> PixelFlowConfig:
         times, stages = file.scheduler.num_train_timesteps, file.scheduler.num_stages
         scheduler = SchedulerConfig(num_train_timesteps=times, num_stages=stages)
         return PixelFlowConfig(model=file.model.params, scheduler=scheduler, resolution=file.data["resolution"])
+
+
+# torch's list of allowed classes is one per process, and leaving its context removes what another thread entered.
+_ALLOWED_CLASSES_LOCK = threading.Lock()
+
+
+def _unpickled(path: Path) -> object:
+    """The content of a checked file. Its tensors are a mapping of the file: only those that are used are read."""
+    # Exception: torch's reader answers malformed input with nearly every built-in error.
+    with about(path, Exception), _ALLOWED_CLASSES_LOCK:
+        # Not a second time where the caller's program allows it already: leaving would take that back.
+        allowed = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _choose(content: Any, weights: Weights, path: Path) -> Any:

@@ -66,7 +66,8 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     batch, channels, height, width = images.shape
     p = patch_size
     grid = images.reshape(batch, channels, height // p, p, width // p, p)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // p) * (width // p), channels * p * p)
+    patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // p) * (width // p), channels * p * p)
+    return patches.contiguous()  # where p = 1 it would be a view, and a product of a view rounds differently
 
 
 def unpatchify(patches: Tensor, rows: int, columns: int, patch_size: int) -> Tensor:

@@ -23,7 +23,7 @@ def guided_velocity(
     class_labels: Tensor | None,
     text: tuple[Tensor, Tensor | None] | None,
     null_text: tuple[Tensor, Tensor | None] | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     """``v_null + w (v_cond - v_null)`` from one batch with the null half first; the conditional half alone where w = 1.
 
@@ -34,16 +34,22 @@ def guided_velocity(
         weight: the guidance weight w.
         class_labels: ``[B]``, or None for a text model.
         text, null_text: states ``[B, L, E]`` and mask ``[B, L]`` of the prompt and of the empty prompt, or None.
-        dtype: in which the halves are combined.
+        dtype: in which the halves are combined; None for the type that the model gives.
+
+    Raises:
+        ValueError: a text model's weight is not 1 and there is no empty prompt, or only one of two prompts has a mask.
     """
     if weight == 1:
         states, mask = text if text is not None else (None, None)
-        return model(x, t_model, class_labels, encoder_hidden_states=states, encoder_attention_mask=mask).to(dtype)
+        v = model(x, t_model, class_labels, encoder_hidden_states=states, encoder_attention_mask=mask)
+        return v if dtype is None else v.to(dtype)
     labels = None
     if class_labels is not None:
         labels = torch.cat([torch.full_like(class_labels, model.num_classes), class_labels])
     states, mask = None, None
-    if text is not None and null_text is not None:
+    if text is not None:
+        if null_text is None or (text[1] is None) != (null_text[1] is None):
+            raise ValueError("null_text: guidance needs the empty prompt, with a mask where the prompt has one")
         states = torch.cat([null_text[0], text[0]])
         if text[1] is not None and null_text[1] is not None:
             mask = torch.cat([null_text[1], text[1]])
@@ -54,7 +60,7 @@ def guided_velocity(
         encoder_hidden_states=states,
         encoder_attention_mask=mask,
     )
-    null, conditional = both.to(dtype).chunk(2)
+    null, conditional = (both if dtype is None else both.to(dtype)).chunk(2)
     return null + weight * (conditional - null)
 
 
@@ -96,14 +102,20 @@ def sample(
         class_labels, text, null_text: as in :func:`guided_velocity`.
         solver: ``euler`` or ``dopri5``.
         shift: the time shift of Euler's steps.
-        state: ``fp32``: guidance, update and state are in at least float32. ``public``: they and the state after an
-            Euler step have the velocity's type, as in the published code.
+        state: ``fp32``: guidance, update and state are in at least float32. ``public``: they have the velocity's type
+            from the first Euler step on, and the model time that of the state, as in the published code.
         error_norm, rtol, atol: of dopri5.
     """
     batch, channels, height, width = shape
     shrink = 2 ** (num_stages - 1)
-    model_dtype = model.proj_out_2.weight.dtype
-    v_dtype = model_dtype if state == "public" else at_least_fp32(model_dtype)
+    for name, value, known in (
+        ("solver", solver, ("euler", "dopri5")),
+        ("state", state, ("fp32", "public")),
+        ("error_norm", error_norm, ("image", "batch")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}: got {value!r}, expected one of {known}")
+    high = at_least_fp32(model.proj_out_2.weight.dtype)
     x = noise.initial((batch, channels, height // shrink, width // shrink))
     ends = []
     for stage in make_stages(num_stages):
@@ -113,7 +125,8 @@ def sample(
         if solver == "euler":
             tau, t_model = euler_times(stage, num_inference_steps[stage.index], shift)
             for step in range(len(t_model)):
-                t = t_model[step].to(torch.float32).expand(batch)
+                t = t_model[step].to(x.dtype if state == "public" else torch.float32).expand(batch)
+                v_dtype = None if state == "public" else high
                 v = guided_velocity(model, x, t, weight, class_labels, text, null_text, v_dtype)
                 x = euler_step(x, v, tau[step], tau[step + 1])
                 if state == "public":
@@ -127,7 +140,7 @@ def sample(
                 t = (first + (last - first) * tau).to(torch.float32)
                 return guided_velocity(model, y, t, weight, class_labels, text, null_text, y.dtype)
 
-            x = dopri5(field, x.to(at_least_fp32(model_dtype)), rtol, atol, error_norm).x
+            x = dopri5(field, x.to(high), rtol, atol, error_norm).x
         ends.append(x)
     return ends
 

@@ -91,6 +91,8 @@ def guidance_weights(scale: float, num_stages: int, schedule: str = "stagewise")
     """
     if schedule == "constant":
         return [scale] * num_stages
+    if schedule != "stagewise":
+        raise ValueError(f"schedule: got {schedule!r}, expected 'stagewise' or 'constant'")
     published = (0.0, 1 / 6, 2 / 3, 1.0)
     weights = []
     for s in range(num_stages):

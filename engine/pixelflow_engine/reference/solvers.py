@@ -99,8 +99,8 @@ def first_step(field: VelocityField, x: Tensor, v: Tensor, rtol: float, atol: fl
 def next_step(step: Tensor, ratio: Tensor) -> Tensor:
     """``h * min(10, max(0.9 ratio^(-1/5), 0.2))``; never smaller than before after an accepted step."""
     factor = SAFETY * ratio ** (-1 / ORDER)
-    smallest = torch.where(ratio < 1, 1.0, SHRINK)
-    return step * torch.where(ratio == 0, GROW, torch.minimum(torch.maximum(factor, smallest), torch.tensor(GROW)))
+    smallest = torch.full_like(ratio, SHRINK).masked_fill(ratio < 1, 1.0)
+    return step * torch.where(ratio == 0, GROW, torch.maximum(factor, smallest).clamp(max=GROW))
 
 
 def dopri5(
@@ -131,10 +131,12 @@ def dopri5(
     step = first_step(field, x, slope, rtol, atol, batch_wide)
     evaluations = 2
     accepted, rejected = torch.zeros_like(tau, dtype=torch.int64), torch.zeros_like(tau, dtype=torch.int64)
-    for _ in range(max_attempts):
+    while (tau < 1).any():
+        if (accepted + rejected).max() == max_attempts:
+            raise RuntimeError(
+                f"dopri5: {max_attempts} attempts did not reach tau = 1 (reached {tau.min().item():.6f})"
+            )
         active = tau < 1
-        if not active.any():
-            return Dopri5Result(x, evaluations, accepted, rejected)
         h = torch.where(active, torch.minimum(step, 1 - tau), 0.0)
         tau_next = torch.where(step >= 1 - tau, 1.0, tau + h)
 
@@ -156,4 +158,4 @@ def dopri5(
         tau = torch.where(accept, tau_next, tau)
         step = torch.where(active, next_step(h, ratio), step)
         accepted, rejected = accepted + accept, rejected + (active & ~accept)
-    raise RuntimeError(f"dopri5: {max_attempts} attempted steps did not reach tau = 1 (reached {tau.min().item():.6f})")
+    return Dopri5Result(x, evaluations, accepted, rejected)
