@@ -1,24 +1,19 @@
-"""``pixelflow eval``. What needs an extra is imported when the command runs."""
+"""``pixelflow eval``. What needs an extra is imported when a command runs."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from .tables import quality_table
+
 console = Console()
 evaluate = typer.Typer(no_args_is_help=True, help="Measure the quality of generated images.")
-
-
-@evaluate.callback()
-def _evaluate() -> None:
-    """Measure the quality of generated images."""
-    # With a callback, typer keeps `digits` a sub-command although it is the only one.
 
 
 @evaluate.command("digits")
@@ -47,36 +42,15 @@ def evaluate_digits_command(
     engine = PixelFlowEngine.from_pretrained(model)
     records = list(digits.evaluate_digits(engine, count, repeats, batch_size, settings, quiet))
     if output is not None:
-        digits.write_records(output, [{"kind": "environment", **digits.environment()}, *records])
-    console.print(quality_table(records))
+        digits.write_records(output, records)
+    text = quality_table(records)
+    table = Table(*text.header, title=text.title)
+    for row in text.rows:
+        table.add_row(*row)
+    console.print(table)
 
 
-def quality_table(records: list[dict[str, Any]]) -> Table:
-    """A row per setting, mean and half the range over repeats; real digits and noise first."""
-    judge = records[0]
-    table = Table(
-        "digits",
-        "agreement",
-        "Frechet",
-        "Frechet (scan)",
-        "copying",
-        "copies",
-        "evaluations",
-        title=f"{judge['train']} training digits, {judge['held_out']} held out; "
-        f"the classifier reads {judge['held_out_accuracy_svm']:.1%} of the latter",
-    )
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for record in records[1:]:
-        groups[record.get("name", record["kind"])].append(record)
-    for name, group in groups.items():
-        cells = [
-            spread([r[key] for r in group]) for key in ("agreement", "frechet", "frechet_scan", "copying", "copies")
-        ]
-        table.add_row(name, *cells, str(group[0].get("evaluations", "")))
-    return table
-
-
-def spread(values: list[float]) -> str:
-    """Mean, and half the range where there are several."""
-    mean = f"{np.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.3f}"
+@evaluate.command("table")
+def table_command(results: Annotated[Path, typer.Argument(help="JSON lines of an evaluation.")]) -> None:
+    """Print the results of an evaluation as a Markdown table, as the README carries it."""
+    print(quality_table([json.loads(line) for line in results.read_text().splitlines()]).markdown(), end="")

@@ -81,8 +81,10 @@ def evaluate_digits(
     """Score every setting with ``repeats`` disjoint sets of seeds; first real digits and noise.
 
     Yields:
-        records: ``kind`` (``judge``, ``real``, ``noise`` or ``generated``) and figures; see :class:`Scores`.
+        records: ``kind`` (``environment``, ``judge``, ``real``, ``noise`` or ``generated``) and figures; see
+        :class:`Scores`.
     """
+    yield {"kind": "environment", **environment()}
     config = engine.config
     judge = Judge(*load_digits(DataConfig(), config.resolution, config.model.in_channels))
     svm, network = judge.held_out_accuracy()

@@ -469,6 +469,17 @@ def test_pt_storages_and_tensors_that_disagree(public: Path) -> None:
     refused(public, path, "storage")
 
 
+def storage(kind: bytes) -> bytes:
+    """The opcodes that refer to the first storage of the fixture, of 48 floats."""
+    return b"(X\x07\x00\x00\x00storagec" + kind + b"\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK0tQ"
+
+
+def tensor(shape: bytes = b"K\x0cK\x04\x86", hooks: bytes = b"ccollections\nOrderedDict\n)R") -> bytes:
+    """The opcodes of a tensor of that storage."""
+    arguments = storage(b"torch\nFloatStorage") + b"K\x00" + shape + b"K\x04K\x01\x86" + b"\x89" + hooks
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"
+
+
 @pytest.mark.parametrize(
     ("body", "why"),
     [
@@ -495,10 +506,16 @@ def test_pt_storages_and_tensors_that_disagree(public: Path) -> None:
             b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n)" + b"\x85" * 200_000 + b"X\x03\x00\x00\x00cpuK\x01tQ.",
             "refers",
         ),
-        (b"(" + STORAGE % b"Float" + STORAGE % b"Half" + b"t.", "a storage of two sizes"),
-        (b"(" + STORAGE % b"Float" + STORAGE % b"Complex" + b"t.", "names torch.ComplexStorage"),
-        (TENSOR % b"K\x0cK\x04\x86K\x04K\x01\x86", "holds a Tensor"),  # the next ones' model
-        (TENSOR % b")" + b"\x85" * 200_000 + b"." , "")if False else (TENSOR % b"KK", "proper shape"),
+        (storage(b"torch\nFloatStorage") + storage(b"torch\nHalfStorage") + b"\x86.", "a storage of two sizes"),
+        (storage(b"torch\nComplexFloatStorage") + b".", "names torch.ComplexFloatStorage"),
+        (storage(b"torch.storage\nUntypedStorage") + b".", "names torch.storage.UntypedStorage"),
+        (storage(b"argparse\nNamespace") + b".", "refers to data in a way"),
+        (tensor() + b".", "holds a Tensor, expected a dict"),  # the next ones start from it
+        (tensor(shape=b"K\x0cJ\xff\xff\xff\xff\x86") + b".", "without a proper shape"),
+        (tensor(shape=b")" + b"\x85" * 200_000) + b".", "without a proper shape"),
+        (tensor(hooks=b"cargparse\nNamespace\n)R") + b".", "without a proper shape"),
+        (tensor(hooks=b"}") + b".", "calls torch._utils._rebuild_tensor_v2 in"),
+        (tensor(shape=b"KdKd\x86") + b".", "storage"),
         (b")" + b"\x85" * 200_000 + b".", "holds a tuple, expected a dict"),
         (b"N" * 250_000 + b".", "more than 250000 steps"),
         # Memory for the asking.

@@ -441,7 +441,7 @@ def test_attempts_are_counted_and_limited() -> None:
     x = normal((1, 3, 4, 4), seeded(16))
     result = dopri5(field, x, 1e-6, 1e-9)
     needed = (result.accepted + result.rejected).item()
-    with pytest.raises(RuntimeError, match=f"{needed - 1} attempted steps"):
+    with pytest.raises(RuntimeError, match=f"{needed - 1} attempts"):
         dopri5(field, x, 1e-6, 1e-9, max_attempts=needed - 1)
     assert torch.equal(dopri5(field, x, 1e-6, 1e-9, max_attempts=needed).x, result.x)
 

@@ -1,0 +1,63 @@
+"""Tables of results, for the terminal and for Markdown pages."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TextTable:
+    """A title, a header and rows of text."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """The table as Markdown, its title as a line of text below."""
+        lines = [self.header, tuple("---" for _ in self.header), *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{self.title}\n"
+
+
+def quality_table(records: Sequence[Record]) -> TextTable:
+    """A row per setting of an evaluation: mean and half the range over repeats; real digits and noise first."""
+    environment, judge, *scored = records
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in scored:
+        groups[str(record.get("name", record["kind"]))].append(record)
+    rows = []
+    for name, group in groups.items():
+        # Real digits are the training set itself, of which copying says nothing.
+        keys = ("copying", "copies") if name != "real" else ()
+        copying = [spread([r[key] for r in group], 2) for key in keys] or ["", ""]
+        rows.append(
+            (
+                {"real": "real training digits", "noise": "uniform noise"}.get(name, name),
+                spread([100 * r["agreement"] for r in group], 1) + " %",
+                spread([r["frechet"] for r in group], 2),
+                spread([r["frechet_scan"] for r in group], 1),
+                *copying,
+                str(group[0].get("evaluations", "")),
+            )
+        )
+    generated = [r for r in scored if r["kind"] == "generated"]
+    title = (
+        f"{judge['train']} training digits, {judge['held_out']} held out, of which the classifier reads "
+        f"{100 * judge['held_out_accuracy_svm']:.1f} % right; {generated[0]['count']} digits a set, "
+        f"{1 + max(r['repeat'] for r in generated)} sets (mean ± half the range); torch {environment['torch']}."
+    )
+    header = ("digits", "agreement", "Fréchet", "Fréchet, scans", "copying", "copies", "evaluations")
+    return TextTable(title, header, tuple(rows))
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean, and half the range where there are several."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
