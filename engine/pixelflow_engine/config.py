@@ -19,7 +19,11 @@ T = TypeVar("T")
 
 def _check(condition: bool, where: str, value: object, expected: str) -> None:
     if not condition:
-        raise ConfigError(f"{where}: got {value!r}, expected {expected}")
+        try:
+            shown = repr(value)
+        except ValueError:  # Python refuses to print integers of thousands of digits
+            shown = f"a {type(value).__name__} too long to print"
+        raise ConfigError(f"{where}: got {shown}, expected {expected}")
 
 
 def _check_range(where: str, value: object, low: int, high: int) -> None:
@@ -195,7 +199,10 @@ def _convert(value: object, hint: Any, where: str) -> Any:
             except ValueError:
                 _check(False, where, value, "a number")
         _check(isinstance(value, (int, float)) and not isinstance(value, bool), where, value, "a number")
-        number = float(typing.cast(float, value))
+        try:
+            number = float(typing.cast(float, value))
+        except OverflowError:
+            number = math.inf
         _check(math.isfinite(number), where, value, "a finite number")
         return number
     if hint is int:

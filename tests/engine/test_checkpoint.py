@@ -9,6 +9,7 @@ import json
 import os
 import random
 import secrets
+import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from pixelflow_engine.checkpoint import Checkpoint, convert, folder, load_checkpoint, native, public, save_checkpoint
+from pixelflow_engine.checkpoint import Checkpoint, convert, load_checkpoint, native, public, save_checkpoint
 from pixelflow_engine.config import ModelConfig, PixelFlowConfig, SchedulerConfig, parameter_shapes
 from pixelflow_engine.errors import CheckpointError
 from pixelflow_engine.reference import PixelFlowTransformer
@@ -653,7 +654,7 @@ def test_rubbish_that_cannot_be_removed_is_reported(tmp_path: Path, monkeypatch:
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder.shutil, "rmtree", refuse)
+        patch.setattr(shutil, "rmtree", refuse)
         with pytest.warns(RuntimeWarning, match=r"\.old: the replaced checkpoint could not be removed"):
             save_ours(tmp_path / "a", config, new, True)
     assert_same(load_checkpoint(tmp_path / "a"), config, new)

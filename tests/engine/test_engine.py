@@ -150,15 +150,15 @@ def test_dopri5_is_where_euler_goes_with_many_steps() -> None:
 
     def ends(**options: object) -> torch.Tensor:
         last: list[torch.Tensor] = []
-        engine([1], callback_on_stage_end=lambda e: last.append(e.latents), **options)  # type: ignore[arg-type]
+        engine([1], height=8, width=8, callback_on_stage_end=lambda e: last.append(e.latents), **options)  # type: ignore[arg-type]
         return last[0]
 
-    exact = ends(solver="dopri5", rtol=1e-8, atol=1e-10)
+    exact = ends(solver="dopri5", rtol=1e-6, atol=1e-8)
     size = exact.abs().max().item()
-    errors = [(ends(num_inference_steps=n) - exact).abs().max().item() for n in (25, 100, 400)]
+    errors = [(ends(num_inference_steps=n) - exact).abs().max().item() for n in (20, 80)]
     # First order. In the end they differ a little: Euler's model time reaches its window's end at tau = 0.999, not 1.
     assert errors[0] > 2 * errors[1]
-    assert errors[2] < 5e-3 * size, (errors, size)
+    assert errors[1] < 2e-2 * size, (errors, size)
     assert (ends(solver="dopri5") - exact).abs().max().item() < 1e-2 * size
 
 
