@@ -64,15 +64,15 @@ class Scores:
         agreement: fraction that the classifier reads as the class asked for.
         frechet: Frechet distance to held-out real digits in the classifier's 64 hidden features.
         frechet_scan: the same on the 64 scan values.
-        copying: median distance to the nearest training digit over that to the nearest held-out digit, both sets cut
-            to the same size: 1 for digits that know neither set, towards 0 for copies of training digits.
+        novelty: share of digits whose nearest real digit is a held-out one, over the share of held-out digits among
+            the real ones: about 1 for digits that know neither set, 0 for copies of training digits.
         copies: fraction nearer to a training digit than 99 of 100 held-out digits are.
     """
 
     agreement: float
     frechet: float
     frechet_scan: float
-    copying: float
+    novelty: float
     copies: float
 
 
@@ -81,7 +81,7 @@ class Judge:
 
     Args:
         train, held_out: the real digits.
-        seed: of the hidden features and of the subset that ``copying`` compares.
+        seed: of the hidden features.
     """
 
     def __init__(self, train: ImageSet, held_out: ImageSet, seed: int = 0) -> None:
@@ -91,7 +91,6 @@ class Judge:
         network = MLPClassifier((FEATURES,), learning_rate_init=0.01, max_iter=1000, random_state=seed)
         self.network = network.fit(self.train / 16, self.train_labels)
         self.seed = seed
-        self.subset = np.random.default_rng(seed).permutation(len(self.train))[: len(self.held_out)]
         self.near = float(np.quantile(nearest(self.held_out, self.train), 0.01))
 
     def features(self, scans: Float) -> Float:
@@ -100,13 +99,14 @@ class Judge:
 
     def score(self, scans: Float, labels: Labels) -> Scores:
         """Score digits ``[N, 64]`` that were asked to show ``labels``."""
-        to_train = nearest(scans, self.train[self.subset])
+        to_train, to_held_out = nearest(scans, self.train), nearest(scans, self.held_out)
+        held_out_share = len(self.held_out) / (len(self.held_out) + len(self.train))
         return Scores(
             agreement=float((self.classifier.predict(scans) == labels).mean()),
             frechet=frechet_distance(self.features(scans), self.features(self.held_out)),
             frechet_scan=frechet_distance(scans, self.held_out),
-            copying=float(np.median(to_train) / np.median(nearest(scans, self.held_out))),
-            copies=float((nearest(scans, self.train) < self.near).mean()),
+            novelty=float((to_held_out < to_train).mean() / held_out_share),
+            copies=float((to_train < self.near).mean()),
         )
 
     def score_real(self) -> Scores:

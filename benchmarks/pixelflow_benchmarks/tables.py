@@ -34,16 +34,16 @@ def quality_table(records: Sequence[Record]) -> TextTable:
         groups[str(record.get("name", record["kind"]))].append(record)
     rows = []
     for name, group in groups.items():
-        # Real digits are the training set itself, of which copying says nothing.
-        keys = ("copying", "copies") if name != "real" else ()
-        copying = [spread([r[key] for r in group], 2) for key in keys] or ["", ""]
+        # The real digits are the training set itself.
+        keys = ("novelty", "copies") if name != "real" else ()
+        newness = [spread([r[key] for r in group], 2) for key in keys] or ["", ""]
         rows.append(
             (
                 {"real": "real training digits", "noise": "uniform noise"}.get(name, name),
                 spread([100 * r["agreement"] for r in group], 1) + " %",
                 spread([r["frechet"] for r in group], 2),
                 spread([r["frechet_scan"] for r in group], 1),
-                *copying,
+                *newness,
                 str(group[0].get("evaluations", "")),
             )
         )
@@ -53,7 +53,7 @@ def quality_table(records: Sequence[Record]) -> TextTable:
         f"{100 * judge['held_out_accuracy_svm']:.1f} % right; {generated[0]['count']} digits a set, "
         f"{1 + max(r['repeat'] for r in generated)} sets (mean ± half the range); torch {environment['torch']}."
     )
-    header = ("digits", "agreement", "Fréchet", "Fréchet, scans", "copying", "copies", "evaluations")
+    header = ("digits", "agreement", "Fréchet", "Fréchet, scans", "novelty", "copies", "evaluations")
     return TextTable(title, header, tuple(rows))
 
 

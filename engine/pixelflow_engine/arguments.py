@@ -18,15 +18,20 @@ from .noise import MAX_SEED
 
 def choice(name: str, value: object, options: Sequence[str]) -> str:
     """One of a few words."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(options)}")
     return str(value)
 
 
 def finite_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite number from low to high."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        finite = False
+    if not finite:
         raise ValueError(f"{name}: got {value!r}, expected a finite number")
+    assert isinstance(value, (int, float))
     if not low <= value <= high:
         raise ValueError(f"{name}: got {value!r}, expected a number from {low} to {high}")
     return float(value)
@@ -92,21 +97,31 @@ def labels(value: object, model: ModelConfig, device: torch.device) -> Tensor:
     return torch.tensor(list(value), dtype=torch.int64, device=device)
 
 
-def text(name: str, states: object, mask: object, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Text:
-    """Encoded prompts ``[B, L, E]`` and their mask ``[B, L]``."""
-    if model.cross_attention_dim is None:
-        raise ValueError(f"{name}: expected None for a model without cross-attention")
+def text(
+    prefix: str, states: object, mask: object, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> Text:
+    """``<prefix>encoder_hidden_states [B, L, E]`` and ``<prefix>encoder_attention_mask [B, L]`` of 0 and 1, or None."""
+    name, mask_name = f"{prefix}encoder_hidden_states", f"{prefix}encoder_attention_mask"
     if not isinstance(states, Tensor) or states.ndim != 3 or states.shape[2] != model.cross_attention_dim:
         raise ValueError(f"{name}: got {_shape(states)}, expected a tensor [B, L, {model.cross_attention_dim}]")
-    if min(states.shape) == 0:
-        raise ValueError(f"{name}: got {_shape(states)}, expected at least one image and one text token")
+    if states.numel() == 0 or not states.dtype.is_floating_point:
+        raise ValueError(f"{name}: got {_shape(states)}, expected floats of at least one image and one text token")
+    states = states.to(device=device, dtype=dtype)
     if mask is None:
-        return Text(states.to(device=device, dtype=dtype))
+        return Text(states)
     if not isinstance(mask, Tensor) or mask.shape != states.shape[:2]:
-        raise ValueError(f"{name} mask: got {_shape(mask)}, expected a tensor {tuple(states.shape[:2])}")
-    if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(f"{name} mask: got other values than 0 and 1")
-    return Text(states.to(device=device, dtype=dtype), mask.to(device=device, dtype=torch.float32))
+        raise ValueError(f"{mask_name}: got {_shape(mask)}, expected a tensor {tuple(states.shape[:2])}")
+    others = mask[(mask != 0) & (mask != 1)]
+    if len(others):
+        raise ValueError(f"{mask_name}: got a value of {others[0].item()}, expected 0 and 1 alone")
+    return Text(states, mask.to(device=device, dtype=torch.float32))
+
+
+def no_text(model: ModelConfig, **given: object) -> None:
+    """Refuse text for a model without cross-attention."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: got {_shape(value)}, expected None for a model without cross-attention")
 
 
 def per_image_seeds(value: object, batch: int) -> tuple[int, ...]:
@@ -148,13 +163,29 @@ def images(x: object, model: ModelConfig) -> Tensor:
 
 
 def per_image(name: str, value: Any, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A number or ``[B]`` numbers as ``[B]``."""
-    tensor = torch.as_tensor(value, device=device)
-    if tensor.ndim > 1 or (tensor.ndim == 1 and tensor.shape[0] not in (1, batch)):
+    """A number or ``[B]`` numbers as ``[B]``; whole and positive where ``dtype`` is an integer type."""
+    try:
+        tensor = torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: got {value!r}, expected one number or {batch}, one per image") from None
+    if tensor.ndim > 1 or (tensor.ndim == 1 and tensor.shape[0] not in (1, batch)) or tensor.dtype == torch.bool:
         raise ValueError(f"{name}: got {_shape(tensor)}, expected one number or {batch}, one per image")
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name}: got {tensor.tolist()}, expected finite numbers")
+    if not dtype.is_floating_point and (tensor.dtype.is_floating_point or bool((tensor < 1).any())):
+        raise ValueError(f"{name}: got {tensor.tolist()}, expected integers of at least 1")
     return tensor.to(dtype).expand(batch)
+
+
+def place(device: torch.device | str) -> torch.device:
+    """``device``: one that is there."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: got {str(device)!r}, expected a device that is there ({reason})") from None
+    return found
 
 
 def _seed(name: str, value: object) -> int:

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from . import backends, pictures
+from . import arguments, backends, pictures
 from .checkpoint import bundled_models, convert
 from .engine import PixelFlowEngine, to_uint8
 from .errors import BackendUnavailableError
@@ -26,6 +27,7 @@ from .sampler import StageReport, StepEvent
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 
+N = TypeVar("N", int, float)
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar and no table.")]
 Model = Annotated[str, typer.Option(help="Checkpoint folder or file, or the name of a bundled model.")]
@@ -77,20 +79,22 @@ def generate(
         raise ValueError(
             f"batch-size: got {batch_size}, expected at least {len(labels)}: noise=public is one batch's stream"
         )
+    seeds = arguments.per_image_seeds(seed, len(labels))
     num_stages = engine.config.scheduler.num_stages
-    per_stage = _numbers("steps", steps)
+    per_stage = _numbers("steps", steps, int, "integers")
     parts, reports = [], []
     batches = range(0, len(labels), batch_size)
     with CascadeBar(num_stages * len(batches), disable=quiet) as bar:
         for first in batches:
+            chunk = range(first, min(first + batch_size, len(labels)))
             result = engine(
-                labels[first : first + batch_size],
-                num_inference_steps=[int(v) for v in per_stage] if len(per_stage) > 1 else int(per_stage[0]),
+                [labels[i] for i in chunk],
+                num_inference_steps=per_stage if len(per_stage) > 1 else per_stage[0],
                 guidance_scale=guidance_scale,
                 guidance_schedule=_schedule(guidance_schedule),
                 solver=solver,
                 shift=shift,
-                seed=(seed + first) % 2**64 if seed >= 0 else seed,
+                seed=[seeds[i] for i in chunk] if noise == "counter" else seed,
                 noise=noise,
                 height=height,
                 width=width,
@@ -173,9 +177,13 @@ def convert_command(
     to: Annotated[Literal["safetensors", "public"], typer.Option(help="Form to write.")] = "safetensors",
     weights: Annotated[Literal["auto", "ema", "model"], typer.Option(help="Of a training checkpoint.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the destination.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Convert a checkpoint between the published form and ours, without loss."""
-    checkpoint = convert(source, destination, to=to, weights=weights, overwrite=overwrite)
+    with contextlib.nullcontext() if quiet else console.status(f"converting {source}"):
+        checkpoint = convert(source, destination, to=to, weights=weights, overwrite=overwrite)
+    if quiet:
+        return
     count = sum(tensor.numel() for tensor in checkpoint.state_dict.values())
     console.print(f"wrote {destination}: {count:,} parameters", highlight=False, soft_wrap=True)
 
@@ -187,7 +195,7 @@ class CascadeBar:
         form = "{l_bar}{bar}| {n:.1f}/{total} stages [{elapsed}<{remaining}]"
         # A run of less than two seconds shows nothing.
         self.bar = tqdm(total=total, disable=disable, delay=2, bar_format=form, leave=False)
-        self.stage, self.tau = 0, 0.0
+        self.begun = 0
 
     def __enter__(self) -> CascadeBar:
         return self
@@ -197,9 +205,9 @@ class CascadeBar:
 
     def step(self, event: StepEvent) -> None:
         """Advance to an event."""
-        passed = event.tau - self.tau if event.stage == self.stage else 1 - self.tau + event.tau
-        self.bar.update(passed)
-        self.stage, self.tau = event.stage, event.tau
+        if event.step == 0:
+            self.begun += 1
+        self.bar.update(self.begun - 1 + event.tau - self.bar.n)
 
 
 def stage_table(reports: tuple[StageReport, ...] | list[StageReport], images: int) -> Table:
@@ -236,11 +244,11 @@ def merge(reports: tuple[StageReport, ...]) -> StageReport:
     )
 
 
-def _numbers(name: str, value: str) -> list[float]:
+def _numbers(name: str, value: str, kind: type[N], what: str) -> list[N]:
     try:
-        return [float(part) if name != "steps" else int(part) for part in value.split(",")]
+        return [kind(part) for part in value.split(",")]
     except ValueError:
-        raise ValueError(f"{name}: got {value!r}, expected numbers separated by commas") from None
+        raise ValueError(f"{name}: got {value!r}, expected {what} separated by commas") from None
 
 
 def _schedule(value: str) -> Literal["stagewise", "constant"] | list[float]:
@@ -248,4 +256,4 @@ def _schedule(value: str) -> Literal["stagewise", "constant"] | list[float]:
         return "stagewise"
     if value == "constant":
         return "constant"
-    return _numbers("guidance-schedule", value)
+    return _numbers("guidance-schedule", value, float, "stagewise, constant, or numbers")

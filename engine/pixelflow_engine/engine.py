@@ -93,8 +93,10 @@ class PixelFlowEngine:
         Raises:
             CheckpointError: the checkpoint is missing, damaged or not what it should be.
             BackendUnavailableError: the named backend cannot run here.
+            ValueError: the device is not there, or the type is another.
         """
         backends.choose(backend)
+        device = arguments.place(device)
         return cls.from_checkpoint(load_checkpoint(path_or_name, weights), device, dtype, backend)
 
     @classmethod
@@ -106,6 +108,7 @@ class PixelFlowEngine:
         backend: str = "auto",
     ) -> PixelFlowEngine:
         """The same from a checkpoint in memory, whose tensors are copied only where type or device differ."""
+        device = arguments.place(device)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"dtype: got {dtype}, expected float32, bfloat16, float16 or float64")
         with torch.device("meta"):
@@ -254,10 +257,12 @@ class PixelFlowEngine:
             _same_batch("class_labels", len(labels), batch)
         elif class_labels is not None:
             arguments.labels(class_labels, config, self.device)
-        if config.cross_attention_dim is not None or encoder_hidden_states is not None:
-            text = arguments.text(
-                "encoder_hidden_states", encoder_hidden_states, encoder_attention_mask, config, self.device, self.dtype
+        if config.cross_attention_dim is None:
+            arguments.no_text(
+                config, encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_attention_mask
             )
+        else:
+            text = arguments.text("", encoder_hidden_states, encoder_attention_mask, config, self.device, self.dtype)
             _same_batch("encoder_hidden_states", len(text.states), batch)
         size = width // p if latent_size is None else latent_size
         tokens = model(
@@ -284,7 +289,7 @@ class PixelFlowEngine:
         if config.cross_attention_dim is not None:
             if class_labels is not None and config.num_classes == 0:
                 arguments.labels(class_labels, config, self.device)
-            prompt = arguments.text("encoder_hidden_states", *text, config, self.device, self.dtype)
+            prompt = arguments.text("", *text, config, self.device, self.dtype)
             batch = len(prompt.states)
             labels = None
             if config.num_classes > 0:
@@ -292,7 +297,7 @@ class PixelFlowEngine:
                 _same_batch("class_labels", len(labels), batch)
             null = None
             if guided:
-                null = arguments.text("null_encoder_hidden_states", *null_text, config, self.device, self.dtype)
+                null = arguments.text("null_", *null_text, config, self.device, self.dtype)
                 if len(null.states) == 1:
                     mask = None if null.mask is None else null.mask.expand(batch, -1)
                     null = Text(null.states.expand(batch, -1, -1), mask)
@@ -303,9 +308,13 @@ class PixelFlowEngine:
                         f"{prompt.states.shape[1]} as in encoder_hidden_states (pad and mask the shorter)"
                     )
             return Condition(class_labels=labels, text=prompt, null_text=null), batch
-        for name, given in (("encoder_hidden_states", text[0]), ("null_encoder_hidden_states", null_text[0])):
-            if given is not None:
-                raise ValueError(f"{name}: expected None for a model without cross-attention")
+        arguments.no_text(
+            config,
+            encoder_hidden_states=text[0],
+            encoder_attention_mask=text[1],
+            null_encoder_hidden_states=null_text[0],
+            null_encoder_attention_mask=null_text[1],
+        )
         if config.num_classes > 0:
             labels = arguments.labels(class_labels, config, self.device)
             return Condition(class_labels=labels), len(labels)
@@ -315,7 +324,11 @@ class PixelFlowEngine:
             raise ValueError(
                 f"guidance_scale: got weights {list(weights)}, expected 1 for a model with neither classes nor text"
             )
-        return Condition(), len(seed) if isinstance(seed, (list, tuple)) else 1
+        if not isinstance(seed, (list, tuple)):
+            return Condition(), 1
+        if len(seed) == 0:
+            raise ValueError("seed: got no seeds, expected at least one")
+        return Condition(), len(seed)
 
     def _noise(self, noise: object, seed: object, batch: int) -> tuple[NoiseSource, tuple[int, ...]]:
         """The source of randomness, and the seeds that repeat it."""

@@ -115,7 +115,8 @@ def write_images(images: NDArray[np.float32], output: str) -> list[Path]:
 
 def check_output(output: str) -> str:
     """Refuse a path that :func:`write_images` would refuse, before any work is done."""
-    if not (output.endswith("/") or Path(output).is_dir() or Path(output).suffix in (".png", ".npz", ".npy")):
+    folder = output.endswith("/") or (output != "" and Path(output).is_dir())
+    if not folder and Path(output).suffix not in (".png", ".npz", ".npy"):
         raise ValueError(f"output: got {output!r}, expected a path ending in .png, .npz, .npy or /")
     return output
 

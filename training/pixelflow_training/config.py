@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -12,6 +13,12 @@ import yaml
 
 from pixelflow_engine.config import ModelConfig, PixelFlowConfig, SchedulerConfig, from_mapping
 from pixelflow_engine.errors import ConfigError
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        limit = f"at least {low}" if high == math.inf else f"a number from {low} to {high}"
+        raise ConfigError(f"{name}: got {value}, expected {limit}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +34,11 @@ class AugmentConfig:
     rotate: float = 0.0
     scale: float = 0.0
     shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("data.augment.rotate", self.rotate, 0, 180)
+        _check("data.augment.scale", self.scale, 0, 0.9)
+        _check("data.augment.shift", self.shift, 0, 1)
 
     @property
     def active(self) -> bool:
@@ -70,6 +82,15 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine"] = "constant"
     max_grad_norm: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check("optimizer.lr", self.lr, 0, math.inf)
+        _check("optimizer.weight_decay", self.weight_decay, 0, math.inf)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas: got {list(self.betas)}, expected two numbers from 0 to below 1")
+        _check("optimizer.warmup_steps", self.warmup_steps, 0, math.inf)
+        if self.max_grad_norm <= 0:
+            raise ConfigError(f"optimizer.max_grad_norm: got {self.max_grad_norm}, expected a number above 0")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
@@ -84,7 +105,7 @@ class TrainConfig:
         label_drop: probability that a label is replaced by the null class.
         seed: of everything that is drawn.
         log_every: steps between lines of the log.
-        eval_every: steps between losses on held-out images.
+        eval_every: steps between losses on held-out images; the averaged model is saved then too.
     """
 
     model: ModelConfig
@@ -101,12 +122,12 @@ class TrainConfig:
     eval_every: int = 500
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("log_every", 1), ("eval_every", 1), ("batch_size", self.scheduler.num_stages)):
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least {low}")
-        for name in ("ema_decay", "label_drop"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected a number from 0 to 1")
+        for name in ("steps", "log_every", "eval_every"):
+            _check(name, getattr(self, name), 1, math.inf)
+        _check("batch_size", self.batch_size, self.scheduler.num_stages, math.inf)
+        _check("seed", self.seed, 0, 2**63 - 1)
+        _check("ema_decay", self.ema_decay, 0, 1)
+        _check("label_drop", self.label_drop, 0, 1)
         if self.model.dropout != 0.0:
             raise ConfigError(f"model.dropout: got {self.model.dropout}, expected 0 (packed attention has no dropout)")
         if self.model.cross_attention_dim is not None:
@@ -162,13 +183,16 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"{path}: got {type(data).__name__}, expected a mapping")
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override: got {override!r}, expected key=value")
         *parents, last = key.split(".")
+        if not equals or not all([*parents, last]):
+            raise ConfigError(f"override: got {override!r}, expected key=value")
         target = data
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"override: got {override!r}, but {parent} is not a group of keys")
-        target[last] = yaml.safe_load(value)
+        try:
+            target[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"override: got {override!r}, whose value is not YAML") from None
     return from_mapping(TrainConfig, data, path.name)

@@ -36,9 +36,9 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 def build_model(config: TrainConfig) -> PackedTransformer:
     """A freshly drawn model; torch's global generator is left as it was."""
-    model = PackedTransformer(config.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(config.seed, Purpose.WEIGHTS).initial_seed())
+        model = PackedTransformer(config.model)
         model.initialize()
     return model
 
@@ -65,13 +65,14 @@ def batch_losses(model: PackedTransformer, batch: Batch) -> Tensor:
     return image_losses(velocities, batch.targets, batch.layout)
 
 
-def per_stage(losses: Tensor, stage: Tensor, num_stages: int) -> list[float]:
-    """Mean loss of each stage; NaN for a stage without images."""
-    return [losses[stage == s].mean().item() for s in range(num_stages)]
+def per_stage(losses: Tensor, stage: Tensor, num_stages: int) -> list[float | None]:
+    """Mean loss of each stage; None for a stage without images."""
+    members = [losses[stage == s] for s in range(num_stages)]
+    return [part.mean().item() if len(part) else None for part in members]
 
 
 @torch.no_grad()
-def held_out_loss(model: PackedTransformer, batches: list[Batch], num_stages: int) -> list[float]:
+def held_out_loss(model: PackedTransformer, batches: list[Batch], num_stages: int) -> list[float | None]:
     """Mean loss of each stage over held-out images."""
     losses = torch.cat([batch_losses(model, batch) for batch in batches])
     return per_stage(losses, torch.cat([batch.stage for batch in batches]), num_stages)
@@ -83,7 +84,8 @@ def train(config: TrainConfig, output: Path, quiet: bool = False) -> Path:
     Args:
         config: the recipe.
         output: run directory, which must not hold a run yet; gets ``recipe.yaml``, ``log.jsonl`` (one line per
-            ``log_every`` steps and per evaluation, written as it happens) and ``model/``.
+            ``log_every`` steps and per evaluation, written as it happens) and ``model/``, the averaged model as of the
+            last evaluation.
         quiet: no progress bar.
 
     Returns:
@@ -93,15 +95,15 @@ def train(config: TrainConfig, output: Path, quiet: bool = False) -> Path:
         FileExistsError: ``output`` holds a run.
         FloatingPointError: the loss is not finite; the log names the step.
     """
-    log_path = output / "log.jsonl"
-    if log_path.exists():
+    log_path, folder = output / "log.jsonl", output / "model"
+    if log_path.exists() or folder.exists():
         raise FileExistsError(f"output: {output} already holds a run; give another directory")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
-
     num_stages = config.scheduler.num_stages
     train_set, held_out = load_digits(config.data, config.resolution, config.model.in_channels)
     evaluation = list(held_out_batches(config, held_out))
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+
     model = build_model(config)
     ema = EMA(model, config.ema_decay)
     optimizer = torch.optim.AdamW(
@@ -116,7 +118,7 @@ def train(config: TrainConfig, output: Path, quiet: bool = False) -> Path:
     with log_path.open("x", encoding="utf-8") as log, tqdm(total=config.steps, disable=quiet, unit="step") as bar:
 
         def write(record: dict[str, object]) -> None:
-            log.write(json.dumps(record) + "\n")
+            log.write(json.dumps(record, allow_nan=False) + "\n")
             log.flush()
 
         for step in range(config.steps):
@@ -129,7 +131,7 @@ def train(config: TrainConfig, output: Path, quiet: bool = False) -> Path:
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
             if not torch.isfinite(norm):
-                write({"event": "nonfinite", "step": step + 1, "loss": loss.item(), "grad_norm": norm.item()})
+                write({"event": "nonfinite", "step": step + 1, "loss": str(loss.item()), "grad_norm": str(norm.item())})
                 raise FloatingPointError(f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -155,6 +157,7 @@ def train(config: TrainConfig, output: Path, quiet: bool = False) -> Path:
                 bar.set_postfix_str(f"loss {loss.item():.4f}, {images / (now - lap):.0f} images/s", refresh=False)
                 lap, images, tokens = now, 0, 0
             if done % config.eval_every == 0 or done == config.steps:
+                paused = time.perf_counter()
                 losses_held_out = held_out_loss(ema.model, evaluation, num_stages)
                 write(
                     {
@@ -164,7 +167,6 @@ def train(config: TrainConfig, output: Path, quiet: bool = False) -> Path:
                         "seconds": time.perf_counter() - began,
                     }
                 )
-                lap = time.perf_counter()
-    folder = output / "model"
-    save_checkpoint(folder, config.network, dict(ema.model.state_dict()))
+                save_checkpoint(folder, config.network, dict(ema.model.state_dict()), overwrite=True)
+                lap += time.perf_counter() - paused  # speed is that of training alone
     return folder
