@@ -21,7 +21,7 @@ def evaluate_digits_command(
     model: Annotated[str, typer.Option(help="Checkpoint or bundled model.")] = "digits",
     count: Annotated[int, typer.Option(min=200, help="Images per setting and repeat.")] = 1000,
     repeats: Annotated[int, typer.Option(min=1, help="Disjoint sets of seeds.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1)] = 250,
+    batch_size: Annotated[int, typer.Option(min=1)] = 100,
     only: Annotated[str | None, typer.Option(help="Only settings whose name contains this.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON lines to write.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,

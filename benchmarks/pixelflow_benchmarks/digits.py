@@ -46,10 +46,8 @@ SETTINGS = (
     Setting(steps=30),
     Setting(solver="dopri5"),
     Setting(steps=10, guidance_schedule="constant"),
-    Setting(steps=10, guidance_scale=1.5),
     Setting(steps=10, guidance_schedule="constant", guidance_scale=1.5),
     Setting(steps=10, guidance_scale=1.0),
-    Setting(solver="dopri5", guidance_scale=1.0),
 )
 
 

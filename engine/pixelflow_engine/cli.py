@@ -122,9 +122,9 @@ def quickstart(
     engine = PixelFlowEngine.from_pretrained("digits", device)
     output.mkdir(parents=True, exist_ok=True)
     classes = engine.config.model.num_classes
-    labels = [label for label in range(classes) for _ in range(samples)]
+    labels = list(range(classes)) * samples
     resolution = engine.config.resolution
-    recorder = pictures.CascadeRecorder(resolution, resolution, columns=samples, zoom=2)
+    recorder = pictures.CascadeRecorder(resolution, resolution, columns=classes, zoom=2)
     with CascadeBar(engine.config.scheduler.num_stages, disable=quiet) as bar:
 
         def on_step(event: StepEvent) -> None:
@@ -134,7 +134,7 @@ def quickstart(
         result = engine(labels, seed=seed, output_type="np", callback_on_step_end=on_step)
     sheet, animation = output / "digits.png", output / "cascade.webp"
     images = np.asarray(result.images)
-    pictures.save_png(pictures.contact_sheet(to_uint8(images), samples, zoom=2), sheet)
+    pictures.save_png(pictures.contact_sheet(to_uint8(images), classes, zoom=2), sheet)
     recorder.save(animation)
     if not quiet:
         console.print(stage_table(result.stages, len(labels)))
@@ -212,7 +212,7 @@ class CascadeBar:
 
 def stage_table(reports: tuple[StageReport, ...] | list[StageReport], images: int) -> Table:
     """A row per stage."""
-    table = Table("stage", "resolution", "tokens", "guidance", "steps", "evaluations", "seconds", "images/s")
+    table = Table("stage", "pixels", "tokens", "guidance", "steps", "evals", "seconds", "images/s")
     for column in table.columns:
         column.justify = "right"
     for r in reports:

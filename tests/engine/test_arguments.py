@@ -250,6 +250,13 @@ def test_what_is_right_is_not_refused(
     assert {"PackedTransformer.forward", f"{source}.initial", f"{source}.block"} == set(work), "the spy sees nothing"
 
 
+@pytest.mark.parametrize(
+    ("seed", "seeds"), [(5, (5, 6)), (2**64 - 1, (2**64 - 1, 0)), ([9, 3], (9, 3)), ((2**64 - 1, 0), (2**64 - 1, 0))]
+)
+def test_seeds_count_up_and_wrap(seed: Any, seeds: tuple[int, ...], engines: dict[str, PixelFlowEngine]) -> None:
+    assert engines["classes"]([1, 2], num_inference_steps=1, seed=seed).seeds == seeds
+
+
 # --- velocity ----------------------------------------------------------------------------------------------
 
 VELOCITY_BASE: dict[str, dict[str, Any]] = {

@@ -350,11 +350,14 @@ def test_doctor_says_what_is_there(run: Run) -> None:
         assert word in ran.out
 
 
-def test_every_command_is_listed(run: Run) -> None:
-    ran = run("--help")
-    assert ran.code == 0
-    for command in ("generate", "quickstart", "doctor", "convert", "train", "eval"):
-        assert command in ran.out
+@pytest.mark.parametrize("command", ["generate", "quickstart", "doctor", "convert", "train", "eval"])
+def test_every_command_is_listed_and_explains_itself(command: str, run: Run) -> None:
+    listed = run("--help")
+    assert listed.code == 0
+    assert any(command in line.split()[:2] for line in listed.out.splitlines()), listed.out
+    explained = run(command, "--help")
+    assert (explained.code, explained.err) == (0, "")
+    assert f" {command} " in explained.out
 
 
 # --- quickstart --------------------------------------------------------------------------------------------
@@ -368,22 +371,27 @@ def test_quickstart_draws_every_digit(run: Run, tmp_path: Path) -> None:
     assert str(output / "digits.png") in ran.out
     assert str(output / "cascade.webp") in ran.out
     engine = PixelFlowEngine.from_pretrained("digits")
-    labels = [label for label in range(10) for _ in range(2)]
+    labels = [*range(10), *range(10)]  # a class is a column
     images = np.rint(arrays(engine, labels, num_inference_steps=10, seed=0) * 255).astype(np.uint8)
     side = 2 * engine.config.resolution + 2
     with Image.open(output / "digits.png") as sheet:
-        assert sheet.size == (2 * side + 2, 10 * side + 2)
+        assert sheet.size == (10 * side + 2, 2 * side + 2)
         drawn = np.asarray(sheet)
     for i, image in enumerate(images):
-        top, left = 2 + i // 2 * side, 2 + i % 2 * side
+        top, left = 2 + i // 10 * side, 2 + i % 10 * side
         assert np.array_equal(drawn[top : top + side - 2 : 2, left : left + side - 2 : 2], image)
+    steps = 10 * engine.config.scheduler.num_stages
+    frames, milliseconds = [], 0
     with Image.open(output / "cascade.webp") as animation:
-        assert animation.size == (2 * side + 2, 10 * side + 2)
-        assert animation.n_frames == 10 * engine.config.scheduler.num_stages  # type: ignore[attr-defined]
-        animation.seek(animation.n_frames - 1)  # type: ignore[attr-defined]
-        last = np.asarray(animation.convert("RGB")).astype(int)
-        animation.seek(0)
-        first = np.asarray(animation.convert("RGB")).astype(int)
+        assert animation.size == (10 * side + 2, 2 * side + 2)
+        for i in range(animation.n_frames):  # type: ignore[attr-defined]
+            animation.seek(i)
+            frames.append(np.asarray(animation.convert("RGB")).astype(int))
+            milliseconds += animation.info["duration"]
+    # A stage's last step is a thousandth of the stage: where no pixel changes, the format joins it to the step before.
+    assert steps - engine.config.scheduler.num_stages <= len(frames) <= steps
+    assert milliseconds == 120 * (steps - 1) + 2000
+    first, last = frames[0], frames[-1]
     # The format is lossy: a few of 255 levels on average, where noise is tens away.
     assert np.abs(last - drawn).mean() < 8
     assert np.abs(first - drawn).mean() > 24

@@ -103,16 +103,16 @@ def test_recorder_draws_every_step_and_ends_with_the_images() -> None:
     assert np.array_equal(np.asarray(recorder.frames[0]), np.asarray(contact_sheet(first, columns, zoom)))
 
 
-def smooth_state(side: int, direction: int) -> torch.Tensor:
+def smooth_state(side: int, direction: int, sign: int) -> torch.Tensor:
     """Two images with a ramp down the rows or along the columns, in [-1, 1]: little that a lossy format may drop."""
-    ramp = torch.linspace(-1, 1, side)
+    ramp = sign * torch.linspace(-1, 1, side)
     image = ramp[:, None].expand(side, side) if direction == 0 else ramp.expand(side, side)
     return torch.stack([image, -image])[:, None].expand(-1, 3, -1, -1)
 
 
 def test_animation_is_animated_and_holds_its_last_frame(tmp_path: Path) -> None:
     recorder = CascadeRecorder(32, 32, columns=2)
-    states = [smooth_state(8, 0), smooth_state(16, 1), smooth_state(32, 0), smooth_state(32, 1)]
+    states = [smooth_state(8, 0, 1), smooth_state(16, 1, 1), smooth_state(32, 0, -1), smooth_state(32, 1, -1)]
     for step, state in enumerate(states):
         recorder(StepEvent(stage=0, step=step, tau=1.0, latents=state))
     path = tmp_path / "cascade.webp"
@@ -195,9 +195,9 @@ def test_npy_keeps_every_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_folder_gets_a_file_per_image(exists: bool, channels: int, tmp_path: Path) -> None:
     images = random_images(3, 4, 6, channels)
-    folder = tmp_path / "many.png"  # a folder is a folder whatever its name
+    folder = tmp_path / "new" / "many.png"  # a folder is a folder whatever its name
     if exists:
-        folder.mkdir()
+        folder.mkdir(parents=True)
         (folder / "kept.txt").write_text("kept")
     files = write_images(images, str(folder) if exists else f"{folder}/")
     assert files == [folder / f"{i:06d}.png" for i in range(3)]

@@ -188,6 +188,12 @@ def test_a_file_that_is_no_recipe(text: str | bytes, said: list[str], tmp_path: 
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["", "- model\n", "model\n"])
+def test_an_override_of_a_file_that_is_no_recipe(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        load_config(written(tmp_path, text), ["steps=1"])
+
+
 @pytest.mark.parametrize("name", ["digit", "digits.yaml", "no/such/file.yaml", ""])
 def test_a_recipe_that_is_not_found_lists_those_that_are(name: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -407,13 +407,13 @@ def test_a_split_that_cannot_be_made_leaves_nothing(recipe: Callable[..., TrainC
     assert not (tmp_path / "run").exists()
 
 
-def diverged(recipe: Callable[..., TrainConfig], output: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Train until the third batch, which has a NaN."""
+def diverged(recipe: Callable[..., TrainConfig], output: Path, monkeypatch: pytest.MonkeyPatch, last: int = 3) -> str:
+    """Train until a step (from 1) whose batch has a NaN."""
     honest = loop.training_batch
 
     def poisoned(config: TrainConfig, data: ImageSet, step: int) -> Batch:
         batch = honest(config, data, step)
-        if step == 2:
+        if step == last - 1:
             batch.targets[0, 0] = math.nan
         return batch
 
@@ -432,6 +432,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_logged(
     assert not (tmp_path / "run" / "model").exists()
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [(line["event"], line["step"]) for line in lines] == [("train", 1), ("train", 2), ("nonfinite", 3)]
+
+
+def test_a_run_that_stops_keeps_the_model_of_its_last_evaluation(
+    recipe: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverged(recipe, tmp_path / "run", monkeypatch, last=8)
+    lines = records(tmp_path / "run")
+    assert [line["step"] for line in lines if line["event"] == "held_out"] == [5]
+    model = PixelFlowEngine.from_pretrained(tmp_path / "run" / "model").model
+    config = recipe()
+    _, held_out = load_digits(config.data, config.resolution, config.model.in_channels)
+    losses = loop.held_out_loss(model, list(loop.held_out_batches(config, held_out)), 2)
+    assert losses == pytest.approx(next(line["stage_loss"] for line in lines if line["event"] == "held_out"))
 
 
 def test_the_log_of_a_run_that_diverged_is_json(
