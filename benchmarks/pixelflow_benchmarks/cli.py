@@ -31,7 +31,7 @@ def evaluate_digits_command(
         import scipy  # noqa: F401
         import sklearn  # noqa: F401
     except ImportError as error:
-        raise ImportError("eval needs scikit-learn and scipy: pip install 'pixelflow-engine[eval]'") from error
+        raise ImportError("eval needs scikit-learn and scipy: the extra `eval` (in a clone: make setup)") from error
     from pixelflow_engine import PixelFlowEngine
 
     from . import digits

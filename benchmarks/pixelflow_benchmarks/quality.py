@@ -62,7 +62,7 @@ class Scores:
 
     Attributes:
         agreement: fraction that the classifier reads as the class asked for.
-        frechet: Frechet distance to held-out real digits in the classifier's 64 hidden features.
+        frechet: Frechet distance to held-out real digits in the 64 hidden features of a small network.
         frechet_scan: the same on the 64 scan values.
         novelty: share of digits whose nearest real digit is a held-out one, over the share of held-out digits among
             the real ones: about 1 for digits that know neither set, 0 for copies of training digits.

@@ -9,7 +9,7 @@ images = engine(class_labels=[3, 7], seed=1).images
 from .checkpoint import Checkpoint, convert, load_checkpoint, save_checkpoint
 from .config import ModelConfig, PixelFlowConfig, SchedulerConfig
 from .engine import PixelFlowEngine, SamplingOutput
-from .errors import BackendUnavailableError, CheckpointError, ConfigError
+from .errors import BackendUnavailableError, CheckpointError, ConfigError, ConvergenceError
 from .sampler import StageEvent, StageReport, StepEvent
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
+    "ConvergenceError",
     "ModelConfig",
     "PixelFlowConfig",
     "PixelFlowEngine",

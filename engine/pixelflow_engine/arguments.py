@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 import secrets
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,18 +26,15 @@ def choice(name: str, value: object, options: Sequence[str]) -> str:
     return str(value)
 
 
-def finite_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
-    """A finite number from low to high."""
+def finite_number(name: str, value: object) -> float:
+    """A finite number, Python's or numpy's."""
     try:
-        finite = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        finite = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
     except OverflowError:  # an integer beyond every float
         finite = False
     if not finite:
         raise ValueError(f"{name}: got {value!r}, expected a finite number")
-    assert isinstance(value, (int, float))
-    if not low <= value <= high:
-        raise ValueError(f"{name}: got {value!r}, expected a number from {low} to {high}")
-    return float(value)
+    return float(value)  # type: ignore[arg-type]
 
 
 def positive_number(name: str, value: object) -> float:
@@ -47,28 +47,48 @@ def positive_number(name: str, value: object) -> float:
 
 def positive_integer(name: str, value: object) -> int:
     """An integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    number = integer(value)
+    if number is None or number < 1:
         raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
-    return value
+    return number
+
+
+def integer(value: object) -> int | None:
+    """Python's, numpy's and torch's integers as Python's; None for anything else, truth values among it."""
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def sequence(value: object) -> list[Any] | None:
+    """A list, tuple, range, array or tensor of one dimension as a list; None for anything else."""
+    if isinstance(value, (np.ndarray, Tensor)):
+        return value.tolist() if value.ndim == 1 else None
+    return list(value) if isinstance(value, (list, tuple, range)) else None
 
 
 def steps(value: object, num_stages: int) -> tuple[int, ...]:
     """``num_inference_steps``: one number for all stages or one per stage."""
     name = "num_inference_steps"
-    if isinstance(value, (list, tuple)):
-        if len(value) != num_stages:
-            raise ValueError(f"{name}: got {len(value)} values, expected {num_stages}, one per stage")
-        return tuple(positive_integer(f"{name}[{i}]", v) for i, v in enumerate(value))
-    return (positive_integer(name, value),) * num_stages
+    several = sequence(value)
+    if several is None:
+        return (positive_integer(name, value),) * num_stages
+    if len(several) != num_stages:
+        raise ValueError(f"{name}: got {len(several)} values, expected {num_stages}, one per stage")
+    return tuple(positive_integer(f"{name}[{i}]", v) for i, v in enumerate(several))
 
 
 def guidance_weights(scale: object, schedule: object, num_stages: int) -> tuple[float, ...]:
     """``guidance_scale`` and ``guidance_schedule``: the weight of each stage."""
     number = finite_number("guidance_scale", scale)
-    if isinstance(schedule, (list, tuple)):
-        if len(schedule) != num_stages:
-            raise ValueError(f"guidance_schedule: got {len(schedule)} weights, expected {num_stages}, one per stage")
-        return tuple(finite_number(f"guidance_schedule[{i}]", w) for i, w in enumerate(schedule))
+    several = sequence(schedule)
+    if several is not None:
+        if len(several) != num_stages:
+            raise ValueError(f"guidance_schedule: got {len(several)} weights, expected {num_stages}, one per stage")
+        return tuple(finite_number(f"guidance_schedule[{i}]", w) for i, w in enumerate(several))
     if choice("guidance_schedule", schedule, ("stagewise", "constant")) == "constant":
         return (number,) * num_stages
     return guidance.stagewise_weights(number, num_stages)
@@ -78,23 +98,21 @@ def labels(value: object, model: ModelConfig, device: torch.device) -> Tensor:
     """``class_labels``: integers from 0 to ``num_classes``, the last being the null class, as ``[B]`` int64."""
     if model.num_classes == 0:
         raise ValueError(f"class_labels: got {value!r}, expected None for a model without classes")
-    if isinstance(value, Tensor):
-        if value.dtype.is_floating_point or value.dtype == torch.bool or value.ndim != 1:
-            raise ValueError(
-                f"class_labels: got a tensor {tuple(value.shape)} of {value.dtype}, expected one dimension of integers"
-            )
-        value = value.tolist()
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = [value]
-    if not isinstance(value, (list, tuple, range)) or len(value) == 0:
-        raise ValueError(f"class_labels: got {value!r}, expected an integer or a non-empty list of integers")
-    for i, label in enumerate(value):
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label <= model.num_classes:
+    if isinstance(value, Tensor) and (value.dtype.is_floating_point or value.dtype == torch.bool):
+        raise ValueError(f"class_labels: got {_shape(value)}, expected integers")
+    single = integer(value)
+    several = sequence(value) if single is None else [single]
+    if not several:
+        got = _shape(value) if isinstance(value, Tensor) and value.ndim > 1 else repr(value)
+        raise ValueError(f"class_labels: got {got}, expected an integer or a non-empty list of integers")
+    for i, label in enumerate(several):
+        number = integer(label)
+        if number is None or not 0 <= number <= model.num_classes:
             raise ValueError(
                 f"class_labels[{i}]: got {label!r}, expected an integer from 0 to {model.num_classes} "
                 f"({model.num_classes} is the null class)"
             )
-    return torch.tensor(list(value), dtype=torch.int64, device=device)
+    return torch.tensor([integer(label) for label in several], dtype=torch.int64, device=device)
 
 
 def text(
@@ -128,17 +146,18 @@ def per_image_seeds(value: object, batch: int) -> tuple[int, ...]:
     """``seed`` of counter noise: one per image, or a first one from which images count up, or None for fresh ones."""
     if value is None:
         return tuple(secrets.randbits(64) for _ in range(batch))
-    if isinstance(value, (list, tuple)):
-        if len(value) != batch:
-            raise ValueError(f"seed: got {len(value)} seeds, expected {batch}, one per image")
-        return tuple(_seed(f"seed[{i}]", v) for i, v in enumerate(value))
+    several = sequence(value)
+    if several is not None:
+        if len(several) != batch:
+            raise ValueError(f"seed: got {len(several)} seeds, expected {batch}, one per image")
+        return tuple(_seed(f"seed[{i}]", v) for i, v in enumerate(several))
     first = _seed("seed", value)
     return tuple((first + i) % (MAX_SEED + 1) for i in range(batch))
 
 
 def stream_seed(value: object) -> int | None:
     """``seed`` of the published code's random stream: one for the whole batch, or None for torch's global generator."""
-    if isinstance(value, (list, tuple)):
+    if sequence(value) is not None:
         raise ValueError(f"seed: got {value!r}, expected one integer: noise='public' is one stream for the batch")
     return None if value is None else _seed("seed", value)
 
@@ -189,9 +208,10 @@ def place(device: torch.device | str) -> torch.device:
 
 
 def _seed(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
+    number = integer(value)
+    if number is None or not 0 <= number <= MAX_SEED:
         raise ValueError(f"{name}: got {value!r}, expected an integer from 0 to 2^64 - 1")
-    return value
+    return number
 
 
 def _shape(value: object) -> str:

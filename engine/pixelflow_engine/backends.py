@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,16 +30,16 @@ class Backend:
 
 def backends() -> tuple[Backend, ...]:
     """Every backend and whether it can run."""
-    kernels_missing = "the fused kernels are not part of this version"
+    package = "is installed" if importlib.util.find_spec("flash_attn") else "is not installed"
     return (
         Backend("torch", True, f"PyTorch {torch.__version__}, on any device"),
-        Backend("triton", False, kernels_missing),
-        Backend("flash", False, kernels_missing),
+        Backend("triton", False, "the fused kernels are not part of this version"),
+        Backend("flash", False, f"this version does not call FlashAttention (flash_attn {package})"),
     )
 
 
 def choose(name: str) -> Backend:
-    """The backend of that name; ``auto`` is the fastest one that can run.
+    """The backend of that name; ``auto`` is ``torch`` as long as there is no faster one.
 
     Raises:
         ValueError: no such backend.

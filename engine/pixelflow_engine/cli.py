@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from . import arguments, backends, pictures
 from .checkpoint import bundled_models, convert
 from .engine import PixelFlowEngine, to_uint8
-from .errors import BackendUnavailableError
+from .errors import BackendUnavailableError, ConvergenceError
 from .sampler import StageReport, StepEvent
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -44,9 +44,24 @@ def main() -> None:
             app.command(entry_point.name)(command)
     try:
         app()
-    except (ValueError, OSError, ImportError, BackendUnavailableError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, BackendUnavailableError, ConvergenceError, FloatingPointError) as error:
         print(f"pixelflow: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"pixelflow-engine {metadata.version('pixelflow-engine')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    """Sample images with PixelFlow, train it and measure it."""
 
 
 @app.command()
@@ -119,7 +134,8 @@ def quickstart(
     quiet: Quiet = False,
 ) -> None:
     """Sample every class of the bundled model: a contact sheet, the cascade as an animation, and times."""
-    engine = PixelFlowEngine.from_pretrained("digits", device)
+    # Not by name: a folder of that name where the user stands would win.
+    engine = PixelFlowEngine.from_pretrained(bundled_models()["digits"], device)
     output.mkdir(parents=True, exist_ok=True)
     classes = engine.config.model.num_classes
     labels = list(range(classes)) * samples
@@ -138,8 +154,8 @@ def quickstart(
     recorder.save(animation)
     if not quiet:
         console.print(stage_table(result.stages, len(labels)))
-    console.print(f"{classes} classes, {samples} samples each: {sheet}", highlight=False, soft_wrap=True)
-    console.print(f"the cascade, step by step:    {animation}", highlight=False, soft_wrap=True)
+        console.print(f"{classes} classes, {samples} samples each: {sheet}", highlight=False, soft_wrap=True)
+        console.print(f"the cascade, step by step:    {animation}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -194,7 +210,7 @@ class CascadeBar:
     def __init__(self, total: int, disable: bool) -> None:
         form = "{l_bar}{bar}| {n:.1f}/{total} stages [{elapsed}<{remaining}]"
         # A run of less than two seconds shows nothing.
-        self.bar = tqdm(total=total, disable=disable, delay=2, bar_format=form, leave=False)
+        self.bar = tqdm(total=total, disable=disable or None, delay=2, bar_format=form, leave=False)
         self.begun = 0
 
     def __enter__(self) -> CascadeBar:

@@ -44,8 +44,8 @@ class SamplingOutput:
         images: ``pil``: a list of images; ``np``: ``[B, H, W, c]`` float32 in [0, 1]; ``pt``: ``[B, c, H, W]`` float32
             in [0, 1] on the engine's device.
         stages: a report per stage, smallest first.
-        seeds: the seed of each image, which draws it again in any batch (``noise="counter"``); the stream's one seed,
-            or nothing for torch's global generator (``noise="public"``).
+        seeds: the seed of each image, whose noise it draws again, bit for bit, in any batch (``noise="counter"``); the
+            stream's one seed, or nothing for torch's global generator (``noise="public"``).
     """
 
     images: Images
@@ -157,20 +157,20 @@ class PixelFlowEngine:
         Args:
             class_labels: one per image, 0 to ``num_classes``, the last being the null class; None for a text model.
             num_inference_steps: Euler steps, for all stages or for each; Dopri5 chooses its own.
-            guidance_scale: largest guidance weight; 1 is no guidance.
+            guidance_scale: largest guidance weight; 1 is no guidance. A list in ``guidance_schedule`` takes its place.
             guidance_schedule: ``stagewise`` grows from 1 at the first stage to ``guidance_scale`` at the last,
                 ``constant`` uses it throughout; or a weight for each stage.
             solver: ``euler`` or ``dopri5``.
-            shift: time shift of Euler's steps.
+            shift: time shift of Euler's steps; Dopri5 has none.
             seed: ``noise="counter"``: one per image, or the first image's, from which the others count up, or None for
                 fresh ones. ``noise="public"``: of the one stream, or None for torch's global generator.
-            noise: ``counter``: an image depends on its own seed alone. ``public``: the published code's CPU random
-                stream.
+            noise: ``counter``: an image's noise depends on its own seed alone. ``public``: the published code's CPU
+                random stream.
             state: ``fp32``, or ``public`` for the published code's state in the velocity's type.
             height, width: in pixels; the model's resolution by default.
             output_type: see :class:`SamplingOutput`.
             callback_on_step_end, callback_on_stage_end: called as the names say.
-            rtol, atol, error_norm: of Dopri5; see :class:`pixelflow_engine.solvers.Tolerance`.
+            rtol, atol, error_norm: of Dopri5, without effect on Euler; see :class:`pixelflow_engine.solvers.Tolerance`.
             encoder_hidden_states: encoded prompts ``[B, L, E]``, for a text model.
             encoder_attention_mask: ``[B, L]``, 1 for tokens and 0 for padding.
             null_encoder_hidden_states, null_encoder_attention_mask: the encoded empty prompt, ``[B, L, E]`` or ``[1,
@@ -178,7 +178,8 @@ class PixelFlowEngine:
 
         Raises:
             ValueError: naming the argument, what came and what was expected.
-            FloatingPointError, RuntimeError: Dopri5 could not meet its tolerance.
+            FloatingPointError: an image is not finite at the end of a stage.
+            ConvergenceError: Dopri5 could not meet its tolerance.
 
         Source: arXiv 2504.07963, section 3.4.
         """
@@ -202,6 +203,8 @@ class PixelFlowEngine:
         pixel_height = arguments.image_size("height", height, self.config)
         pixel_width = arguments.image_size("width", width, self.config)
         shift = arguments.positive_number("shift", shift)
+        if solver == "dopri5" and (state != "fp32" or shift != 1.0):
+            raise ValueError(f"solver: got 'dopri5' with state={state!r} and shift={shift}, which are Euler's alone")
         condition, batch = self._condition(
             class_labels,
             (encoder_hidden_states, encoder_attention_mask),
@@ -324,11 +327,12 @@ class PixelFlowEngine:
             raise ValueError(
                 f"guidance_scale: got weights {list(weights)}, expected 1 for a model with neither classes nor text"
             )
-        if not isinstance(seed, (list, tuple)):
+        seeds = arguments.sequence(seed)
+        if seeds is None:
             return Condition(), 1
-        if len(seed) == 0:
-            raise ValueError("seed: got no seeds, expected at least one")
-        return Condition(), len(seed)
+        if not seeds:
+            raise ValueError(f"seed: got {seed!r}, expected at least one seed")
+        return Condition(), len(seeds)
 
     def _noise(self, noise: object, seed: object, batch: int) -> tuple[NoiseSource, tuple[int, ...]]:
         """The source of randomness, and the seeds that repeat it."""

@@ -9,5 +9,9 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be trusted or understood; the message names the file and what is wrong with it."""
 
 
+class ConvergenceError(RuntimeError):
+    """An adaptive solver used up its attempts; the message says how far it came."""
+
+
 class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why."""

@@ -59,7 +59,7 @@ class CascadeRecorder:
         self.frames.append(contact_sheet(grown, self.columns, self.zoom))
 
     def save(self, path: Path, milliseconds: int = 120, hold: int = 2000) -> None:
-        """Write an animated WebP that holds its last frame."""
+        """Write an animated WebP that holds its last frame; the format joins equal neighbours into one longer frame."""
         durations = [milliseconds] * (len(self.frames) - 1) + [hold]
         first, *others = self.frames
 
@@ -101,7 +101,7 @@ def write_images(images: NDArray[np.float32], output: str) -> list[Path]:
             save_png(Image.fromarray(image), file)
         return files
     path.parent.mkdir(parents=True, exist_ok=True)
-    match path.suffix:
+    match path.suffix.lower():
         case ".png":
             drawn = to_uint8(images)
             sheet = Image.fromarray(drawn[0]) if len(drawn) == 1 else contact_sheet(drawn, _columns(len(drawn)))
@@ -116,7 +116,7 @@ def write_images(images: NDArray[np.float32], output: str) -> list[Path]:
 def check_output(output: str) -> str:
     """Refuse a path that :func:`write_images` would refuse, before any work is done."""
     folder = output.endswith("/") or (output != "" and Path(output).is_dir())
-    if not folder and Path(output).suffix not in (".png", ".npz", ".npy"):
+    if not folder and Path(output).suffix.lower() not in (".png", ".npz", ".npy"):
         raise ValueError(f"output: got {output!r}, expected a path ending in .png, .npz, .npy or /")
     return output
 

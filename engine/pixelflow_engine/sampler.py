@@ -101,7 +101,7 @@ class StageReport:
         guidance_weight: the weight it ran with.
         steps: Euler steps, or Dopri5 attempts of the slowest image.
         evaluations: calls of the transformer, each for the whole batch and for both guidance halves.
-        seconds: wall time, entering the stage included.
+        seconds: wall time, with entering the stage and the callbacks after its steps.
     """
 
     stage: int
@@ -158,7 +158,8 @@ def sample(
         the last stage's state ``[B, c, H, W]`` in [-1, 1] or slightly beyond, and a report per stage.
 
     Raises:
-        FloatingPointError, RuntimeError: Dopri5 could not meet its tolerance.
+        FloatingPointError: an image is not finite at the end of a stage, or Dopri5's estimate of its error is not.
+        ConvergenceError: Dopri5 could not meet its tolerance.
     """
     public_state = plan.state == "public" and plan.solver == "euler"
     dtype = None if public_state else at_least_fp32(model.dtype)
@@ -174,6 +175,7 @@ def sample(
             x, steps = _euler(velocity, x, config, plan, stage_plan, callbacks)
         else:
             x, steps = _dopri5(velocity, x, plan, stage_plan, callbacks)
+        check_finite(x, stage_plan.stage.index)
         _, _, height, width = stage_plan.shape
         report = StageReport(
             stage=stage_plan.stage.index,
@@ -189,6 +191,14 @@ def sample(
         if callbacks.on_stage_end is not None:
             callbacks.on_stage_end(StageEvent(report=report, latents=x))
     return x, reports
+
+
+def check_finite(x: Tensor, stage: int) -> None:
+    """Refuse to go on with, or to return, images that are not finite: ``x [B, c, h, w]``."""
+    finite = x.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        images = (~finite).nonzero().flatten().tolist()
+        raise FloatingPointError(f"stage {stage}: images {images} of the batch are not finite")
 
 
 class CountedVelocity:
@@ -275,6 +285,7 @@ def _dopri5(
     velocity: CountedVelocity, x: Tensor, plan: SamplingPlan, stage_plan: StagePlan, callbacks: Callbacks
 ) -> tuple[Tensor, int]:
     first, last = stage_plan.stage.window
+    high = at_least_fp32(velocity.model.dtype)
     attempts = 0
 
     def field(y: Tensor, tau: Tensor) -> Tensor:
@@ -288,7 +299,7 @@ def _dopri5(
             )
         attempts += 1
 
-    return integrate_adaptive(field, x.float(), DOPRI5, plan.tolerance, count).x, attempts
+    return integrate_adaptive(field, x.to(high), DOPRI5, plan.tolerance, count).x, attempts
 
 
 def _now(device: torch.device) -> float:

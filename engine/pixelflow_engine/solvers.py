@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .errors import ConvergenceError
 from .tableaus import EmbeddedTableau
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -88,14 +89,17 @@ def integrate_adaptive(
 
     Raises:
         FloatingPointError: the error of an image is not finite.
-        RuntimeError: ``max_attempts`` were not enough.
+        ConvergenceError: ``max_attempts`` were not enough.
     """
     state = _start(velocity, x, tableau, tolerance)
     attempts = 0
     while bool((state.tau < 1).any()):
         if attempts == tolerance.max_attempts:
             slowest = state.tau.min().item()
-            raise RuntimeError(f"max_attempts: {attempts} did not reach tau = 1; the slowest image is at {slowest:.6f}")
+            raise ConvergenceError(
+                f"dopri5: {attempts} attempts did not reach tau = 1, the slowest image is at {slowest:.6f}; "
+                "a larger rtol or a smaller guidance scale needs fewer"
+            )
         state = _attempt(velocity, state, tableau, tolerance)
         attempts += 1
         if on_attempt is not None:

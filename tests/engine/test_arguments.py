@@ -116,7 +116,7 @@ SINGLE_BAD_VALUES: dict[str, list[tuple[object, str]]] = {
         ("linear", "'linear'"), (None, "None"), (2.0, "2.0"),
         ([], "0 weights"), ([1.0, 2.0], "2 weights"), ([1, 1, 1, 1], "4 weights"),
         ([1.0, NAN, 2.0], "nan"), ([1.0, INF, 2.0], "inf"), ([1.0, True, 2.0], "True"), ([1.0, "2", 2.0], "'2'"),
-        (np.array([1.0, 2.0]), "array"),
+        (np.array([1.0, 2.0]), "got 2 weights, expected 3"),
     ],
     "solver": [("rk4", "'rk4'"), ("Euler", "'Euler'"), (None, "None"), (["euler"], "['euler']")],
     "noise": [("gaussian", "'gaussian'"), (None, "None")],

@@ -49,20 +49,21 @@ def draw_case(seed: int) -> dict[str, Any]:
         "channels": r.choice([1, 3]),
     }
     stages = r.choice([1, 2, 3, 4])
-    side = shape["patch_size"] * 2 ** (stages - 1) * r.choice([1, 2, 3])
+    side = shape["patch_size"] * 2 ** (stages - 1)
+    solver = r.choice(["euler", "dopri5"])
     return {
         "shape": shape,
         "stages": stages,
-        "height": side,
-        "width": side * r.choice([1, 1, 2]),
+        "height": side * r.choice([1, 2, 3]),
+        "width": side * r.choice([1, 2, 3]),
         "batch": r.choice([1, 2, 3, 5, 7]),
         "steps": [r.randint(1, 3) for _ in range(stages)],
         "scale": r.choice([1.0, 1.5, 2.4, 0.0, -1.0]),
         "schedule": r.choice(["stagewise", "constant"]),
-        "solver": r.choice(["euler", "dopri5"]),
+        "solver": solver,
         "error_norm": r.choice(["image", "batch"]),
         "noise": r.choice(["counter", "public"]),
-        "shift": r.choice([1.0, 3.0]),
+        "shift": r.choice([1.0, 3.0]) if solver == "euler" else 1.0,
         "seeds": [r.randrange(2**64) for _ in range(7)],
     }
 
@@ -175,21 +176,24 @@ def test_the_comparison_sees_one_changed_bit() -> None:
     assert not torch.equal(bits(engine_velocity()), bits(expected))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("state", ["fp32", "public"])
-def test_other_types_agree_too(dtype: torch.dtype, state: str) -> None:
-    case = draw_case(4) | {"batch": 3, "solver": "euler", "noise": "counter"}
-    model, _ = build(case, 4)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("solver", "state"), [("euler", "fp32"), ("euler", "public"), ("dopri5", "fp32")])
+@pytest.mark.parametrize("seed", [4, 5, 9])
+def test_other_types_agree_too(dtype: torch.dtype, solver: str, state: str, seed: int) -> None:
+    case = draw_case(seed) | {"batch": 3, "noise": "counter"}
+    model, engine = build(case, seed)
     model = model.to(dtype)
-    _, engine = build(case, 4)
     engine = PixelFlowEngine.from_checkpoint(Checkpoint(engine.config, model.state_dict(), "random"), dtype=dtype)
-    engine_condition, reference_condition = conditions(case, 4)
+    engine_condition, reference_condition = conditions(case, seed)
+    tolerances = {"rtol": 1e-2, "atol": 1e-4}  # at the default a half-precision field is not smooth enough
     ends: list[Tensor] = []
     engine(
         **{k: v.to(dtype) if v.is_floating_point() else v for k, v in engine_condition.items()},
         num_inference_steps=case["steps"],
         seed=case["seeds"][:3],
+        solver=solver,  # type: ignore[arg-type]
         state=state,  # type: ignore[arg-type]
+        **tolerances,
         height=case["height"],
         width=case["width"],
         output_type="pt",
@@ -202,7 +206,9 @@ def test_other_types_agree_too(dtype: torch.dtype, state: str) -> None:
         num_inference_steps=case["steps"],
         guidance=reference.guidance_weights(2.4, case["stages"]),
         noise=GivenNormals(case["seeds"][:3]),
+        solver=solver,
         state=state,
+        **tolerances,
         **{
             k: v if k == "class_labels" else tuple(t.to(dtype) if t.is_floating_point() else t for t in v)
             for k, v in reference_condition.items()
@@ -211,8 +217,7 @@ def test_other_types_agree_too(dtype: torch.dtype, state: str) -> None:
     for got, want in zip(ends, expected, strict=True):
         assert got.dtype == want.dtype
         assert torch.equal(got, want)
-    narrow = dtype == torch.bfloat16 and state == "public"
-    assert ends[-1].dtype == (torch.bfloat16 if narrow else torch.promote_types(dtype, torch.float32))
+    assert ends[-1].dtype == (dtype if state == "public" else torch.promote_types(dtype, torch.float32))
 
 
 @pytest.mark.parametrize("num_stages", range(1, 9))

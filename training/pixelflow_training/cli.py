@@ -22,6 +22,5 @@ def train(
     from .config import load_config
 
     folder = loop.train(load_config(config, overrides or ()), output, quiet)
-    console.print(
-        f"wrote {folder}; try: pixelflow generate --model {folder} --class-label 3 --output out.png", soft_wrap=True
-    )
+    if not quiet:
+        console.print(f"wrote {folder}", highlight=False, soft_wrap=True)

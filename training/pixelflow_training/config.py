@@ -101,7 +101,7 @@ class TrainConfig:
         data, optimizer: see there.
         steps: optimizer steps.
         batch_size: images per step, spread evenly over the stages.
-        ema_decay: of the averaged weights, which are the result.
+        ema_decay: of the averaged weights, which are the result; the limit that ``(1 + step) / (10 + step)`` rises to.
         label_drop: probability that a label is replaced by the null class.
         seed: of everything that is drawn.
         log_every: steps between lines of the log.

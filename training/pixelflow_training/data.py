@@ -45,7 +45,7 @@ def load_digits(config: DataConfig, resolution: int, channels: int) -> tuple[Ima
     try:
         from sklearn.datasets import load_digits as load_scans
     except ImportError as error:
-        raise ImportError("the digits need scikit-learn: pip install 'pixelflow-engine[train]'") from error
+        raise ImportError("the digits need scikit-learn: install the extra `train` (in a clone: make setup)") from error
     scans = load_scans()
     count = len(scans.target)
     if not 0 < config.held_out < count:
