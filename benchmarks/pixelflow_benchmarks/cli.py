@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +24,7 @@ def evaluate_digits_command(
     repeats: Annotated[int, typer.Option(min=1, help="Disjoint sets of seeds.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1)] = 100,
     only: Annotated[str | None, typer.Option(help="Only settings whose name contains this.")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON lines to write.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON lines to write; a new file.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Score generated digits: class agreement, Frechet distances, signs of copying."""
@@ -40,9 +41,13 @@ def evaluate_digits_command(
     if not settings:
         raise ValueError(f"only: got {only!r}, expected a part of one of: {'; '.join(s.name for s in digits.SETTINGS)}")
     engine = PixelFlowEngine.from_pretrained(model)
-    records = list(digits.evaluate_digits(engine, count, repeats, batch_size, settings, quiet))
-    if output is not None:
-        digits.write_records(output, records)
+    records = []
+    # Line by line as they come: an evaluation that is cut short keeps what it has measured.
+    with contextlib.nullcontext() if output is None else output.open("x", encoding="utf-8") as file:
+        for record in digits.evaluate_digits(engine, count, repeats, batch_size, settings, quiet):
+            records.append(record)
+            if file is not None:
+                print(json.dumps(record), file=file, flush=True)
     text = quality_table(records)
     table = Table(*text.header, title=text.title)
     for row in text.rows:

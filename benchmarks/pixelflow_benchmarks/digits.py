@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +14,6 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from pixelflow_engine import PixelFlowEngine
-from pixelflow_engine.pictures import write_atomically
 from pixelflow_training.config import DataConfig
 from pixelflow_training.data import load_digits
 
@@ -124,10 +121,3 @@ def environment() -> dict[str, str]:
         "machine": platform.machine(),
         "threads": str(torch.get_num_threads()),
     }
-
-
-def write_records(path: Path, records: list[dict[str, Any]]) -> None:
-    """One JSON object per line."""
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(lines.encode()))
