@@ -154,8 +154,8 @@ def quickstart(
     recorder.save(animation)
     if not quiet:
         console.print(stage_table(result.stages, len(labels)))
-        console.print(f"{classes} classes, {samples} samples each: {sheet}", highlight=False, soft_wrap=True)
-        console.print(f"the cascade, step by step:    {animation}", highlight=False, soft_wrap=True)
+    console.print(f"{classes} classes, {samples} samples each: {sheet}", highlight=False, soft_wrap=True)
+    console.print(f"the cascade, step by step:    {animation}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -210,7 +210,7 @@ class CascadeBar:
     def __init__(self, total: int, disable: bool) -> None:
         form = "{l_bar}{bar}| {n:.1f}/{total} stages [{elapsed}<{remaining}]"
         # A run of less than two seconds shows nothing.
-        self.bar = tqdm(total=total, disable=disable or None, delay=2, bar_format=form, leave=False)
+        self.bar = tqdm(total=total, disable=disable, delay=2, bar_format=form, leave=False)
         self.begun = 0
 
     def __enter__(self) -> CascadeBar:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -348,7 +349,7 @@ def test_velocity_takes(
 
 @pytest.mark.parametrize("backend", ["cuda", "Torch", "", None, 3])
 def test_an_unknown_backend_is_refused(
-    backend: Any, engines: dict[str, PixelFlowEngine], work: list[str], tmp_path: Any
+    backend: Any, engines: dict[str, PixelFlowEngine], work: list[str], tmp_path: Path
 ) -> None:
     engine = engines["classes"]
     checkpoint = Checkpoint(engine.config, dict(engine.model.state_dict()), "memory")
@@ -381,3 +382,14 @@ def test_a_wrong_dtype_is_refused(dtype: Any, engines: dict[str, PixelFlowEngine
     engine = engines["classes"]
     checkpoint = Checkpoint(engine.config, dict(engine.model.state_dict()), "memory")
     assert_refused(lambda: PixelFlowEngine.from_checkpoint(checkpoint, dtype=dtype), "dtype", str(dtype), work)
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99", "cpu:x", ""])
+def test_a_device_that_is_not_there_is_refused(
+    device: str, engines: dict[str, PixelFlowEngine], work: list[str], tmp_path: Path
+) -> None:
+    engine = engines["classes"]
+    checkpoint = Checkpoint(engine.config, dict(engine.model.state_dict()), "memory")
+    assert_refused(lambda: PixelFlowEngine.from_checkpoint(checkpoint, device), "device", repr(device), work)
+    nowhere = tmp_path / "nothing here"  # the device is refused before any file is looked for
+    assert_refused(lambda: PixelFlowEngine.from_pretrained(nowhere, device), "device", repr(device), work)

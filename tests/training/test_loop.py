@@ -22,7 +22,7 @@ from pixelflow_engine.reference import PixelFlowTransformer
 from pixelflow_engine.reference.training import loss as reference_loss
 from pixelflow_training import loop
 from pixelflow_training.collate import Batch
-from pixelflow_training.config import OptimizerConfig, TrainConfig, load_config
+from pixelflow_training.config import DataConfig, OptimizerConfig, TrainConfig, load_config
 from pixelflow_training.data import ImageSet, load_digits
 from support.recipes import tiny_recipe
 from support.reference_models import randomize, seeded
@@ -114,6 +114,20 @@ def test_the_model_loads_in_the_engine(run: tuple[TrainConfig, Path]) -> None:
     assert images.shape == (3, 16, 16, 1)
     assert np.isfinite(images).all()
     assert len({image.tobytes() for image in images}) == 3
+
+
+def test_the_log_is_written_as_it_happens(
+    recipe: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, seen = loop.training_batch, []
+
+    def looking(config: TrainConfig, data: ImageSet, step: int) -> Batch:
+        seen.append([(line["event"], line["step"]) for line in records(tmp_path / "run")] if step else [])
+        return honest(config, data, step)
+
+    monkeypatch.setattr(loop, "training_batch", looking)
+    loop.train(recipe("steps=3", "eval_every=2"), tmp_path / "run", quiet=True)
+    assert seen == [[], [("train", 1)], [("train", 1), ("train", 2), ("held_out", 2)]]
 
 
 def test_training_returns_the_folder_of_the_model(recipe: Callable[..., TrainConfig], tmp_path: Path) -> None:
@@ -324,6 +338,26 @@ def test_a_training_batch_is_a_pure_function_of_the_step(recipe: Callable[..., T
     assert not torch.equal(loop.training_batch(recipe("seed=1"), data, 7).tokens[:16], late.tokens[:16])
 
 
+def test_every_step_and_seed_changes_an_image_in_its_own_way(
+    recipe: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, shown = loop.make_batch, []
+
+    def watching(images: Tensor, *rest: Any) -> Batch:
+        shown.append(images)
+        return honest(images, *rest)
+
+    monkeypatch.setattr(loop, "make_batch", watching)
+    whole, _ = load_digits(DataConfig(), 16, 1)
+    one = ImageSet(whole.images[:1], whole.labels[:1])
+    for config, step in ((recipe(), 0), (recipe(), 1), (recipe("seed=1"), 0), (recipe(), 0)):
+        loop.training_batch(config, one, step)
+    assert torch.equal(shown[0], shown[3])
+    for i in range(3):
+        for j in range(i):
+            assert (shown[i] - shown[j]).abs().amax((1, 2, 3)).min() > 1e-3, (i, j)
+
+
 def test_an_epoch_shows_every_image_once(recipe: Callable[..., TrainConfig]) -> None:
     count = 12
     config = recipe("batch_size=4", "label_drop=0.0", "model.num_classes=12")
@@ -399,6 +433,20 @@ def test_a_directory_that_holds_a_model_is_refused_before_training(
     monkeypatch.setattr(loop, "training_batch", forbidden)
     with pytest.raises(FileExistsError):
         loop.train(recipe("steps=1"), tmp_path / "run", quiet=True)
+
+
+def test_a_directory_that_holds_an_unfinished_run_is_left_as_it_is(
+    recipe: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        diverged(recipe, folder, patch)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(before) == ["log.jsonl", "recipe.yaml"]
+    monkeypatch.setattr(loop, "training_batch", forbidden)
+    with pytest.raises(FileExistsError):
+        loop.train(recipe("seed=5"), folder, quiet=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_split_that_cannot_be_made_leaves_nothing(recipe: Callable[..., TrainConfig], tmp_path: Path) -> None:
