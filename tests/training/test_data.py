@@ -116,7 +116,7 @@ def test_a_split_with_an_empty_side_is_refused(held_out: int) -> None:
 
 def test_without_scikit_learn_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'pixelflow-engine\[train\]'"):
+    with pytest.raises(ImportError, match=r"install the extra `train`"):
         load_digits(DataConfig(), 8, 1)
 
 
