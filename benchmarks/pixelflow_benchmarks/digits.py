@@ -83,12 +83,15 @@ def evaluate_digits(
     config = engine.config
     judge = Judge(*load_digits(DataConfig(), config.resolution, config.model.in_channels))
     svm, network = judge.held_out_accuracy()
+    median, low = judge.nearest_real()
     yield {
         "kind": "judge",
         "held_out_accuracy_svm": svm,
         "held_out_accuracy_network": network,
         "train": len(judge.train),
         "held_out": len(judge.held_out),
+        "held_out_nearest": median,
+        "held_out_nearest_low": low,
     }
     yield {"kind": "real", **asdict(judge.score_real())}
     yield {"kind": "noise", **asdict(judge.score_noise(count))}

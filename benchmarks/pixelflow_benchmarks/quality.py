@@ -67,6 +67,8 @@ class Scores:
         novelty: share of digits whose nearest real digit is a held-out one, over the share of held-out digits among
             the real ones: about 1 for digits that know neither set, 0 for copies of training digits.
         copies: fraction nearer to a training digit than 99 of 100 held-out digits are.
+        nearest: median distance to the nearest training digit, in scan values (root mean square over the 64).
+        nearest_low: the same distance for the nearest 1 % of the digits.
     """
 
     agreement: float
@@ -74,6 +76,8 @@ class Scores:
     frechet_scan: float
     novelty: float
     copies: float
+    nearest: float
+    nearest_low: float
 
 
 class Judge:
@@ -91,7 +95,7 @@ class Judge:
         network = MLPClassifier((FEATURES,), learning_rate_init=0.01, max_iter=1000, random_state=seed)
         self.network = network.fit(self.train / 16, self.train_labels)
         self.seed = seed
-        self.near = float(np.quantile(nearest(self.held_out, self.train), 0.01))
+        self.near = self.nearest_real()[1]
 
     def features(self, scans: Float) -> Float:
         """The network's hidden layer: ``[N, 64] -> [N, 64]``."""
@@ -107,6 +111,8 @@ class Judge:
             frechet_scan=frechet_distance(scans, self.held_out),
             novelty=float((to_held_out < to_train).mean() / held_out_share),
             copies=float((to_train < self.near).mean()),
+            nearest=float(np.median(to_train)),
+            nearest_low=float(np.quantile(to_train, 0.01)),
         )
 
     def score_real(self) -> Scores:
@@ -117,6 +123,11 @@ class Judge:
         """Independent uniform values with random labels: what knowing nothing gets."""
         rng = np.random.default_rng(self.seed)
         return self.score(rng.uniform(0, 16, (count, FEATURES)), rng.integers(0, 10, count))
+
+    def nearest_real(self) -> tuple[float, float]:
+        """Distances of held-out digits to their nearest training digit: the median, and that of the nearest 1 %."""
+        distances = nearest(self.held_out, self.train)
+        return float(np.median(distances)), float(np.quantile(distances, 0.01))
 
     def held_out_accuracy(self) -> tuple[float, float]:
         """Accuracy on held-out real digits of the classifier and of the network whose features are used."""

@@ -27,19 +27,32 @@ class TextTable:
 
 
 def quality_table(records: Sequence[Record]) -> TextTable:
-    """A row per setting of an evaluation: mean and half the range over repeats; real digits and noise first."""
+    """A row per setting of an evaluation: mean and half the range over repeats; real digits and noise first.
+
+    ``nearest`` holds two distances to the nearest training digit: the median and that of the nearest 1 %.
+    """
     environment, judge, *scored = records
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in scored:
         groups[str(record.get("name", record["kind"]))].append(record)
-    rows = []
+    distances = f"{judge['held_out_nearest']:.2f} / {judge['held_out_nearest_low']:.2f}"
+    rows: list[tuple[str, ...]] = [
+        ("held-out digits", f"{100 * judge['held_out_accuracy_svm']:.1f} %", "", "", distances, "", "", "")
+    ]
     for name, group in groups.items():
         # The real digits are the training set itself.
-        keys = ("novelty", "copies") if name != "real" else ()
-        newness = [spread([r[key] for r in group], 2) for key in keys] or ["", ""]
+        newness = (
+            ["", "", ""]
+            if name == "real"
+            else [
+                " / ".join(spread([r[key] for r in group], 2) for key in ("nearest", "nearest_low")),
+                spread([r["novelty"] for r in group], 2),
+                spread([r["copies"] for r in group], 2),
+            ]
+        )
         rows.append(
             (
-                {"real": "real training digits", "noise": "uniform noise"}.get(name, name),
+                {"real": "training digits", "noise": "uniform noise"}.get(name, name),
                 spread([100 * r["agreement"] for r in group], 1) + " %",
                 spread([r["frechet"] for r in group], 2),
                 spread([r["frechet_scan"] for r in group], 1),
@@ -49,11 +62,10 @@ def quality_table(records: Sequence[Record]) -> TextTable:
         )
     generated = [r for r in scored if r["kind"] == "generated"]
     title = (
-        f"{judge['train']} training digits, {judge['held_out']} held out, of which the classifier reads "
-        f"{100 * judge['held_out_accuracy_svm']:.1f} % right; {generated[0]['count']} digits a set, "
+        f"{judge['train']} training digits, {judge['held_out']} held out; {generated[0]['count']} digits a set, "
         f"{1 + max(r['repeat'] for r in generated)} sets (mean ± half the range); torch {environment['torch']}."
     )
-    header = ("digits", "agreement", "Fréchet", "Fréchet, scans", "novelty", "copies", "evaluations")
+    header = ("digits", "agreement", "Fréchet", "Fréchet, scans", "nearest", "novelty", "copies", "evaluations")
     return TextTable(title, header, tuple(rows))
 
 

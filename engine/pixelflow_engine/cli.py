@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from . import arguments, backends, pictures
 from .checkpoint import bundled_models, convert
+from .config import ModelConfig
 from .engine import PixelFlowEngine, to_uint8
 from .errors import BackendUnavailableError, ConvergenceError
 from .sampler import StageReport, StepEvent
@@ -70,6 +71,7 @@ def generate(
     model: Model = "digits",
     class_label: Annotated[list[int] | None, typer.Option(help="Repeat for several images.")] = None,
     images_per_label: Annotated[int, typer.Option(min=1, help="Images of each class label.")] = 1,
+    images: Annotated[int | None, typer.Option(min=1, help="Images of a model without classes.")] = None,
     steps: Annotated[str, typer.Option(help="Euler steps of every stage, or of each: 10,10,10.")] = "10",
     guidance_scale: Annotated[float, typer.Option(help="Largest guidance weight; 1 is none.")] = 2.4,
     guidance_schedule: Annotated[str, typer.Option(help="stagewise, constant, or a weight per stage.")] = "stagewise",
@@ -87,29 +89,28 @@ def generate(
     """Sample images into a file or folder."""
     pictures.check_output(output)
     engine = PixelFlowEngine.from_pretrained(model, device, getattr(torch, dtype))
-    labels = [label for label in class_label or [] for _ in range(images_per_label)]
-    if not labels:
-        raise ValueError("class-label: got none, expected at least one")
-    if noise == "public" and len(labels) > batch_size:
-        raise ValueError(
-            f"batch-size: got {batch_size}, expected at least {len(labels)}: noise=public is one batch's stream"
-        )
-    seeds = arguments.per_image_seeds(seed, len(labels))
+    labels = _labels(engine.config.model, class_label or [], images_per_label, images)
+    count = images or 1 if labels is None else len(labels)
+    if noise == "public" and count > batch_size:
+        raise ValueError(f"batch-size: got {batch_size}, expected at least {count}: noise=public is one batch's stream")
+    if noise == "public" and labels is None and count > 1:
+        raise ValueError(f"images: got {count}, expected 1: noise=public has no seeds that say how many")
+    seeds = arguments.per_image_seeds(seed, count)
     num_stages = engine.config.scheduler.num_stages
     per_stage = _numbers("steps", steps, int, "integers")
     parts, reports = [], []
-    batches = range(0, len(labels), batch_size)
+    batches = range(0, count, batch_size)
     with CascadeBar(num_stages * len(batches), disable=quiet) as bar:
         for first in batches:
-            chunk = range(first, min(first + batch_size, len(labels)))
+            chunk = slice(first, min(first + batch_size, count))
             result = engine(
-                [labels[i] for i in chunk],
+                None if labels is None else labels[chunk],
                 num_inference_steps=per_stage if len(per_stage) > 1 else per_stage[0],
                 guidance_scale=guidance_scale,
                 guidance_schedule=_schedule(guidance_schedule),
                 solver=solver,
                 shift=shift,
-                seed=[seeds[i] for i in chunk] if noise == "counter" else seed,
+                seed=seeds[chunk] if noise == "counter" else seed,
                 noise=noise,
                 height=height,
                 width=width,
@@ -120,7 +121,7 @@ def generate(
             reports.append(result.stages)
     files = pictures.write_images(np.concatenate(parts), output)
     if not quiet:
-        console.print(stage_table([merge(stage) for stage in zip(*reports, strict=True)], len(labels)))
+        console.print(stage_table([merge(stage) for stage in zip(*reports, strict=True)], count))
         where = files[0] if len(files) == 1 else f"{files[0].parent}/ ({len(files)} files)"
         console.print(f"wrote {where}", highlight=False, soft_wrap=True)
 
@@ -258,6 +259,23 @@ def merge(reports: tuple[StageReport, ...]) -> StageReport:
         evaluations=sum(r.evaluations for r in reports),
         seconds=sum(r.seconds for r in reports),
     )
+
+
+def _labels(model: ModelConfig, labels: list[int], per_label: int, images: int | None) -> list[int] | None:
+    """The class of every image; None for a model without classes."""
+    if model.num_classes > 0:
+        if images is not None:
+            raise ValueError(f"images: got {images}, expected none: a model with classes takes --class-label")
+        if not labels:
+            raise ValueError("class-label: got none, expected at least one")
+        return [label for label in labels for _ in range(per_label)]
+    if model.cross_attention_dim is not None:
+        raise ValueError("model: got a text model, expected one without text: the command has no text encoder")
+    if labels:
+        raise ValueError(
+            f"class-label: got {labels[0]}, expected none for a model without classes (--images says how many)"
+        )
+    return None
 
 
 def _numbers(name: str, value: str, kind: type[N], what: str) -> list[N]:

@@ -85,13 +85,13 @@ def write_images(images: NDArray[np.float32], output: str) -> list[Path]:
         images: ``[N, H, W, c]`` in [0, 1].
         output: ``*.png``: the image, or a contact sheet of several. ``*.npz``: ``arr_0``, uint8 NHWC, as the usual FID
             evaluators read. ``*.npy``: float32 NHWC in [0, 1]. A path ending in ``/`` or an existing folder:
-            ``000000.png`` and so on.
+            ``000000.png`` and so on; it must hold no PNG yet, which would be taken for one of these images.
 
     Returns:
         the files written.
 
     Raises:
-        ValueError: another ending.
+        ValueError: another ending, or a folder with PNGs in it.
     """
     path = Path(check_output(output))
     if output.endswith("/") or path.is_dir():
@@ -116,6 +116,8 @@ def write_images(images: NDArray[np.float32], output: str) -> list[Path]:
 def check_output(output: str) -> str:
     """Refuse a path that :func:`write_images` would refuse, before any work is done."""
     folder = output.endswith("/") or (output != "" and Path(output).is_dir())
+    if folder and any(Path(output).glob("*.png")):
+        raise ValueError(f"output: got {output!r}, which holds PNG files, expected a folder without any")
     if not folder and Path(output).suffix.lower() not in (".png", ".npz", ".npy"):
         raise ValueError(f"output: got {output!r}, expected a path ending in .png, .npz, .npy or /")
     return output

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import linalg
 from sklearn.datasets import load_digits as load_scans
+from sklearn.neighbors import NearestNeighbors
 
 from pixelflow_benchmarks.quality import Judge, frechet_distance, nearest, scan_values
 from pixelflow_training.config import DataConfig
@@ -203,6 +204,7 @@ def test_slightly_changed_copies_are_flagged(bench: Bench) -> None:
     scores = judge.score(changed, judge.train_labels)
     assert scores.copies > 0.95
     assert scores.novelty < 0.3
+    assert scores.nearest == pytest.approx(0.2, abs=0.005)  # as far as they were moved
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +240,17 @@ def test_held_out_digits_are_near_themselves_and_not_near_training_digits(bench:
     assert abs(scores.frechet_scan) < 1e-4
 
 
+def test_nearest_distances_are_those_of_a_library(bench: Bench) -> None:
+    """In scan values: the root mean square over the 64 of a scan."""
+    judge = bench.judge
+    neighbours = NearestNeighbors(n_neighbors=1, algorithm="kd_tree").fit(judge.train)
+    distances = neighbours.kneighbors(judge.held_out)[0][:, 0] / 8
+    expected = (np.median(distances), np.quantile(distances, 0.01))
+    assert judge.nearest_real() == pytest.approx(expected, rel=1e-6)
+    scores = judge.score(judge.held_out, judge.held_out_labels)
+    assert (scores.nearest, scores.nearest_low) == pytest.approx(expected, rel=1e-6)
+
+
 def test_noise_scores_badly(bench: Bench) -> None:
     judge = bench.judge
     noise, real = judge.score_noise(), judge.score_real()
@@ -245,6 +258,11 @@ def test_noise_scores_badly(bench: Bench) -> None:
     assert noise.frechet > 20 * real.frechet
     assert noise.frechet_scan > 20 * real.frechet_scan
     assert noise.copies == 0
+    # Uniform from 0 to 16, as a scan's values are: another thousand of these are as far away.
+    rng = random_generator(82)
+    again = judge.score(rng.uniform(0, 16, (1000, 64)), rng.integers(0, 10, 1000))
+    assert noise.frechet_scan == pytest.approx(again.frechet_scan, rel=0.05)
+    assert noise.frechet == pytest.approx(again.frechet, rel=0.1)
 
 
 def test_digits_asked_for_as_others_disagree(bench: Bench) -> None:

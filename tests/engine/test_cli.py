@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,40 @@ def test_no_labels_are_refused(run: Run, model: Path, tmp_path: Path) -> None:
     assert contents(tmp_path) == []
 
 
+def test_a_model_without_classes_is_asked_for_a_number_of_images(run: Run, tmp_path: Path) -> None:
+    model = saved(tmp_path / "plain", num_classes=0)
+    output = tmp_path / "samples.npy"
+    request = ("generate", "--model", model, "--output", output, "--steps", 2, "--seed", 7)
+    ran = run(*request, "--guidance-scale", 1, "--images", 3, "--batch-size", 2)
+    assert (ran.code, ran.err) == (0, "")
+    images = PixelFlowEngine.from_pretrained(model)(
+        num_inference_steps=2, guidance_scale=1, seed=[7, 8, 9], output_type="np"
+    ).images
+    # The third image was in a batch of its own.
+    np.testing.assert_allclose(np.load(output), images, rtol=0, atol=1e-5)
+    output.unlink()
+    assert_one_line(run(*request, "--images", 3), "guidance_scale", "2.4")
+    assert_one_line(run(*request, "--class-label", 1), "class-label", "without classes")
+    assert_one_line(run(*request, "--guidance-scale", 1, "--images", 3, "--noise", "public"), "images", "expected 1")
+    assert not output.exists()
+
+
+def test_what_the_command_has_no_answer_for_is_refused(run: Run, model: Path, tmp_path: Path) -> None:
+    text = saved(tmp_path / "text", num_classes=0, cross_attention_dim=12)
+    ran = run("generate", "--model", text, "--output", tmp_path / "a.npy", "--images", 2)
+    assert_one_line(ran, "model", "text encoder")
+    ran = run("generate", "--model", model, "--output", tmp_path / "a.npy", "--images", 2)
+    assert_one_line(ran, "images", "--class-label")
+    assert contents(tmp_path) == ["text", "text/config.json", "text/model.safetensors"]
+
+
+def test_a_folder_with_pictures_is_not_added_to(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "000007.png").write_text("of an earlier run")
+    ran = run("generate", "--model", model, "--output", f"{tmp_path}/", *GENERATE)
+    assert_one_line(ran, "output", "holds PNG files")
+    assert contents(tmp_path) == ["000007.png"]
+
+
 def test_an_output_that_cannot_be_written(run: Run, model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     ran = run("generate", "--model", model, "--output", tmp_path / "file" / "samples.npy", *GENERATE)
@@ -348,6 +383,10 @@ def test_doctor_says_what_is_there(run: Run) -> None:
     assert torch.__version__ in ran.out
     for word in ("pixelflow-engine", "numpy", "cpu", "triton", "flash", "auto takes", "bundled models"):
         assert word in ran.out
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == Ran(0, f"pixelflow-engine {metadata.version('pixelflow-engine')}\n", "")
 
 
 @pytest.mark.parametrize("command", ["generate", "quickstart", "doctor", "convert", "train", "eval"])

@@ -10,6 +10,7 @@ from PIL import Image
 from pixelflow_engine import (
     BackendUnavailableError,
     Checkpoint,
+    ConvergenceError,
     ModelConfig,
     PixelFlowConfig,
     PixelFlowEngine,
@@ -179,3 +180,28 @@ def test_backends_that_cannot_run_say_why() -> None:
             PixelFlowEngine.from_checkpoint(checkpoint, backend=backend)
     with pytest.raises(ValueError, match="backend: got 'cuda', expected one of"):
         PixelFlowEngine.from_checkpoint(checkpoint, backend="cuda")
+
+
+@pytest.mark.parametrize("solver", ["euler", "dopri5"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_are_not_returned(solver: str, value: float) -> None:
+    """One class of a model whose weights went bad, in a batch with good ones: the stage and the images are named."""
+    _, engine = pair()
+    with torch.no_grad():
+        engine.model.class_embedder.embedding_table.weight[3] = value
+    request = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt", "solver": solver}
+    said = r"stage 0: images \[1\] of the batch" if solver == "euler" else r"for images \[1\] of the batch"
+    with pytest.raises(FloatingPointError, match=said):
+        engine([2, 3, 1], **request)
+    images = engine([2, 1], **request).images
+    assert isinstance(images, torch.Tensor)
+    assert images.isfinite().all()
+
+
+def test_dopri5_gives_up_on_what_it_cannot_reach() -> None:
+    """A field so steep that the steps the tolerance asks for are too many; the error says how far it came."""
+    _, engine = pair()
+    with torch.no_grad():
+        engine.model.proj_out_2.weight.mul_(1e4)
+    with pytest.raises(ConvergenceError, match=r"attempts did not reach tau = 1, the slowest image is at 0\.\d+"):
+        engine([1], solver="dopri5", rtol=1e-9, atol=1e-12)
