@@ -100,9 +100,9 @@ class PackedLayout:
     @property
     def max_seqlen(self) -> int:
         """Tokens of the largest image; 0 in an empty pack."""
-        return max((rows * columns for rows, columns in self.grids), default=0)
+        return max([0, *(rows * columns for rows, columns in self.grids)])
 
     @property
     def max_position(self) -> int:
         """Rows or columns of the largest grid; 0 in an empty pack."""
-        return max((max(grid) for grid in self.grids), default=0)
+        return max([0, *(max(grid) for grid in self.grids)])
