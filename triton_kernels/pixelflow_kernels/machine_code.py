@@ -1,0 +1,253 @@
+"""Compile a Triton kernel for a GPU that is not there, and read its machine code.
+
+An operation lists what is worth compiling in its ``specimens.py``; ``python -m pixelflow_kernels.aot`` tabulates all of
+them, and the tests hold each to its promises. Instructions are counted per thread, as the listing of one warp shows
+them. Nothing here runs a kernel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .listing import Instruction, loops, parse
+
+MATRIX = ("HMMA", "HGMMA", "IMMA", "DMMA", "QMMA", "QGMMA", "UTCHMMA", "UTCQMMA")
+FUSED = ("FFMA", "UFFMA", "DFMA")  # HFMA2 is left out: ptxas also moves constants with it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Promises:
+    """What a specimen's machine code must show; None promises nothing.
+
+    Attributes:
+        spills: at most this many loads and stores of local memory.
+        wide_loads: at least this many 16-byte loads from global memory (a 32-byte one counts twice).
+        narrow: at most this many loads and stores of global memory of 2 bytes or fewer: a lost alignment shows here.
+        matrix: there are matrix instructions.
+        ffma: at most this many fused multiply-adds; 0 for level A.
+        per_score: at most this many instructions of the main loop per attention score.
+        registers: at most this many per thread.
+        shared: at most this many bytes of shared memory.
+    """
+
+    spills: int | None = 0
+    wide_loads: int | None = None
+    narrow: int | None = None
+    matrix: bool = False
+    ffma: int | None = None
+    per_score: float | None = None
+    registers: int | None = None
+    shared: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Specimen:
+    """One kernel with one choice of types, constants and options.
+
+    Attributes:
+        name: ``"op.kernel/type/shape"``, e.g. ``"rope2d.forward/bf16/c1152-d72"``; unique.
+        kernel: the function under ``@triton.jit``.
+        types: of its run-time arguments, e.g. ``"*bf16"``, ``"i32"``, ``"fp32"``.
+        constants: its constexpr arguments.
+        options: ``num_warps``, ``num_stages``, ``enable_fp_fusion``.
+        unaligned: pointers and strides that are not known to be multiples of 16; all others are. (An argument is
+            taken for one by its name, ``*_ptr`` or ``stride*``.)
+        promises: what the machine code must show.
+        scores_per_thread: attention scores that a thread handles in one turn of the main loop:
+            ``BLOCK_M * BLOCK_N / (32 * num_warps)``.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]
+    unaligned: tuple[str, ...] = ()
+    promises: Promises = Promises()
+    scores_per_thread: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a kernel takes on one architecture.
+
+    Attributes:
+        registers: per thread.
+        stack: bytes of local memory per thread.
+        shared: bytes of shared memory per program.
+        opcodes: how often each instruction occurs, by its full name.
+        main_loop: the same for the innermost loop with matrix instructions. Of several such loops it is the one with
+            the most of them, and of equals the one with the fewest instructions: masked and unmasked variants of a
+            loop do the same products, and the unmasked one runs most.
+        cubin: the binary.
+        scores_per_thread: as in the specimen.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    opcodes: Counter[str]
+    main_loop: Counter[str] | None
+    cubin: bytes = field(repr=False)
+    scores_per_thread: float | None = None
+
+    def count(self, *prefixes: str) -> int:
+        """Instructions whose name is one of ``prefixes`` or one of them and a modifier: FFMA counts FFMA.FTZ."""
+        return count(self.opcodes, *prefixes)
+
+    @property
+    def instructions(self) -> int:
+        """All of them."""
+        return self.opcodes.total()
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of local memory."""
+        return self.count("LDL", "STL")
+
+    @property
+    def ffma(self) -> int:
+        """Fused multiply-adds in fp32 and fp64."""
+        return self.count("FFMA", "FFMA2", *FUSED)
+
+    @property
+    def matrix(self) -> dict[str, int]:
+        """Matrix instructions by family, e.g. ``{"HGMMA": 24}``."""
+        return {family: n for family in MATRIX if (n := self.count(family))}
+
+    @property
+    def wide_loads(self) -> int:
+        """16-byte loads from global memory, asynchronous copies included; 32-byte loads count twice."""
+        return sum(_sixteens(name) * n for name, n in self.opcodes.items())
+
+    @property
+    def narrow(self) -> int:
+        """Loads and stores of global memory of 2 bytes or fewer."""
+        small = {"U8", "S8", "U16", "S16"}
+        return sum(n for name, n in self.opcodes.items() if name[:4] in ("LDG.", "STG.") and small & {*name.split(".")})
+
+    @property
+    def per_score(self) -> float | None:
+        """Instructions of the main loop per attention score."""
+        if self.main_loop is None or self.scores_per_thread is None:
+            return None
+        return self.main_loop.total() / self.scores_per_thread
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the binary."""
+        return hashlib.sha256(self.cubin).hexdigest()
+
+    def broken(self, promises: Promises) -> list[str]:
+        """Each promise that is not kept, with what came and what was promised."""
+        at_most = {
+            "spills": self.spills,
+            "narrow": self.narrow,
+            "ffma": self.ffma,
+            "per_score": self.per_score,
+            "registers": self.registers,
+            "shared": self.shared,
+        }
+        found = []
+        for name, got in at_most.items():
+            limit = getattr(promises, name)
+            if limit is not None and (got is None or got > limit):
+                found.append(f"{name}: got {'no main loop' if got is None else f'{got:g}'}, promised at most {limit:g}")
+        if promises.wide_loads is not None and self.wide_loads < promises.wide_loads:
+            found.append(f"wide_loads: got {self.wide_loads}, promised at least {promises.wide_loads}")
+        if promises.matrix and not self.matrix:
+            found.append("matrix: got no matrix instruction, promised some")
+        return found
+
+
+def count(opcodes: Mapping[str, int], *prefixes: str) -> int:
+    """Instructions whose name is one of ``prefixes``, or begins with one of them and a dot."""
+    wanted = {*prefixes}
+    dotted = tuple(f"{prefix}." for prefix in prefixes)
+    return sum(n for name, n in opcodes.items() if name in wanted or name.startswith(dotted))
+
+
+def _sixteens(name: str) -> int:
+    family, *modifiers = name.split(".")
+    if family not in ("LDG", "LDGSTS"):
+        return 0
+    return 2 if "256" in modifiers else int("128" in modifiers)
+
+
+def compile_specimen(specimen: Specimen, arch: int) -> Report:
+    """Compile for an architecture (80, 90, 100) with the installed Triton and its own ptxas; no GPU is needed.
+
+    Raises:
+        ValueError: the specimen names an argument that the kernel does not have, or leaves one out.
+        RuntimeError: the process interprets kernels (``TRITON_INTERPRET=1``).
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not isinstance(specimen.kernel, triton.JITFunction):
+        raise RuntimeError(f"{specimen.name}: got {type(specimen.kernel).__name__}, expected a compiled kernel")
+    names = specimen.kernel.arg_names
+    _check_arguments(specimen, names)
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name in specimen.types and name not in specimen.unaligned and (name.endswith("_ptr") or "stride" in name)
+    }
+    source = ASTSource(
+        fn=specimen.kernel,
+        signature={name: specimen.types.get(name, "constexpr") for name in names},
+        constexprs=dict(specimen.constants),
+        attrs=divisible,
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(specimen.options))
+    cubin: bytes = compiled.asm["cubin"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = run_tool("cuobjdump", "-res-usage", path)
+        text = run_tool("cuobjdump", "-sass", path)
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    instructions = parse(text)
+    return Report(
+        registers=found["REG"],
+        stack=found["STACK"],
+        shared=compiled.metadata.shared,
+        opcodes=Counter(i.name for i in instructions),
+        main_loop=main_loop(instructions),
+        cubin=cubin,
+        scores_per_thread=specimen.scores_per_thread,
+    )
+
+
+def main_loop(instructions: list[Instruction]) -> Counter[str] | None:
+    """Opcodes of the innermost loop with matrix instructions (see :class:`Report`), or None."""
+    bodies = [body for body in loops(instructions) if count(Counter(instructions[i].name for i in body), *MATRIX)]
+    innermost = [body for body in bodies if not any(other < body for other in bodies)]
+    found = [Counter(instructions[i].name for i in body) for body in innermost]
+    return min(found, key=lambda opcodes: (-count(opcodes, *MATRIX), opcodes.total()), default=None)
+
+
+def _check_arguments(specimen: Specimen, names: list[str]) -> None:
+    given = [*specimen.types, *specimen.constants]
+    if unknown := sorted({*given, *specimen.unaligned} - {*names}):
+        raise ValueError(f"{specimen.name}: got {', '.join(unknown)}, expected arguments of the kernel")
+    if missing := sorted({*names} - {*given}):
+        raise ValueError(f"{specimen.name}: got no type or constant for {', '.join(missing)}")
+
+
+def run_tool(name: str, *arguments: str | Path) -> str:
+    """What one of the binary utilities in the Triton wheel (``ptxas``, ``cuobjdump``, ``nvdisasm``) prints."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
