@@ -1,6 +1,4 @@
-"""rope2d on a CPU: the meaning against float64 and the engine's layers, the operations' registration, what is refused;
-and the machine code of the kernels, compiled for GPUs that are not there.
-"""
+"""rope2d on a CPU: the meaning against float64 and the engine's layers, the operations' registration, what is refused."""
 
 from __future__ import annotations
 
@@ -12,9 +10,8 @@ from torch import Tensor
 
 from pixelflow_engine import layers
 from pixelflow_kernels import PackedLayout
-from pixelflow_kernels.rope2d import kernels, norm_rope2d_q_norm_k, op, qk_norm_rope2d, rope2d, rotation_table
+from pixelflow_kernels.rope2d import norm_rope2d_q_norm_k, op, qk_norm_rope2d, rope2d, rotation_table
 from support import rope
-from support.sass import Report, compile_kernel
 
 HEADS_AND_DIMS = [(1, 8), (3, 24), (2, 64), (2, 72), (2, 128)]
 
@@ -164,46 +161,3 @@ def test_rotation_refuses_by_name() -> None:
         rope2d(torch.zeros(6, 2, 12)[..., :8], layout)
     with pytest.raises(ValueError, match="head dim: got 4"):
         rotation_table(layout, 4)
-
-
-# --- machine code ------------------------------------------------------------------------------------------
-
-
-def compiled(kernel: Any, dtype: str, arch: int, **constants: Any) -> Report:
-    types = {}
-    for name in kernel.arg_names:
-        if name in ("row_ptr", "column_ptr"):
-            types[name] = "*i32"
-        elif name.endswith("_ptr"):
-            is_high = name == "table_ptr" or "weight" in name or "partial" in name
-            types[name] = "*fp32" if is_high else f"*{dtype}"
-        elif name.startswith(("stride", "num", "tokens")):
-            types[name] = "i32"
-    fusion = kernel is not kernels._rotate_kernel
-    constants |= {"WIDTH": 1152, "HEAD_DIM": 72} | kernels.Tile.of(1152).arguments()
-    num_warps = constants.pop("num_warps")
-    return compile_kernel(kernel, types, constants, arch, num_warps=num_warps, enable_fp_fusion=fusion)
-
-
-@pytest.mark.skipif("os.environ.get('TRITON_INTERPRET') == '1'", reason="an interpreted kernel cannot be compiled")
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_machine_code(dtype: str, arch: int) -> None:
-    """No spill, no shared memory, wide loads; the rotation has no fused multiply-add (level A)."""
-    wide = 4 if dtype == "bf16" else 9  # 16-byte loads of one token by 32 lanes; bf16's last 128 channels take 8 bytes
-    table = 9
-    reports = {
-        "rotate": (compiled(kernels._rotate_kernel, dtype, arch, CONJUGATE=False), wide + table),
-        "forward": (compiled(kernels._forward_kernel, dtype, arch, ROTATE_K=True, EPS=1e-6), 2 * (wide + 2 * table)),
-        "cross": (compiled(kernels._forward_kernel, dtype, arch, ROTATE_K=False, EPS=1e-6), 2 * wide + 3 * table),
-        "backward": (compiled(kernels._backward_kernel, dtype, arch, ROTATE_K=True, EPS=1e-6), 4 * (wide + table)),
-    }
-    for name, (report, loads) in reports.items():
-        assert report.spills == 0, f"{name}: {report}"
-        assert report.stack == 0, f"{name}: {report}"
-        assert report.shared == 0, f"{name}: {report}"
-        assert report.count("LDG.E.128") >= loads, f"{name}: {report}"
-        assert report.count("LDG.E.U16", "STG.E.U16") == 0, f"{name}: {report}"
-        assert report.count("BAR") == 0, f"{name}: {report}"
-    assert reports["rotate"][0].count("FFMA", "DFMA") == 0, reports["rotate"]
-    assert reports["forward"][0].count("FFMA") > 0  # the same count sees fused multiply-adds where there are any

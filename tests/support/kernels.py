@@ -97,7 +97,9 @@ def assert_same_bits(a: Tensor, b: Tensor, name: str = "out") -> None:
     if differ.any():
         place = differ.nonzero()[0].tolist()
         got, expected = a[tuple(place)].item(), b[tuple(place)].item()
-        raise AssertionError(f"{name}: {int(differ.sum())} of {a.numel()} differ; at {place}: {got!r}, not {expected!r}")
+        raise AssertionError(
+            f"{name}: {int(differ.sum())} of {a.numel()} differ; at {place}: {got!r}, not {expected!r}"
+        )
 
 
 def assert_level_d(out: Tensor, plain: Tensor, truth: Tensor, name: str = "out", scale: float | None = None) -> None:

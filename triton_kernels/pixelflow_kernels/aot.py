@@ -28,7 +28,8 @@ from .configs import ARCHITECTURES
 from .machine_code import Report, Specimen, compile_specimen, run_tool
 
 COLUMNS = (
-    "specimen", "arch", "reg", "spill", "stack", "shared", "instr", "ffma", "ldg16", "narrow", "matrix", "loop", "/score",
+    "specimen", "arch", "reg", "spill", "stack", "shared", "instr", "ffma", "ldg16", "narrow", "matrix", "loop",
+    "/score",
 )  # fmt: skip
 
 

@@ -73,11 +73,11 @@ def read_table(path: str | Path) -> Table:
     """
     path = Path(path)
     try:
-        table = json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates)
+        table: Table = json.loads(path.read_text("utf-8"), object_pairs_hook=_no_duplicates)
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
     check_table(table, path.name)
-    return table  # type: ignore[no-any-return]
+    return table
 
 
 def check_table(table: Any, name: str = "table") -> None:

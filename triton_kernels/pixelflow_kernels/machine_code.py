@@ -106,8 +106,8 @@ class Report:
 
     @property
     def instructions(self) -> int:
-        """All of them."""
-        return self.opcodes.total()
+        """All but the padding."""
+        return self.opcodes.total() - self.opcodes["NOP"]
 
     @property
     def spills(self) -> int:
