@@ -1,4 +1,4 @@
-"""rope2d on a CPU: the meaning against float64 and the engine's layers, the operations' registration, what is refused."""
+"""rope2d on a CPU: the meaning against float64 and the engine's layers, the registration, what is refused."""
 
 from __future__ import annotations
 

@@ -16,13 +16,16 @@ both are loaded 16 bytes at a time into one register layout, and pairs are taken
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pixelflow_kernels.configs import arch_of, launch_config
+
+LIMITS = (1280, 2560, 5120)  # channels; the launch configurations' shape classes
 MAX_PARTIALS = 1024  # rows of partial weight gradients that one backward may leave to be added up
 
 
@@ -270,27 +273,33 @@ def _backward_kernel(
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """How a token is cut into the kernels' MAIN and TAIL, and how many warps share it."""
+def tile_of(width: int) -> dict[str, int]:
+    """How a token is cut: MAIN is the largest power of two below ``width``, TAIL covers the rest."""
+    main = max(1 << (width - 1).bit_length() - 1, 1)
+    return {"MAIN": main, "TAIL": triton.next_power_of_2(width - main)}
 
-    main: int
-    tail: int
-    num_warps: int
 
-    @classmethod
-    def of(cls, width: int) -> Tile:
-        """MAIN is the largest power of two below ``width``, TAIL covers the rest; a warp takes up to 1024 of MAIN."""
-        main = 1 << (width - 1).bit_length() - 1
-        return cls(main, triton.next_power_of_2(width - main), min(max(main // 1024, 1), 8))
+def shape_class(width: int, dtype: torch.dtype) -> str:
+    """Name of a launch configuration: the tokens' type, and how many channels at most."""
+    kind = {2: "half", 4: "fp32", 8: "fp64"}[dtype.itemsize]
+    return f"{kind}-c{next((limit for limit in LIMITS if width <= limit), 'more')}"
 
-    def arguments(self) -> dict[str, int]:
-        """Keyword arguments of a launch."""
-        return {"MAIN": self.main, "TAIL": self.tail, "num_warps": self.num_warps}
+
+def _arguments(kernel: str, x: Tensor, config: Mapping[str, int] | None) -> dict[str, int]:
+    if config is None:
+        config = launch_config(f"rope2d.{kernel}", shape_class(x.shape[1], x.dtype), arch_of(x.device))
+    return {**tile_of(x.shape[1]), **config}
 
 
 def launch_rotate(
-    x: Tensor, row: Tensor, column: Tensor, table: Tensor, out: Tensor, head_dim: int, conjugate: bool
+    x: Tensor,
+    row: Tensor,
+    column: Tensor,
+    table: Tensor,
+    out: Tensor,
+    head_dim: int,
+    conjugate: bool,
+    config: Mapping[str, int] | None = None,
 ) -> None:
     """``out = rotate(x)``, both ``[T, C]`` with dense channels."""
     tokens, width = x.shape
@@ -309,7 +318,7 @@ def launch_rotate(
             WIDTH=width,
             HEAD_DIM=head_dim,
             enable_fp_fusion=False,  # level A: every product and sum rounds by itself, as in eager PyTorch
-            **Tile.of(width).arguments(),
+            **_arguments("rotate", x, config),
         )
 
 
@@ -326,6 +335,7 @@ def launch_forward(
     head_dim: int,
     eps: float,
     rotate_k: bool,
+    config: Mapping[str, int] | None = None,
 ) -> None:
     """Fill ``q_out`` and ``k_out``; every ``[T, C]`` tensor has dense channels and a token stride of its own."""
     programs = q.shape[0] + k.shape[0]
@@ -352,7 +362,7 @@ def launch_forward(
             WIDTH=q.shape[1],
             HEAD_DIM=head_dim,
             enable_fp_fusion=True,
-            **Tile.of(q.shape[1]).arguments(),
+            **_arguments("forward", q, config),
         )
 
 
@@ -371,6 +381,7 @@ def launch_backward(
     head_dim: int,
     eps: float,
     rotate_k: bool,
+    config: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fill ``grad_q`` and ``grad_k`` and return the weights' gradients ``[C]`` in the table's type.
 
@@ -411,6 +422,6 @@ def launch_backward(
                 WIDTH=q.shape[1],
                 HEAD_DIM=head_dim,
                 enable_fp_fusion=True,
-                **Tile.of(q.shape[1]).arguments(),
+                **_arguments("backward", q, config),
             )
     return partial_q.sum(0), partial_k.sum(0)

@@ -5,61 +5,62 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+from pixelflow_kernels.configs import launch_config
 from pixelflow_kernels.machine_code import Promises, Specimen
 
-TYPES = ("bf16", "fp16", "fp32")
-SHAPES = ((1152, 72), (1024, 64), (64, 16))  # channels, head dim
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+SHAPES = ((1152, 72), (1024, 64), (2048, 128), (64, 16))  # channels, head dim; the last is the bundled model's
 
 
 def specimens(arch: int) -> Iterator[Specimen]:
-    """Every kernel, type and shape; the same for all architectures."""
+    """Every kernel; every type at the published width, the usual two at the others."""
     from . import kernels
 
+    rotate, forward, backward = kernels._rotate_kernel, kernels._forward_kernel, kernels._backward_kernel
     for dtype in TYPES:
-        for width, head_dim in SHAPES:
-            variants: tuple[tuple[str, Any, dict[str, Any], int], ...] = (
-                ("rotate", kernels._rotate_kernel, {"CONJUGATE": False}, 1),
-                ("rotate_back", kernels._rotate_kernel, {"CONJUGATE": True}, 1),
-                ("forward", kernels._forward_kernel, {"ROTATE_K": True, "EPS": 1e-6}, 2),
-                ("forward_cross", kernels._forward_kernel, {"ROTATE_K": False, "EPS": 1e-6}, 2),
-                ("backward", kernels._backward_kernel, {"ROTATE_K": True, "EPS": 1e-6}, 4),
-                ("backward_cross", kernels._backward_kernel, {"ROTATE_K": False, "EPS": 1e-6}, 4),
-            )
-            for name, kernel, flags, tensors in variants:
-                yield _specimen(name, kernel, dtype, width, head_dim, flags, tensors)
+        for width, head_dim in SHAPES if dtype in ("bf16", "fp32") else SHAPES[:1]:
+            shape = (dtype, width, head_dim, arch)
+            yield _specimen("rotate", rotate, {"CONJUGATE": False}, *shape)
+            yield _specimen("rotate", rotate, {"CONJUGATE": True}, *shape, variant="_back")
+            for variant, rotate_k in (("", True), ("_cross", False)):
+                flags = {"ROTATE_K": rotate_k, "EPS": 1e-6}
+                yield _specimen("forward", forward, flags, *shape, variant=variant)
+                yield _specimen("backward", backward, flags, *shape, variant=variant)
 
 
 def _specimen(
-    name: str, kernel: Any, dtype: str, width: int, head_dim: int, flags: dict[str, Any], tensors: int
+    name: str, kernel: Any, flags: dict[str, Any], dtype: str, width: int, head_dim: int, arch: int, variant: str = ""
 ) -> Specimen:
     from . import kernels
 
-    tile = kernels.Tile.of(width)
-    # One token by 32 lanes. The last 128 of 1152 channels in two-byte types take 8 bytes a lane, the 32 + 32 of the
-    # small model less: only whole rounds of 512 bytes are promised wide.
-    size = 4 if dtype == "fp32" else 2
-    threads = 32 * tile.num_warps
-    wide = sum(part * size // 16 // threads for part in (tile.main, tile.tail))
-    level_a = name.startswith("rotate")
+    tile = kernels.tile_of(width)
+    config = launch_config(f"rope2d.{name}", kernels.shape_class(width, TYPES[dtype]), arch)
+    # Of each part of each token only whole rounds of the threads, 16 bytes each, are promised wide: the last 128 of
+    # 1152 channels are 8 bytes a lane in a two-byte type, and the small model's 32 are less.
+    round_of_threads = 16 * 32 * config["num_warps"]
+    wide = sum(part * TYPES[dtype].itemsize // round_of_threads for part in tile.values())
+    tokens = {"rotate": 1, "forward": 2, "backward": 4}[name]
     return Specimen(
-        name=f"rope2d.{name}/{dtype}/c{width}-d{head_dim}",
+        name=f"rope2d.{name}{variant}/{dtype}/c{width}-d{head_dim}",
         kernel=kernel,
-        types={n: t for n in kernel.arg_names if (t := _type(n, dtype))},
-        constants=flags | {"WIDTH": width, "HEAD_DIM": head_dim, "MAIN": tile.main, "TAIL": tile.tail},
-        options={"num_warps": tile.num_warps, "enable_fp_fusion": not level_a},
+        types={argument: found for argument in kernel.arg_names if (found := _type(argument, dtype))},
+        constants=flags | tile | {"WIDTH": width, "HEAD_DIM": head_dim},
+        options=config | {"enable_fp_fusion": name != "rotate"},
         promises=Promises(
-            wide_loads=tensors * wide,
+            wide_loads=tokens * wide,
             narrow=0 if width >= 1024 else None,
-            ffma=0 if level_a else None,
-            shared=0,
+            ffma=0 if name == "rotate" else None,  # level A
+            shared=0 if config["num_warps"] == 1 else None,
         ),
     )
 
 
-def _type(name: str, dtype: str) -> str | None:
-    if name in ("row_ptr", "column_ptr"):
+def _type(argument: str, dtype: str) -> str | None:
+    if argument in ("row_ptr", "column_ptr"):
         return "*i32"
-    if name.endswith("_ptr"):
-        high = name == "table_ptr" or "weight" in name or "partial" in name
-        return "*fp32" if high else f"*{dtype}"
-    return "i32" if name.startswith(("stride", "num", "tokens")) else None
+    if argument.endswith("_ptr"):
+        high = argument == "table_ptr" or "weight" in argument or "partial" in argument
+        return f"*{'fp64' if dtype == 'fp64' else 'fp32'}" if high else f"*{dtype}"
+    return "i32" if argument.startswith(("stride", "num", "tokens")) else None
