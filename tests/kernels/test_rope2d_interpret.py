@@ -1,167 +1,228 @@
-"""The rope2d kernels under Triton's interpreter: rotation level A, norms and gradients level D, in fp32 and fp64.
+"""The rope2d kernels under Triton's interpreter: rotation level A, norms and gradients level D, in fp32, fp64 and fp16.
 
-Outputs are slices of NaN-filled buffers, so an element left unwritten or written beside the output shows.
+Outputs lie in poison, inputs in NaN or beside each other in a fused product. A program costs milliseconds here, so
+packs are small; corner lengths come once, and `make fuzz` draws more.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pixelflow_kernels import PackedLayout
 from pixelflow_kernels.rope2d import op, reference, rotation_table
-from support import rope
+from support import packs, rope
+from support.kernels import (
+    assert_filled,
+    assert_level_d,
+    assert_same_bits,
+    poisoned_like,
+    random_bits,
+    same_bits,
+    surrounded,
+)
+from support.reference_models import seeded
+from support.rope import EPS
 
 pytestmark = pytest.mark.interpret
 
-HEADS_AND_DIMS = [(1, 8), (3, 24), (2, 64), (3, 72), (1, 128)]
-DTYPES = [torch.float32, torch.float64]
-EPS = 1e-6
+# The interpreter rounds to fp16 as a GPU does, to bf16 it does not.
+TYPES = st.sampled_from([torch.float32, torch.float64, torch.float16])
+HEADS = st.integers(1, 3)
 
 
-def truth_of(leaves: list[Tensor], layout: PackedLayout, heads: int, rotate_k: bool) -> tuple[Tensor, Tensor]:
-    """In float64, differentiable."""
-    q, k, q_weight, k_weight = leaves
-    k = rope.norm(k, k_weight, heads)
-    return rope.turn(rope.norm(q, q_weight, heads), layout), rope.turn(k, layout) if rotate_k else k
+@pytest.fixture(autouse=True)
+def _no_warnings_about_special_values() -> Iterator[None]:
+    with np.errstate(all="ignore"):
+        yield
 
 
-@pytest.mark.parametrize("grids", rope.GRIDS.values(), ids=rope.GRIDS)
-@pytest.mark.parametrize(("heads", "dim"), HEADS_AND_DIMS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("conjugate", [False, True])
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, about infinities put in on purpose
-def test_rotation_bits(grids: list[tuple[int, int]], heads: int, dim: int, dtype: torch.dtype, conjugate: bool) -> None:
+def places(layout: PackedLayout, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    table = surrounded(rotation_table(layout, dim, rope.high_type(dtype)), dense=True)
+    return layout.row, layout.column, table
+
+
+# --- rotation ----------------------------------------------------------------------------------------------
+
+
+def check_rotation(x: Tensor, layout: PackedLayout, dim: int, conjugate: bool) -> None:
     from pixelflow_kernels.rope2d import kernels
 
-    layout = rope.layout_of(grids)
-    x = rope.fused_qkv(layout.num_tokens, heads * dim, dtype, 1.0)[1]
-    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-42, -1e-42, torch.finfo(dtype).max], dtype=dtype)
-    x[:, : min(heads * dim, 7)] = special[: heads * dim]
-    table = rotation_table(layout, dim, dtype)
-    expected = reference.rotate(x.unflatten(-1, (heads, dim)), layout.row, layout.column, table, conjugate)
-    buffer, out = rope.poisoned(*x.shape, dtype)
-    kernels.launch_rotate(x, layout.row, layout.column, table, out, dim, conjugate)
-    assert rope.same_bits(out, expected.flatten(1))
-    assert int(buffer.isnan().sum()) == buffer.numel() - out.numel() + int(out.isnan().sum()), "written outside"
+    at = places(layout, dim, x.dtype)
+    expected = reference.rotate(x.unflatten(-1, (-1, dim)), *at, conjugate).flatten(1)
+    buffer, out = poisoned_like(x)
+    kernels.launch_rotate(x, *at, out, dim, conjugate)
+    assert_filled(buffer, out)
+    assert_same_bits(out, expected)
 
 
-@pytest.mark.parametrize("grids", rope.GRIDS.values(), ids=rope.GRIDS)
-@pytest.mark.parametrize(("heads", "dim"), HEADS_AND_DIMS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rotate_k", [True, False])
-@pytest.mark.parametrize("std", [0.02, 1.0])
-def test_forward(
-    grids: list[tuple[int, int]], heads: int, dim: int, dtype: torch.dtype, rotate_k: bool, std: float
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_ten_million_values_of_any_bits_turn_as_in_pytorch(dtype: torch.dtype) -> None:
+    """Level A. The kernel is the same for any width, and the interpreter is quick where a token is long."""
+    width, dim = 14560 * 72, 72  # just below the longest tile that Triton takes
+    layout = PackedLayout.from_grids([(1, 3), (2, 1)])
+    generator = seeded(11)
+    compared = 0
+    for conjugate in (False, True):
+        x = random_bits(layout.num_tokens, width, dtype=dtype, generator=generator)
+        check_rotation(x, layout, dim, conjugate)
+        compared += x.numel()
+    assert compared > 10**7
+
+
+@packs.draws(100)
+@given(packs.grids(max_tokens=12), HEADS, packs.head_dims(), TYPES, st.booleans(), packs.seeds())
+def test_rotation_bits_on_ragged_packs(
+    grids: list[tuple[int, int]], heads: int, dim: int, dtype: torch.dtype, conjugate: bool, seed: int
+) -> None:
+    layout = PackedLayout.from_grids(grids)
+    x = random_bits(layout.num_tokens, heads * dim, dtype=dtype, generator=seeded(seed))
+    check_rotation(surrounded(x), layout, dim, conjugate)
+
+
+# --- norm and rotation -------------------------------------------------------------------------------------
+
+
+def operands(
+    layout: PackedLayout, k_tokens: int | None, width: int, dtype: torch.dtype, std: float, seed: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """q, k and the weights, and gradients of both outputs ``[T, C]``; ``k_tokens`` is None where k is q's image."""
+    q, k, _ = rope.fused_qkv(max(layout.num_tokens, k_tokens or 0), width, dtype, std, seed)
+    q, k = q[: layout.num_tokens], k[: layout.num_tokens if k_tokens is None else k_tokens]
+    weights = [surrounded(w) for w in rope.weights(width, rope.high_type(dtype), seed)]
+    drawn = rope.fused_qkv(max(len(q), len(k)), width, dtype, 1.0, seed + 1)
+    return [q, surrounded(k), *weights], [drawn[0][: len(q)], drawn[1][: len(k)]]
+
+
+def check_forward(tensors: list[Tensor], layout: PackedLayout, heads: int, rotate_k: bool) -> None:
+    from pixelflow_kernels.rope2d import kernels
+
+    q, k = tensors[:2]
+    dim = q.shape[1] // heads
+    at = places(layout, dim, q.dtype)
+    outputs = [poisoned_like(x) for x in (q, k)]
+    kernels.launch_forward(*tensors, *at, outputs[0].out, outputs[1].out, dim, EPS, rotate_k)
+    plain = op._norm_rope2d(*tensors, *at, heads, EPS, rotate_k)
+    truth = rope.norm_and_turn(tensors, layout, heads, rotate_k)
+    for name, (buffer, out), a, b in zip(("q", "k"), outputs, plain, truth, strict=True):
+        assert_filled(buffer, out, name)
+        assert_level_d(out, a.flatten(1), b.flatten(1), name)
+
+
+def check_backward(
+    tensors: list[Tensor], grads: list[Tensor], layout: PackedLayout, heads: int, rotate_k: bool
 ) -> None:
     from pixelflow_kernels.rope2d import kernels
 
-    layout, width = rope.layout_of(grids), heads * dim
-    q, k, _ = rope.fused_qkv(layout.num_tokens, width, dtype, std)
-    k = k if rotate_k else k[: layout.num_tokens // 3]
-    tensors = [q, k, *rope.weights(width, dtype)]
-    places = (layout.row, layout.column, rotation_table(layout, dim, dtype))
-    outputs = [rope.poisoned(*x.shape, dtype) for x in (q, k)]
-    kernels.launch_forward(*tensors, *places, outputs[0][1], outputs[1][1], dim, EPS, rotate_k)
-    plain = op._norm_rope2d(*tensors, *places, heads, EPS, rotate_k)
-    truth = truth_of(tensors, layout, heads, rotate_k)
-    for name, (buffer, out), a, b in zip(("q", "k"), outputs, plain, truth, strict=True):
-        rope.assert_filled(buffer, out)
-        rope.assert_level_d(out, a.flatten(1), b.flatten(1), name)
+    q, k = tensors[:2]
+    dim = q.shape[1] // heads
+    at = places(layout, dim, q.dtype)
+    outputs = [poisoned_like(x) for x in (q, k)]
+    of_weights = kernels.launch_backward(*grads, *tensors, *at, outputs[0].out, outputs[1].out, dim, EPS, rotate_k)
+    by_heads = [g.unflatten(-1, (heads, dim)) for g in grads]
+    plain = op._norm_rope2d_backward(*by_heads, *tensors, *at, EPS, rotate_k)
+    truth = rope.gradients(by_heads, tensors, layout, heads, rotate_k)
+    for buffer, out in outputs:
+        assert_filled(buffer, out)
+    got = [outputs[0].out, outputs[1].out, *of_weights]
+    for name, a, b, c in zip(("q", "k", "q_weight", "k_weight"), got, plain, truth, strict=True):
+        assert_level_d(a, b, c, name)
 
 
-@pytest.mark.parametrize("grids", rope.GRIDS.values(), ids=rope.GRIDS)
-@pytest.mark.parametrize(("heads", "dim"), HEADS_AND_DIMS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rotate_k", [True, False])
-def test_backward(
+PACKS = packs.grids(max_tokens=8, max_members=4)
+TEXT = st.one_of(st.none(), st.integers(0, 6))  # tokens of k, where it has its own
+
+
+@packs.draws(120)
+@given(PACKS, TEXT, HEADS, packs.head_dims(), TYPES, packs.stds(), packs.seeds())
+def test_forward_on_ragged_packs(
     grids: list[tuple[int, int]],
+    text: int | None,
     heads: int,
     dim: int,
     dtype: torch.dtype,
-    rotate_k: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    std: float,
+    seed: int,
 ) -> None:
-    """Against autograd of the float64 formula; several tokens to a program, and a last program with fewer."""
+    layout = PackedLayout.from_grids(grids)
+    tensors, _ = operands(layout, text, heads * dim, dtype, std, seed)
+    check_forward(tensors, layout, heads, rotate_k=text is None)
+
+
+@packs.draws(80)
+@given(PACKS, TEXT, HEADS, packs.head_dims(), TYPES, packs.stds(), packs.seeds(), st.sampled_from([1, 3, 5, 1024]))
+def test_backward_on_ragged_packs(
+    grids: list[tuple[int, int]],
+    text: int | None,
+    heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    std: float,
+    seed: int,
+    partials: int,
+) -> None:
+    """Few partial sums make programs with several tokens, and a last program with fewer."""
     from pixelflow_kernels.rope2d import kernels
 
-    monkeypatch.setattr(kernels, "MAX_PARTIALS", 20)
-    layout, width = rope.layout_of(grids), heads * dim
-    q, k, _ = rope.fused_qkv(layout.num_tokens, width, dtype, 1.0)
-    k = k if rotate_k else k[: layout.num_tokens // 3]
-    tensors = [q, k, *rope.weights(width, dtype)]
-    places = (layout.row, layout.column, rotation_table(layout, dim, dtype))
-    # Gradients too come as slices of something wider.
-    grads = [
-        g[: x.shape[0]] for g, x in zip(rope.fused_qkv(layout.num_tokens, width, dtype, 1.0, 5), (q, k), strict=False)
-    ]
-    outputs = [rope.poisoned(*x.shape, dtype) for x in (q, k)]
-    of_weights = kernels.launch_backward(*grads, *tensors, *places, outputs[0][1], outputs[1][1], dim, EPS, rotate_k)
-    by_heads = [g.unflatten(-1, (heads, dim)) for g in grads]
-    plain = op._norm_rope2d_backward(*by_heads, *tensors, *places, EPS, rotate_k)
-    leaves = [x.double().requires_grad_() for x in tensors]
-    truth = torch.autograd.grad(truth_of(leaves, layout, heads, rotate_k), leaves, [g.double() for g in by_heads])
-    for buffer, out in outputs:
-        rope.assert_filled(buffer, out)
-    got = [outputs[0][1], outputs[1][1], *of_weights]
-    for name, a, b, c in zip(("q", "k", "q_weight", "k_weight"), got, plain, truth, strict=True):
-        rope.assert_level_d(a, b, c, name)
-    assert all(w.shape == (width,) for w in of_weights)
+    layout = PackedLayout.from_grids(grids)
+    tensors, grads = operands(layout, text, heads * dim, dtype, std, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "MAX_PARTIALS", partials)
+        check_backward(tensors, grads, layout, heads, rotate_k=text is None)
+
+
+@pytest.mark.parametrize("grids", [[(1, 1), (7, 9), (8, 8), (5, 13)], [(24, 25)]], ids=["corners", "600 tokens"])
+def test_corner_lengths(grids: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    from pixelflow_kernels.rope2d import kernels
+
+    monkeypatch.setattr(kernels, "MAX_PARTIALS", 50)
+    layout = PackedLayout.from_grids(grids)
+    tensors, grads = operands(layout, 0, 24, torch.float32, 1.0, 3)
+    check_forward(tensors, layout, 3, rotate_k=False)
+    check_backward(tensors, grads, layout, 3, rotate_k=False)
+    check_rotation(tensors[0], layout, 8, conjugate=False)
 
 
 def test_weight_gradients_have_the_same_bits_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from pixelflow_kernels.rope2d import kernels
 
     monkeypatch.setattr(kernels, "MAX_PARTIALS", 16)
-    layout = rope.layout_of([(9, 11)])
-    q, k, grad = rope.fused_qkv(layout.num_tokens, 24, torch.float32, 1.0)
+    layout = PackedLayout.from_grids([(5, 7)])
+    tensors, (grad, _) = operands(layout, None, 24, torch.float32, 1.0, 4)
     grad = grad.unflatten(-1, (3, 8))
-    arguments = (
-        grad,
-        grad,
-        q,
-        k,
-        *rope.weights(24, torch.float32),
-        layout.row,
-        layout.column,
-        rotation_table(layout, 8),
-    )
-    first, second = (op._launch_norm_rope2d_backward(*arguments, EPS, True) for _ in range(2))
-    assert all(rope.same_bits(a, b) for a, b in zip(first, second, strict=True))
-    plain = op._norm_rope2d_backward(*arguments, EPS, True)
-    truth = op._norm_rope2d_backward(
-        *(x.double() for x in arguments[:6]),
-        layout.row,
-        layout.column,
-        rotation_table(layout, 8, torch.float64),
-        EPS,
-        True,
-    )
-    for a, b, c in zip(first, plain, truth, strict=True):
-        rope.assert_level_d(a, b, c)
+    arguments = (grad, grad, *tensors, *places(layout, 8, torch.float32), EPS, True)
+    first, second = (op._launch_norm_rope2d_backward(*arguments) for _ in range(2))
+    assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_what_a_cuda_call_runs() -> None:
     """The CUDA implementations end to end: a published width, an expanded gradient, an empty pack."""
-    layout = rope.layout_of([(1, 2), (1, 1)])
+    layout = PackedLayout.from_grids([(1, 2), (1, 1)])
     q, k, _ = rope.fused_qkv(3, 1152, torch.float32, 1.0)
     tensors = (q, k, *rope.weights(1152, torch.float32))
-    places = (layout.row, layout.column, rotation_table(layout, 72))
+    at = places(layout, 72, torch.float32)
     for rotate_k in (True, False):
-        got = op._launch_norm_rope2d(*tensors, *places, 16, EPS, rotate_k)
-        for a, b in zip(got, op._norm_rope2d(*tensors, *places, 16, EPS, rotate_k), strict=True):
+        got = op._launch_norm_rope2d(*tensors, *at, 16, EPS, rotate_k)
+        truth = rope.norm_and_turn(tensors, layout, 16, rotate_k)
+        for a, b, c in zip(got, op._norm_rope2d(*tensors, *at, 16, EPS, rotate_k), truth, strict=True):
             assert a.is_contiguous()
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            assert_level_d(a, b, c)
         grads = (torch.ones(1, 1, 1).expand(3, 16, 72), torch.ones(16, 72, 3).permute(2, 0, 1))
-        got = op._launch_norm_rope2d_backward(*grads, *tensors, *places, EPS, rotate_k)
-        for a, b in zip(got, op._norm_rope2d_backward(*grads, *tensors, *places, EPS, rotate_k), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-        assert rope.same_bits(op._launch_rope2d(grads[1], *places, rotate_k), op._rope2d(grads[1], *places, rotate_k))
+        got = op._launch_norm_rope2d_backward(*grads, *tensors, *at, EPS, rotate_k)
+        plain = op._norm_rope2d_backward(*grads, *tensors, *at, EPS, rotate_k)
+        for a, b, c in zip(got, plain, rope.gradients(grads, tensors, layout, 16, rotate_k), strict=True):
+            assert_level_d(a, b, c)
+        assert_same_bits(op._launch_rope2d(grads[1], *at, rotate_k), op._rope2d(grads[1], *at, rotate_k))
     nothing = q[:0].unflatten(-1, (16, 72))
-    empty = [x[:0] for x in places[:2]]
-    assert op._launch_rope2d(nothing, *empty, places[2], False).shape == (0, 16, 72)
-    got = op._launch_norm_rope2d_backward(nothing, nothing, q[:0], k[:0], *tensors[2:], *empty, places[2], EPS, True)
+    empty = (*[x[:0] for x in at[:2]], at[2])
+    assert op._launch_rope2d(nothing, *empty, False).shape == (0, 16, 72)
+    got = op._launch_norm_rope2d_backward(nothing, nothing, q[:0], k[:0], *tensors[2:], *empty, EPS, True)
     assert [x.shape[0] for x in got] == [0, 0, 1152, 1152]
     assert not got[2].any()
     assert not got[3].any()

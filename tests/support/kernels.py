@@ -54,11 +54,41 @@ def poisoned_like(x: Tensor, *, dense: bool = False) -> Poisoned:
     return poisoned(*x.shape, dtype=x.dtype, device=x.device, dense=dense)
 
 
-def surrounded(x: Tensor) -> Tensor:
-    """The values of ``x`` in the middle of NaN: reads outside show, and rows are further apart than they are long."""
-    view = poisoned_like(x).out
+def surrounded(x: Tensor, *, dense: bool = False) -> Tensor:
+    """The values of ``x`` in the middle of NaN, laid out as :func:`poisoned` does: what is read outside shows."""
+    view = poisoned_like(x, dense=dense).out
     view.copy_(x)
     return view.detach()
+
+
+def random_bits(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Values of every kind and size: any bits at all, so also NaN, infinities, denormals and both zeros.
+
+    A few per cent are those special values on purpose: among random bits a zero never comes.
+    """
+    integer = POISON[dtype][0]
+    info = torch.iinfo(integer)
+    drawn = torch.randint(info.min, info.max, shape, dtype=integer, generator=generator, device=generator.device)
+    limits = torch.finfo(dtype)
+    special = [
+        0.0,
+        -0.0,
+        torch.inf,
+        -torch.inf,
+        torch.nan,
+        limits.max,
+        limits.min,
+        limits.tiny,
+        limits.smallest_normal / 8,
+    ]
+    values = torch.tensor([*special, 1.0, -1.0], dtype=dtype, device=generator.device)
+    which = torch.randint(20 * len(values), shape, generator=generator, device=generator.device)
+    # One NaN is as good as another, except that arithmetic hands on its bits, and they might be the poison's.
+    return torch.where(
+        which < len(values),
+        values[which.clamp(max=len(values) - 1)],
+        drawn.view(dtype).nan_to_num_(torch.nan, torch.inf, -torch.inf),
+    )
 
 
 def assert_filled(buffer: Tensor, out: Tensor, name: str = "out") -> None:

@@ -10,12 +10,9 @@ from torch import Tensor
 
 from pixelflow_kernels import PackedLayout
 
-GUARD = 64  # poisoned elements on either side of an output's tokens
-GRIDS: dict[str, list[tuple[int, int]]] = {
-    "ragged": [(1, 1), (3, 2), (1, 5), (6, 4), (2, 4)],
-    "one token": [(1, 1)],
-    "empty": [],
-}
+from .reference_models import seeded
+
+EPS = 1e-6
 
 
 def turn(x: Tensor, layout: PackedLayout) -> Tensor:
@@ -27,7 +24,7 @@ def turn(x: Tensor, layout: PackedLayout) -> Tensor:
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)[:, None]).flatten(-2)
 
 
-def norm(x: Tensor, weight: Tensor, num_heads: int, eps: float = 1e-6) -> Tensor:
+def norm(x: Tensor, weight: Tensor, num_heads: int, eps: float = EPS) -> Tensor:
     """RMSNorm of ``x [T, C]`` in float64, split into heads."""
     high = x.double()
     length = torch.linalg.vector_norm(high, dim=-1, keepdim=True) / math.sqrt(x.shape[-1])
@@ -35,47 +32,34 @@ def norm(x: Tensor, weight: Tensor, num_heads: int, eps: float = 1e-6) -> Tensor
     return (high / length * weight.double()).unflatten(-1, (num_heads, -1))
 
 
+def norm_and_turn(leaves: Sequence[Tensor], layout: PackedLayout, heads: int, rotate_k: bool) -> tuple[Tensor, Tensor]:
+    """What the fused operation computes of ``q, k, q_weight, k_weight``, in float64; differentiable."""
+    q, k, q_weight, k_weight = leaves
+    k = norm(k, k_weight, heads)
+    return turn(norm(q, q_weight, heads), layout), turn(k, layout) if rotate_k else k
+
+
+def gradients(
+    grads: Sequence[Tensor], leaves: Sequence[Tensor], layout: PackedLayout, heads: int, rotate_k: bool
+) -> tuple[Tensor, ...]:
+    """Of q, k and both weights, by autograd of :func:`norm_and_turn`; ``grads`` are ``[T, H, D]``."""
+    high = [x.double().requires_grad_() for x in leaves]
+    outputs = norm_and_turn(high, layout, heads, rotate_k)
+    return torch.autograd.grad(outputs, high, [g.double() for g in grads])
+
+
 def fused_qkv(tokens: int, width: int, dtype: torch.dtype, std: float, seed: int = 0) -> tuple[Tensor, ...]:
     """q, k and v as slices of one product ``[T, 3C]``."""
-    generator = torch.Generator().manual_seed(seed)
-    product = torch.randn(tokens, 3 * width, generator=generator, dtype=torch.float64) * std
+    product = torch.randn(tokens, 3 * width, generator=seeded(seed), dtype=torch.float64) * std
     return product.to(dtype).chunk(3, dim=-1)
 
 
-def weights(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    q_weight, k_weight = 1 + 0.3 * torch.randn(2, width, generator=generator, dtype=torch.float64)
+def weights(width: int, dtype: torch.dtype, seed: int = 7) -> tuple[Tensor, Tensor]:
+    """Of q's and k's norm: around 1, none of them 1."""
+    q_weight, k_weight = 1 + 0.3 * torch.randn(2, width, generator=seeded(seed), dtype=torch.float64)
     return q_weight.to(dtype), k_weight.to(dtype)
 
 
-def poisoned(tokens: int, width: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """A NaN-filled buffer and the view ``[T, C]`` in its middle, whose rows have red zones on both sides too."""
-    buffer = torch.full((tokens + 2, width + 2 * GUARD), torch.nan, dtype=dtype, device=device)
-    return buffer, buffer[1:-1, GUARD:-GUARD]
-
-
-def assert_filled(buffer: Tensor, out: Tensor) -> None:
-    """Every element of ``out`` was written, and nothing else of its buffer was."""
-    assert not out.isnan().any(), "output left unwritten"
-    assert int(buffer.isnan().sum()) == buffer.numel() - out.numel(), "written outside the output"
-
-
-def assert_level_d(out: Tensor, plain: Tensor, truth: Tensor, name: str = "out") -> None:
-    """No further from float64 than twice plain PyTorch of the same type, plus two roundings of the largest value."""
-    if truth.numel() == 0:
-        return
-    unit = torch.finfo(out.dtype).eps / 2
-    error = (out.double() - truth).abs().max().item()
-    bound = 2 * (plain.double() - truth).abs().max().item() + 2 * unit * truth.abs().max().item()
-    assert error <= bound, f"{name}: error {error:.3e}, bound {bound:.3e}"
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit equal, signed zeros told apart, any NaN equal to any other."""
-    as_integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    equal = a.contiguous().view(as_integer) == b.contiguous().view(as_integer)
-    return a.dtype == b.dtype and a.shape == b.shape and bool((equal | (a.isnan() & b.isnan())).all())
-
-
-def layout_of(grids: Sequence[tuple[int, int]], device: str = "cpu") -> PackedLayout:
-    return PackedLayout.from_grids(grids, device=device)
+def high_type(dtype: torch.dtype) -> torch.dtype:
+    """What a type is computed in."""
+    return torch.promote_types(dtype, torch.float32)

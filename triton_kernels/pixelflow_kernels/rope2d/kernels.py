@@ -52,9 +52,12 @@ def _turn(x, table, CONJUGATE: tl.constexpr):
     """Rotate neighbouring pairs; written so that without fused multiply-add every step rounds as PyTorch's does."""
     a, b = tl.split(tl.reshape(x, [x.numel // 2, 2]))
     cos, sin = tl.split(tl.reshape(table, [x.numel // 2, 2]))
+    # Not by `-sin`, which Triton computes as 0 - sin: that is +0 where sin is +0, and a zero's sign would be lost.
     if CONJUGATE:
-        sin = -sin
-    return tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), x.shape)
+        first, second = a * cos + b * sin, b * cos - a * sin
+    else:
+        first, second = a * cos - b * sin, b * cos + a * sin
+    return tl.reshape(tl.join(first, second), x.shape)
 
 
 @triton.jit
@@ -282,7 +285,7 @@ def tile_of(width: int) -> dict[str, int]:
 def shape_class(width: int, dtype: torch.dtype) -> str:
     """Name of a launch configuration: the tokens' type, and how many channels at most."""
     kind = {2: "half", 4: "fp32", 8: "fp64"}[dtype.itemsize]
-    return f"{kind}-c{next((limit for limit in LIMITS if width <= limit), 'more')}"
+    return f"{kind}-{next((f'c{limit}' for limit in LIMITS if width <= limit), 'wide')}"
 
 
 def _arguments(kernel: str, x: Tensor, config: Mapping[str, int] | None) -> dict[str, int]:
