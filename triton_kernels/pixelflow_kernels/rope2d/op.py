@@ -67,6 +67,8 @@ def rope2d(x: Tensor, layout: PackedLayout, *, table: Tensor | None = None) -> T
     """
     if x.ndim != 3:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected three dimensions [T, H, D]")
+    if x.shape[1] == 0:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one head")
     table = _check_tokens("x", x, layout, x.shape[2], table)
     if x.shape[0] > 0 and x.shape[1] > 1 and x.stride(1) != x.shape[2]:
         raise ValueError(f"x: got head stride {x.stride(1)}, expected heads side by side ({x.shape[2]})")
@@ -87,7 +89,7 @@ def qk_norm_rope2d(
     """RMSNorm of q and of k over all heads together, then 2-D RoPE of both: what self-attention takes.
 
     ``rms(x) = weight * x / sqrt(mean(x^2) + eps)`` is computed in float32 (float64 for float64 tokens) and rounded to
-    the type of ``x``; so is the rotation. Differentiable in q, k and both weights.
+    the type of ``x``; so is the rotation. Differentiable once in q, k and both weights.
 
     Args:
         q, k: ``[T, C]`` bf16, fp16, fp32 or fp64, of one type. A token's channels are dense, tokens may be any distance
@@ -161,7 +163,7 @@ def _check_norm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, num_he
     if num_heads <= 0 or width % num_heads != 0:
         raise ValueError(f"num_heads: got {num_heads}, expected a divisor of the width {width}")
     _check_head_dim(width // num_heads)
-    if eps < 0:
+    if not eps >= 0:  # nor NaN
         raise ValueError(f"eps: got {eps}, expected 0 or more")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if tuple(weight.shape) != (width,):
