@@ -1,6 +1,7 @@
 """Hypothesis strategies for ragged packs, and how many are drawn.
 
 A normal run draws the same few examples every time. PIXELFLOW_FUZZ=N (`make fuzz`) draws N times as many, at random.
+PIXELFLOW_SHRINK=0 stops at the first failure, for runs over broken kernels: under the interpreter, shrinking takes minutes.
 """
 
 from __future__ import annotations
@@ -9,19 +10,21 @@ import os
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 CORNERS = (1, 63, 64, 65)  # around the tiles' edges
 CORNER_GRIDS = ((1, 1), (7, 9), (8, 8), (5, 13), (1, 64), (65, 1))
 HEAD_DIMS = (8, 16, 24, 64, 72, 80, 96, 128)
 FUZZ = int(os.environ.get("PIXELFLOW_FUZZ", "1"))
+PHASES = [Phase.explicit, Phase.generate, *([Phase.shrink] if os.environ.get("PIXELFLOW_SHRINK") != "0" else [])]
 
 
 def draws(count: int) -> Any:
     """Decorator: this many examples, the same in every normal run; under PIXELFLOW_FUZZ more, and other ones."""
     return settings(
         max_examples=count * FUZZ,
+        phases=PHASES,
         derandomize=FUZZ == 1,
         deadline=None,
         database=None,
