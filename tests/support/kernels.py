@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 GUARD = 64  # poisoned elements on either side of every row of an output
+INPUT_GUARD = (
+    32  # of an input: its rows must not be as far apart as an output's, or a stride taken for the other passes
+)
 
 # A NaN that no arithmetic yields (its payload is ours), so that a NaN that a kernel wrote is told from one it left.
 POISON = {
@@ -29,7 +32,11 @@ class Poisoned(NamedTuple):
 
 
 def poisoned(
-    *shape: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", dense: bool = False
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    dense: bool = False,
+    guard: int = GUARD,
 ) -> Poisoned:
     """An output of any shape in a buffer of poison, with red zones before and after it.
 
@@ -38,15 +45,16 @@ def poisoned(
         dense: the output is contiguous, with a red zone before its first and after its last element only. Otherwise
             every row (the last dimension) has red zones of its own, and there is a row more at either end of the first
             dimension; the last dimension has stride 1, so the rows are further apart than they are long.
+        guard: elements of a red zone.
     """
     integer, bits = POISON[dtype]
     if dense or len(shape) == 1:
         size = torch.Size(shape).numel()
-        buffer = torch.full((size + 2 * GUARD,), bits, dtype=integer, device=device).view(dtype)
-        return Poisoned(buffer, buffer[GUARD : GUARD + size].view(shape))
-    wide = (shape[0] + 2, *shape[1:-1], shape[-1] + 2 * GUARD)
+        buffer = torch.full((size + 2 * guard,), bits, dtype=integer, device=device).view(dtype)
+        return Poisoned(buffer, buffer[guard : guard + size].view(shape))
+    wide = (shape[0] + 2, *shape[1:-1], shape[-1] + 2 * guard)
     buffer = torch.full(wide, bits, dtype=integer, device=device).view(dtype)
-    return Poisoned(buffer, buffer[1:-1, ..., GUARD:-GUARD])
+    return Poisoned(buffer, buffer[1:-1, ..., guard:-guard])
 
 
 def poisoned_like(x: Tensor, *, dense: bool = False) -> Poisoned:
@@ -56,7 +64,7 @@ def poisoned_like(x: Tensor, *, dense: bool = False) -> Poisoned:
 
 def surrounded(x: Tensor, *, dense: bool = False) -> Tensor:
     """The values of ``x`` in the middle of NaN, laid out as :func:`poisoned` does: what is read outside shows."""
-    view = poisoned_like(x, dense=dense).out
+    view = poisoned(*x.shape, dtype=x.dtype, device=x.device, dense=dense, guard=INPUT_GUARD).out
     view.copy_(x)
     return view.detach()
 

@@ -1,7 +1,7 @@
 """Hypothesis strategies for ragged packs, and how many are drawn.
 
 A normal run draws the same few examples every time. PIXELFLOW_FUZZ=N (`make fuzz`) draws N times as many, at random.
-PIXELFLOW_SHRINK=0 stops at the first failure, for runs over broken kernels: under the interpreter, shrinking takes minutes.
+PIXELFLOW_SHRINK=0 stops at the first failure, for kernels broken on purpose: under the interpreter, shrinking is slow.
 """
 
 from __future__ import annotations
