@@ -189,6 +189,17 @@ def test_corner_lengths(grids: list[tuple[int, int]], monkeypatch: pytest.Monkey
     check_rotation(tensors[0], layout, 8, conjugate=False)
 
 
+def test_one_pass_rounds_where_two_would() -> None:
+    """Norm, then rotation of the rounded norm: bits of the separate passes (no multiply-adds fuse here)."""
+    layout = PackedLayout.from_grids([(2, 3), (1, 1)])
+    tensors, _ = operands(layout, None, 144, torch.float16, 1.0, 6)
+    at = places(layout, 72, torch.float16)
+    q, turned = op._launch_norm_rope2d(*tensors, *at, 2, EPS, True)
+    same_q, normed = op._launch_norm_rope2d(*tensors, *at, 2, EPS, False)
+    assert_same_bits(same_q, q)
+    assert_same_bits(turned, op._launch_rope2d(normed, *at, False))
+
+
 def test_weight_gradients_have_the_same_bits_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from pixelflow_kernels.rope2d import kernels
 
