@@ -13,10 +13,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import SchedulerConfig
+from pixelflow_kernels.cascade.law import GAMMA
 
-GAMMA = -1.0 / 3.0
-"""Correlation of the noise inside a 2x2 block, over its variance before renoising (equation 6)."""
+from .config import SchedulerConfig
 
 Float64Array = NDArray[np.float64]
 

@@ -1,0 +1,149 @@
+"""Noise on entering a stage and the training pairs: the meaning, in plain PyTorch.
+
+Source: arXiv 2504.07963, equations 3 to 6.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixelflow_kernels.philox import SAMPLING, TRAINING, counter_normals
+
+from .law import DEVIATION_SCALE, MEAN_SCALE
+
+Shape = tuple[int, int, int]
+
+# --- noise -------------------------------------------------------------------------------------------------
+
+
+def initial_normals(seeds: Tensor, shape: Shape) -> Tensor:
+    """Normals of stage 0, ``[n, c, h, w]``: four neighbours in row-major order share a counter."""
+    count = math.prod(shape)
+    z = counter_normals(seeds, stage=0, count=-(-count // 4))
+    return z.flatten(1)[:, :count].reshape(len(seeds), *shape)
+
+
+def block_normals(seeds: Tensor, stage: int, shape: Shape, purpose: int = SAMPLING) -> Tensor:
+    """Independent normals ``[n, c, h/2, w/2, 4]``: the four pixels of a 2x2 block share a counter."""
+    blocks = (shape[0], shape[1] // 2, shape[2] // 2)
+    return counter_normals(seeds, stage, math.prod(blocks), purpose).reshape(len(seeds), *blocks, 4)
+
+
+def correlate(z: Tensor) -> Tensor:
+    """Give blocks of independent normals ``[..., 4]`` the block covariance ``(1 - g) I + g 1 1^T + 1e-6 I``.
+
+    ``sqrt(1 - g + 1e-6) (z - mean z) + sqrt(1 + 3g + 1e-6) mean z``: a block's mean and the deviations from it are the
+    covariance's eigenspaces. The four are summed left to right.
+    """
+    z0, z1, z2, z3 = z.unbind(-1)
+    mean = ((((z0 + z1) + z2) + z3) * 0.25)[..., None]
+    return DEVIATION_SCALE * (z - mean) + MEAN_SCALE * mean
+
+
+def from_blocks(blocks: Tensor) -> Tensor:
+    """``[B, c, h/2, w/2, 4] -> [B, c, h, w]``, the four pixels of a block in row-major order."""
+    batch, channels, rows, columns, _ = blocks.shape
+    grid = blocks.reshape(batch, channels, rows, columns, 2, 2).permute(0, 1, 2, 4, 3, 5)
+    return grid.reshape(batch, channels, 2 * rows, 2 * columns)
+
+
+def upsample_renoise(x: Tensor, noise: Tensor, alpha: float, beta: float) -> Tensor:
+    """``alpha * upsample(x) + beta * noise``: ``x [B, c, h, w]``, ``noise [B, c, 2h, 2w]``, in the type of ``x``."""
+    return alpha * F.interpolate(x, scale_factor=2, mode="nearest") + beta * noise.to(x)
+
+
+# --- training pairs ----------------------------------------------------------------------------------------
+
+
+def signed(images: Tensor) -> Tensor:
+    """uint8 as float32 in [-1, 1], ``x / 127.5 - 1``; float32 as it is."""
+    if images.dtype != torch.uint8:
+        return images
+    # By a tensor: dividing by a number, torch multiplies by its reciprocal on CUDA, which rounds twice.
+    return images.float() / torch.full((1,), 127.5, device=images.device) - 1
+
+
+def halve(x: Tensor) -> Tensor:
+    """Means of 2x2 blocks of ``[..., h, w]``: of neighbouring columns first, then of rows.
+
+    Bilinear halving without antialiasing, with the roundings that CUDA's has. On a CPU torch's own order of the four
+    depends on sizes and channels, so it is spelled out.
+    """
+    x = x[..., 0::2] * 0.5 + x[..., 1::2] * 0.5
+    return x[..., 0::2, :] * 0.5 + x[..., 1::2, :] * 0.5
+
+
+def up(x: Tensor) -> Tensor:
+    """Nearest-neighbour doubling of ``[..., h, w]``."""
+    return x.repeat_interleave(2, -2).repeat_interleave(2, -1)
+
+
+def patchify(image: Tensor, p: int) -> Tensor:
+    """``[c, h, w] -> [N, c * p * p]``: row-major patches, each in (channel, row, column) order."""
+    channels, height, width = image.shape
+    grid = image.reshape(channels, height // p, p, width // p, p)
+    return grid.permute(1, 3, 0, 2, 4).reshape(-1, channels * p * p)
+
+
+def unpatchify(tokens: Tensor, shape: Shape, p: int) -> Tensor:
+    """``[N, c * p * p] -> [c, h, w]``, the inverse of :func:`patchify`."""
+    channels, height, width = shape
+    grid = tokens.reshape(height // p, width // p, channels, p, p)
+    return grid.permute(2, 0, 3, 1, 4).reshape(shape)
+
+
+def rest(v: Tensor) -> Tensor:
+    """``1 - v`` in the type of ``v``, then float32."""
+    return (1 - v).float()
+
+
+def halvings_of(length: int, full: int) -> int:
+    """How often an image of ``full`` tokens was halved to have ``length``: ``full = 4^d length``."""
+    return (full // length).bit_length() // 2
+
+
+def pair(image: Tensor, halvings: int, span: Tensor, tau: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and target ``[c, h, w]`` of one sample: ``image [c, 2^d h, 2^d w]``, ``span`` its start and end."""
+    sharp = image
+    for _ in range(halvings):
+        sharp = halve(sharp)
+    start, end = span
+    high = end.float() * sharp + rest(end) * eps
+    low = start.float() * up(halve(sharp)) + rest(start) * eps
+    return tau.float() * high + rest(tau) * low, high - low
+
+
+def training_pairs(
+    images: Tensor,
+    index: Tensor,
+    flip: Tensor | None,
+    cu_seqlens: Tensor,
+    spans: Tensor,
+    tau: Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    patch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Inputs and targets ``[T, c * p * p]`` float32 of all samples, one after the other (see ``op.training_pairs``)."""
+    p, (_, channels, height, width) = patch_size, images.shape
+    empty = torch.empty(0, channels * p * p, device=images.device)
+    tokens, targets = [empty], [empty]
+    for i, (first, last) in enumerate(pairwise(cu_seqlens.tolist())):
+        d = halvings_of(last - first, (height // p) * (width // p))
+        stage, shape = len(spans) - 1 - d, (channels, height >> d, width >> d)
+        image = signed(images[index[i]])
+        if flip is not None and flip[i]:
+            image = image.flip(-1)
+        if noise is not None:
+            eps = unpatchify(noise[first:last], shape, p)
+        elif seeds is not None:
+            eps = from_blocks(block_normals(seeds[i : i + 1], stage, shape, TRAINING))[0]
+        token, target = pair(image, d, spans[stage], tau[i], eps)
+        tokens.append(patchify(token, p))
+        targets.append(patchify(target, p))
+    return torch.cat(tokens), torch.cat(targets)

@@ -1,0 +1,116 @@
+"""Counter-based normals: the meaning, in plain PyTorch.
+
+Philox4x32-10 (Salmon et al., SC 2011) turns (key, counter) into four 32-bit words: the key is a 64-bit seed, the
+counter is (position, stage, purpose, 0). Box and Muller's transform turns the words into four normals. One number
+therefore depends on seed, stage, purpose and position alone, never on the batch. The logarithm, sine and cosine are
+polynomials of float32 products and sums, each rounded on its own, division and square root are IEEE's: any device that
+rounds as IEEE 754 says, with multiply-add fusion off, draws the same bits. ``cascade/normals.py`` does so in a kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SAMPLING = 0
+TRAINING = 1
+"""The counter's purpose word; other numbers are free for other uses of the same seeds."""
+
+_MASK32 = 0xFFFFFFFF
+
+
+def seed_tensor(seeds: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+    """Seeds from 0 to 2^64 - 1 as ``[n]`` int64 with the same 64 bits."""
+    return torch.tensor([seed - (seed >> 63 << 64) for seed in seeds], dtype=torch.int64, device=device)
+
+
+def counter_normals(seeds: Tensor, stage: int, count: int, purpose: int = SAMPLING) -> Tensor:
+    """Four standard normals per counter, the same bits everywhere.
+
+    Args:
+        seeds: ``[n]`` int64, 64 bits each.
+        stage: the stage they are for.
+        count: counters 0 to count - 1 of each seed.
+        purpose: what they are for, 0 to 2^32 - 1.
+
+    Returns:
+        ``[n, count, 4]`` float32. No value exceeds 5.77 in magnitude: the uniforms have 24 bits.
+    """
+    low, high = (seeds & _MASK32)[:, None], (seeds >> 32 & _MASK32)[:, None]
+    position = torch.arange(count, dtype=torch.int64, device=seeds.device)[None]
+    zero = torch.zeros_like(position)
+    words = philox4x32((position, zero + stage, zero + purpose, zero), (low, high))
+    first = box_muller(words[0], words[1])
+    second = box_muller(words[2], words[3])
+    return torch.stack([*first, *second], dim=-1)
+
+
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 10) -> tuple[Tensor, ...]:
+    """Philox4x32: four counter words and two key words to four random words, all 0..2^32 - 1 in int64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        high0, low0 = _multiply(c0, 0xD2511F53)
+        high1, low1 = _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return c0, c1, c2, c3
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low words of a 32x32-bit product; the int64 product wraps, which keeps its bit pattern."""
+    product = a * b
+    return (product >> 32) & _MASK32, product & _MASK32
+
+
+def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent normals from two random words (int64, 0..2^32 - 1), float32.
+
+    ``u = (2k + 1) / 2^24`` with 23 random bits is exact and never 0 or 1. The angle is a quarter turn from the word's
+    top two bits plus an angle within +-pi/4 from the next 23; where the circle starts does not matter.
+    """
+    u = (2 * (radius_word >> 9) + 1).to(torch.float32) * 2.0**-24
+    radius = torch.sqrt(-2.0 * _log(u))
+    offset = (2 * ((angle_word >> 7) & 0x7FFFFF) + 1).to(torch.float32) * 2.0**-24 - 0.5
+    sin, cos = _sin_cos(offset * (math.pi / 2))
+    quarter = angle_word >> 30
+    swapped = (quarter & 1) == 1
+    x, y = torch.where(swapped, sin, cos), torch.where(swapped, cos, sin)
+    x = torch.where((quarter == 1) | (quarter == 2), -x, x)
+    y = torch.where(quarter >= 2, -y, y)
+    return radius * x, radius * y
+
+
+def _log(u: Tensor) -> Tensor:
+    """Natural logarithm of float32 in (0, 1), within 2 ulp.
+
+    ``u = 2^e m`` with sqrt(1/2) <= m < sqrt(2); ``log u = e ln 2 + 2 artanh((m - 1) / (m + 1))``.
+    """
+    bits = u.view(torch.int32)
+    # Subtracting the bits of sqrt(1/2) moves the exponent's boundary from 1 to sqrt(1/2).
+    exponent = (bits - 0x3F3504F3) >> 23
+    m = (bits - (exponent << 23)).view(torch.float32)
+    s = (m - 1.0) / (m + 1.0)
+    z = s * s
+    series = _horner(z, (1 / 11, 1 / 9, 1 / 7, 1 / 5, 1 / 3))
+    logarithm = 2.0 * s + 2.0 * (s * (z * series))
+    return exponent.to(torch.float32) * math.log(2) + logarithm
+
+
+def _sin_cos(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sine and cosine within +-pi/4 by their Taylor series, within 2 ulp."""
+    z = x * x
+    sin = x + x * (z * _horner(z, (1 / 362880, -1 / 5040, 1 / 120, -1 / 6)))
+    cos = 1.0 + z * _horner(z, (-1 / 3628800, 1 / 40320, -1 / 720, 1 / 24, -1 / 2))
+    return sin, cos
+
+
+def _horner(z: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """A polynomial by Horner's rule, highest power first, product and sum rounded apart."""
+    total = torch.full_like(z, coefficients[0])
+    for coefficient in coefficients[1:]:
+        total = total * z + coefficient
+    return total
