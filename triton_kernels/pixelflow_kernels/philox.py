@@ -73,7 +73,9 @@ def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]
     top two bits plus an angle within +-pi/4 from the next 23; where the circle starts does not matter.
     """
     u = (2 * (radius_word >> 9) + 1).to(torch.float32) * 2.0**-24
-    radius = torch.sqrt(-2.0 * _log(u))
+    # Through float64: on a CPU torch's float32 root is MKL's, which is one unit off for every fifth number. The root of
+    # a float32 is never so near the middle of two others that a root in float64, even one unit off, would miss.
+    radius = torch.sqrt((-2.0 * _log(u)).double()).float()
     offset = (2 * ((angle_word >> 7) & 0x7FFFFF) + 1).to(torch.float32) * 2.0**-24 - 0.5
     sin, cos = _sin_cos(offset * (math.pi / 2))
     quarter = angle_word >> 30
