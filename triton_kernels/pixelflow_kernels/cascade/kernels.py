@@ -1,0 +1,157 @@
+"""Entering a stage: nearest upsample, renoise with given or freshly drawn noise; and the normals of stage 0.
+
+    out = alpha * upsample(x) + beta * n
+
+Source: arXiv 2504.07963, section 3.4. A pixel of ``x [B, c, h, w]`` becomes a 2x2 block of ``out``, and a block's four
+normals have one counter, so a program holds tiles of ``x`` and writes two rows for each of its. Channels and rows are
+one dimension: where channels meet, rows stay neighbours in ``x`` and in ``out``.
+
+The tile's columns are the divisible dimension: with a row index of its own no element is divided by the width.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pixelflow_kernels.configs import arch_of, launch_config
+
+from .normals import correlate, normals
+
+
+@triton.jit
+def _rounded(x, like):
+    """Computed in float32 (float64 for float64), rounded to the type of ``like`` as eager PyTorch does at each step."""
+    return x.to(like.dtype).to(x.dtype)
+
+
+@triton.jit
+def _renoised(x, n, alpha, beta):
+    """``alpha * x + beta * n``, every step rounded to the type of ``x``."""
+    high: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
+    kept = _rounded(tl.full([], alpha, high) * x.to(high), x)
+    fresh = _rounded(tl.full([], beta, high) * n.to(x.dtype).to(high), x)
+    return (kept + fresh).to(x.dtype)
+
+
+@triton.jit
+def _renoise_kernel(
+    x_ptr,
+    noise_ptr,
+    seeds_ptr,
+    out_ptr,
+    rows,
+    stride_x_row,
+    stride_out_row,
+    row_tiles,
+    column_tiles,
+    stage,
+    alpha: tl.float64,
+    beta: tl.float64,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program per image and tile. Rows are dense, so their strides are the widths too.
+
+    ``noise_ptr`` or ``seeds_ptr`` is None: the noise is drawn, or it is given in the layout of ``out``.
+    """
+    program = tl.program_id(0)
+    column_tile, row_tile = program % column_tiles, program // column_tiles % row_tiles
+    image = (program // column_tiles // row_tiles).to(tl.int64)
+    row = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    column = column_tile * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    # Offsets inside an image fit 32 bits (checked at the door); those of the image itself do not.
+    position = row * stride_x_row + column
+    x_ptr += image * rows * stride_x_row
+    x = tl.load(x_ptr + position, mask=(row < rows) & (column < stride_x_row), other=0.0)
+
+    twice = column_tile * (2 * BLOCK_C) + tl.arange(0, 2 * BLOCK_C)[None, :]
+    inside = (row < rows) & (twice < stride_out_row)
+    upper = image * rows * (2 * stride_out_row) + (row * (2 * stride_out_row) + twice)
+    lower = upper + stride_out_row
+    if noise_ptr is None:
+        z0, z1, z2, z3 = normals(position, stage, 0, tl.load(seeds_ptr + image))
+        n0, n1, n2, n3 = correlate(z0, z1, z2, z3)
+        upper_out = tl.interleave(_renoised(x, n0, alpha, beta), _renoised(x, n1, alpha, beta))
+        lower_out = tl.interleave(_renoised(x, n2, alpha, beta), _renoised(x, n3, alpha, beta))
+    else:
+        x = tl.interleave(x, x)
+        upper_out = _renoised(x, tl.load(noise_ptr + upper, mask=inside, other=0.0), alpha, beta)
+        lower_out = _renoised(x, tl.load(noise_ptr + lower, mask=inside, other=0.0), alpha, beta)
+    tl.store(out_ptr + upper, upper_out, mask=inside)
+    tl.store(out_ptr + lower, lower_out, mask=inside)
+
+
+@triton.jit
+def _initial_kernel(seeds_ptr, out_ptr, stride_out_image, tiles, BLOCK: tl.constexpr):
+    """One program per image and tile of ``BLOCK`` counters, each of which gives four neighbours."""
+    image, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    position = tile * BLOCK + tl.arange(0, BLOCK)
+    z0, z1, z2, z3 = normals(position, 0, 0, tl.load(seeds_ptr + image))
+    place = tile * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
+    z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+    tl.store(out_ptr + image * stride_out_image + place, z, mask=place < stride_out_image)
+
+
+def renoise_class(width: int) -> str:
+    """Shape class of a renoise launch: by the width of ``x``."""
+    return "w64" if width >= 64 else "w32" if width >= 32 else "narrow"
+
+
+def launch_renoise(
+    x: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    out: Tensor,
+    stage: int,
+    alpha: float,
+    beta: float,
+    config: Mapping[str, int] | None = None,
+) -> None:
+    """Fill ``out [B, c, 2h, 2w]``; all tensors are contiguous, and either ``noise`` or ``seeds [B]`` is there."""
+    batch, channels, height, width = x.shape
+    if x.numel() == 0:
+        return
+    config = config or launch_config("cascade.renoise", renoise_class(width), arch_of(x.device))
+    rows = channels * height
+    row_tiles, column_tiles = triton.cdiv(rows, config["BLOCK_R"]), triton.cdiv(width, config["BLOCK_C"])
+    with torch.cuda.device_of(x):
+        _renoise_kernel[(batch * row_tiles * column_tiles,)](
+            x_ptr=x,
+            noise_ptr=noise,
+            seeds_ptr=seeds,
+            out_ptr=out,
+            rows=rows,
+            stride_x_row=width,
+            stride_out_row=2 * width,
+            row_tiles=row_tiles,
+            column_tiles=column_tiles,
+            stage=stage,
+            alpha=alpha,
+            beta=beta,
+            enable_fp_fusion=False,  # level A: every product and sum rounds by itself, as in eager PyTorch
+            **config,
+        )
+
+
+def launch_initial(seeds: Tensor, out: Tensor, config: Mapping[str, int] | None = None) -> None:
+    """Fill ``out [B, ...]``, contiguous float32, with the normals of stage 0 of ``seeds [B]``."""
+    if out.numel() == 0:
+        return
+    config = config or launch_config("cascade.initial", "all", arch_of(seeds.device))
+    count = out[0].numel()
+    tiles = triton.cdiv(count, 4 * config["BLOCK"])
+    with torch.cuda.device_of(seeds):
+        _initial_kernel[(out.shape[0] * tiles,)](
+            seeds_ptr=seeds,
+            out_ptr=out,
+            stride_out_image=count,
+            tiles=tiles,
+            enable_fp_fusion=False,
+            **config,
+        )

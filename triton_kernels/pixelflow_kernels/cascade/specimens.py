@@ -1,0 +1,120 @@
+"""What the ahead-of-time report compiles of the cascade: each kernel at the published widths and stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pixelflow_kernels.configs import launch_config
+from pixelflow_kernels.machine_code import Promises, Specimen
+
+CHANNELS, PATCH = 3, 4
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+WIDTHS = {"fp32": ("w64", "w32"), "bf16": ("w64",), "fp16": ("w64",), "fp64": ("w64",)}
+
+
+def specimens(arch: int) -> Iterator[Specimen]:
+    """Every kernel and type; given noise and drawn; one stage and four."""
+    for dtype, classes in WIDTHS.items():
+        for shape_class in classes:
+            yield _renoise(dtype, shape_class, arch, given=True)
+            yield _renoise(dtype, shape_class, arch, given=False)
+    yield _initial(arch)
+    for stages in (1, 4):
+        for images, tokens in (("u8", "bf16"), ("fp32", "fp32")):
+            yield _pairs(images, tokens, stages, arch, given=True)
+            yield _pairs(images, tokens, stages, arch, given=False)
+
+
+def refinements(pairs: int) -> int:
+    """Fused multiply-adds of so many correctly rounded divisions and roots: nothing else may fuse.
+
+    Seven for a division and a root each, and fifteen in the two routines for the numbers that are out of their range.
+    Drawing two normals takes one of each.
+    """
+    return 15 + 7 * pairs
+
+
+def _renoise(dtype: str, shape_class: str, arch: int, *, given: bool) -> Specimen:
+    from . import kernels
+
+    config = launch_config("cascade.renoise", shape_class, arch)
+    blocks = config["BLOCK_R"] * config["BLOCK_C"] // (32 * config["num_warps"])  # a thread's
+    size = SIZES[dtype]
+    state = max(blocks * size // 16, 0)
+    types = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "alpha": "fp64", "beta": "fp64"}
+    types |= dict.fromkeys(("rows", "stride_x_row", "stride_out_row", "row_tiles", "column_tiles", "stage"), "i32")
+    types |= {"noise_ptr": "*fp32"} if given else {"seeds_ptr": "*i64"}
+    return Specimen(
+        name=f"cascade.{'renoise_given' if given else 'renoise'}/{dtype}/{shape_class}",
+        kernel=kernels._renoise_kernel,
+        types=types,
+        constants={"seeds_ptr" if given else "noise_ptr": None, **_constants(config)},
+        options=_options(config),
+        promises=Promises(
+            wide_loads=state + (blocks if given else 0),
+            narrow=0,
+            ffma=0 if given else refinements(2 * blocks),
+        ),
+    )
+
+
+def _initial(arch: int) -> Specimen:
+    from . import kernels
+
+    config = launch_config("cascade.initial", "all", arch)
+    return Specimen(
+        name="cascade.initial/fp32/all",
+        kernel=kernels._initial_kernel,
+        types={"seeds_ptr": "*i64", "out_ptr": "*fp32", "stride_out_image": "i32", "tiles": "i32"},
+        constants=_constants(config),
+        options=_options(config),
+        promises=Promises(ffma=refinements(2 * config["BLOCK"] // (32 * config["num_warps"])), shared=0),
+    )
+
+
+def _pairs(images: str, tokens: str, stages: int, arch: int, *, given: bool) -> Specimen:
+    from . import pairs
+
+    config = launch_config("cascade.pairs", "all", arch)
+    types = {
+        "images_ptr": f"*{images}",
+        "index_ptr": "*i64",
+        "flip_ptr": "*i1",
+        "cu_seqlens_ptr": "*i32",
+        "spans_ptr": "*fp64",
+        "tau_ptr": "*fp64",
+        "tokens_ptr": f"*{tokens}",
+        "targets_ptr": "*fp32",
+    }
+    types |= {"noise_ptr": "*fp32"} if given else {"seeds_ptr": "*i64"}
+    numbers = ("stride_image", "stride_channel", "stride_row", "num_images", "height", "width", "tiles")
+    threads = 32 * config["num_warps"]
+    # Cells of a thread in each branch; where there are fewer cells than threads, several do the same.
+    cells = [max(config["BLOCK"] // 4 ** (d + 1) // threads, 1) for d in range(stages)]
+    return Specimen(
+        name=f"cascade.{'pairs_given' if given else 'pairs'}/{images}-{tokens}/s{stages}",
+        kernel=pairs._pair_kernel,
+        types=types | dict.fromkeys(numbers, "i32"),
+        constants={
+            "seeds_ptr" if given else "noise_ptr": None,
+            "stride_column": 1,
+            "STAGES": stages,
+            "CHANNELS": CHANNELS,
+            "PATCH": PATCH,
+            **_constants(config),
+        },
+        options=_options(config),
+        promises=Promises(
+            wide_loads=cells[0] if given else None,
+            ffma=0 if given else refinements(2 * sum(cells)),
+        ),
+    )
+
+
+def _constants(config: dict[str, int]) -> dict[str, int]:
+    return {name: value for name, value in config.items() if name.isupper()}
+
+
+def _options(config: dict[str, int]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if not name.isupper()} | {"enable_fp_fusion": False}
