@@ -35,7 +35,8 @@ def _renoised(x, n, alpha, beta):
     """``alpha * x + beta * n``, every step rounded to the type of ``x``."""
     high: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
     kept = _rounded(tl.full([], alpha, high) * x.to(high), x)
-    fresh = _rounded(tl.full([], beta, high) * n.to(x.dtype).to(high), x)
+    # By way of float32, as PyTorch rounds a float64 to a 16-bit type.
+    fresh = _rounded(tl.full([], beta, high) * _rounded(n.to(high), x), x)
     return (kept + fresh).to(x.dtype)
 
 
@@ -77,14 +78,14 @@ def _renoise_kernel(
     if noise_ptr is None:
         z0, z1, z2, z3 = normals(position, stage, 0, tl.load(seeds_ptr + image))
         n0, n1, n2, n3 = correlate(z0, z1, z2, z3)
-        upper_out = tl.interleave(_renoised(x, n0, alpha, beta), _renoised(x, n1, alpha, beta))
-        lower_out = tl.interleave(_renoised(x, n2, alpha, beta), _renoised(x, n3, alpha, beta))
+        upper_noise, lower_noise = tl.interleave(n0, n1), tl.interleave(n2, n3)
     else:
-        x = tl.interleave(x, x)
-        upper_out = _renoised(x, tl.load(noise_ptr + upper, mask=inside, other=0.0), alpha, beta)
-        lower_out = _renoised(x, tl.load(noise_ptr + lower, mask=inside, other=0.0), alpha, beta)
-    tl.store(out_ptr + upper, upper_out, mask=inside)
-    tl.store(out_ptr + lower, lower_out, mask=inside)
+        upper_noise = tl.load(noise_ptr + upper, mask=inside, other=0.0)
+        lower_noise = tl.load(noise_ptr + lower, mask=inside, other=0.0)
+    # Joined before the arithmetic, not after it: then one tensor changes its layout, not four.
+    x = tl.interleave(x, x)
+    tl.store(out_ptr + upper, _renoised(x, upper_noise, alpha, beta), mask=inside)
+    tl.store(out_ptr + lower, _renoised(x, lower_noise, alpha, beta), mask=inside)
 
 
 @triton.jit

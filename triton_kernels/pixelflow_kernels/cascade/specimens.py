@@ -26,6 +26,17 @@ def specimens(arch: int) -> Iterator[Specimen]:
             yield _pairs(images, tokens, stages, arch, given=False)
 
 
+def keeps_apart(arch: int) -> bool:
+    """Whether the compiler at hand leaves products and sums apart when it is told to.
+
+    Triton 3.6 brings ptxas 12.9.86 for sm_100, which fuses packed ones (mul.rn.f32x2, add.rn.f32x2) in spite of its
+    own --fmad=false: level A does not hold there. The 13.1.80 of Triton 3.7 does not.
+    """
+    import triton
+
+    return arch < 100 or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+
+
 def refinements(pairs: int) -> int:
     """Fused multiply-adds of so many correctly rounded divisions and roots: nothing else may fuse.
 
@@ -41,7 +52,7 @@ def _renoise(dtype: str, shape_class: str, arch: int, *, given: bool) -> Specime
     config = launch_config("cascade.renoise", shape_class, arch)
     blocks = config["BLOCK_R"] * config["BLOCK_C"] // (32 * config["num_warps"])  # a thread's
     size = SIZES[dtype]
-    state = max(blocks * size // 16, 0)
+    state = blocks * size // 16
     types = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "alpha": "fp64", "beta": "fp64"}
     types |= dict.fromkeys(("rows", "stride_x_row", "stride_out_row", "row_tiles", "column_tiles", "stage"), "i32")
     types |= {"noise_ptr": "*fp32"} if given else {"seeds_ptr": "*i64"}
@@ -54,7 +65,7 @@ def _renoise(dtype: str, shape_class: str, arch: int, *, given: bool) -> Specime
         promises=Promises(
             wide_loads=state + (blocks if given else 0),
             narrow=0,
-            ffma=0 if given else refinements(2 * blocks),
+            ffma=(0 if given else refinements(2 * blocks)) if keeps_apart(arch) else None,
         ),
     )
 
@@ -69,7 +80,10 @@ def _initial(arch: int) -> Specimen:
         types={"seeds_ptr": "*i64", "out_ptr": "*fp32", "stride_out_image": "i32", "tiles": "i32"},
         constants=_constants(config),
         options=_options(config),
-        promises=Promises(ffma=refinements(2 * config["BLOCK"] // (32 * config["num_warps"])), shared=0),
+        promises=Promises(
+            ffma=refinements(2 * config["BLOCK"] // (32 * config["num_warps"])) if keeps_apart(arch) else None,
+            shared=0,
+        ),
     )
 
 
@@ -107,7 +121,7 @@ def _pairs(images: str, tokens: str, stages: int, arch: int, *, given: bool) -> 
         options=_options(config),
         promises=Promises(
             wide_loads=cells[0] if given else None,
-            ffma=0 if given else refinements(2 * sum(cells)),
+            ffma=(0 if given else refinements(2 * sum(cells))) if keeps_apart(arch) else None,
         ),
     )
 
