@@ -175,12 +175,12 @@ def test_pairs_are_the_references_where_torch_rounds_alike() -> None:
 
 def test_halving() -> None:
     """In numpy, rounding by rounding; and torch's own, which has the same bits where no sum rounds."""
-    x = cascade.states((2, 3, 12, 20), torch.float32, 2)
-    with np.errstate(all="ignore"):
-        half = np.float32(0.5)
-        across = x.numpy()[..., 0::2] * half + x.numpy()[..., 1::2] * half
-        down = torch.from_numpy(across[:, :, 0::2] * half + across[:, :, 1::2] * half)
-    assert_same_bits(reference.halve(x), down)
+    for x in (cascade.states((2, 3, 12, 20), torch.float32, 2), cascade.specials((2, 3, 12, 20), 2)):
+        with np.errstate(all="ignore"):
+            half = np.float32(0.5)
+            across = x.numpy()[..., 0::2] * half + x.numpy()[..., 1::2] * half
+            down = torch.from_numpy(across[:, :, 0::2] * half + across[:, :, 1::2] * half)
+        assert_same_bits(reference.halve(x), down)
     for dtype in (torch.float32, torch.float64):
         whole = torch.randint(-255, 256, (2, 3, 12, 20), generator=torch.Generator().manual_seed(2)).to(dtype)
         want = F.interpolate(whole, scale_factor=0.5, mode="bilinear", align_corners=False)

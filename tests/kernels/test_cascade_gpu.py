@@ -110,11 +110,12 @@ def test_pairs(pack: dict, uint8: bool, draw: bool, flips: bool, token_dtype: to
 
 def test_special_values_in_images() -> None:
     made = cascade.make_pack(seed=2, uint8=False, **PACKS[0])
-    made.images.copy_(cascade.states(made.images.shape, torch.float32, 3))
-    tokens, targets = cascade.launched(made.to("cuda"), torch.float32)
-    want_tokens, want_targets = reference.training_pairs(*made.arguments(), made.patch_size)
-    assert_same_bits(tokens.cpu(), want_tokens, "tokens")
-    assert_same_bits(targets.cpu(), want_targets, "targets")
+    for values in (cascade.states(made.images.shape, torch.float32, 3), cascade.specials(made.images.shape, 5)):
+        made.images.copy_(values)
+        tokens, targets = cascade.launched(made.to("cuda"), torch.float32)
+        want_tokens, want_targets = reference.training_pairs(*made.arguments(), made.patch_size)
+        assert_same_bits(tokens.cpu(), want_tokens, "tokens")
+        assert_same_bits(targets.cpu(), want_targets, "targets")
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 64, 64), (1, 1, 256, 256), (3, 4, 12, 20), (2, 3, 512, 512)])

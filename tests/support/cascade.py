@@ -100,6 +100,12 @@ def states(shape: Sequence[int], dtype: torch.dtype, seed: int, device: str = "c
     return x.reshape(*shape).to(device)
 
 
+def specials(shape: Sequence[int], seed: int) -> Tensor:
+    """Nothing but special values, all finite: sums of neighbours overflow, halves of denormals round."""
+    finite = torch.tensor([v for v in SPECIAL if math.isfinite(v)])
+    return finite[torch.randint(0, len(finite), tuple(shape), generator=torch.Generator().manual_seed(seed))]
+
+
 # --- training pairs ----------------------------------------------------------------------------------------
 
 
