@@ -45,7 +45,7 @@ def renoised(
 # --- entering a stage --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 1, 1, 1), (3, 5, 4, 2), (1, 3, 2, 33)])
 @pytest.mark.parametrize("config", [SMALL, None], ids=["small tiles", "shipped tiles"])
 def test_given_noise(shape: tuple[int, int, int, int], dtype: torch.dtype, config: dict[str, int] | None) -> None:
@@ -53,11 +53,12 @@ def test_given_noise(shape: tuple[int, int, int, int], dtype: torch.dtype, confi
     for noise_type in (torch.float32, dtype):
         noise = cascade.states((*shape[:2], 2 * shape[2], 2 * shape[3]), noise_type, 4)
         out = renoised(x, noise, None, config=config)
-        assert_same_bits(out, cascade.renoised_bits(x, noise, ALPHA, BETA))
+        if dtype != torch.float16:  # whose every step is rounded from float32
+            assert_same_bits(out, cascade.renoised_bits(x, noise, ALPHA, BETA))
         assert_same_bits(out, reference.upsample_renoise(x, noise, ALPHA, BETA))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 1, 1, 1), (3, 5, 4, 2)])
 @pytest.mark.parametrize("stage", [1, 3])
 def test_drawn_noise(shape: tuple[int, int, int, int], dtype: torch.dtype, stage: int) -> None:
