@@ -205,6 +205,8 @@ def test_what_a_cuda_call_runs(draw: bool) -> None:
     pack = cascade.make_pack(
         seed=6, stages=2, patch_size=4, channels=3, smallest=(2, 1), halvings=[0, 1], draw=draw, strided=True
     )
+    assert pack.flip is not None
+    pack.flip[:] = True
     values: list[Any] = [*pack.arguments()]
     for i in range(1, 8):
         if values[i] is not None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pixelflow_kernels.configs import arch_of, launch_config
 
-from .normals import correlate, normals
+from .normals import SAMPLING, correlate, normals
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def _renoise_kernel(
     upper = image * rows * (2 * stride_out_row) + (row * (2 * stride_out_row) + twice)
     lower = upper + stride_out_row
     if noise_ptr is None:
-        z0, z1, z2, z3 = normals(position, stage, 0, tl.load(seeds_ptr + image))
+        z0, z1, z2, z3 = normals(position, stage, SAMPLING, tl.load(seeds_ptr + image))
         n0, n1, n2, n3 = correlate(z0, z1, z2, z3)
         upper_noise, lower_noise = tl.interleave(n0, n1), tl.interleave(n2, n3)
     else:
@@ -93,7 +93,7 @@ def _initial_kernel(seeds_ptr, out_ptr, stride_out_image, tiles, BLOCK: tl.const
     """One program per image and tile of ``BLOCK`` counters, each of which gives four neighbours."""
     image, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     position = tile * BLOCK + tl.arange(0, BLOCK)
-    z0, z1, z2, z3 = normals(position, 0, 0, tl.load(seeds_ptr + image))
+    z0, z1, z2, z3 = normals(position, 0, SAMPLING, tl.load(seeds_ptr + image))
     place = tile * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
     z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
     tl.store(out_ptr + image * stride_out_image + place, z, mask=place < stride_out_image)

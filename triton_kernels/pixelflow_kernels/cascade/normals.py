@@ -15,7 +15,9 @@ import triton.language as tl
 
 from .law import DEVIATION_SCALE, MEAN_SCALE
 
-# Globals that a kernel reads must be constexpr.
+# Globals that a kernel reads must be constexpr. The purposes are those of ``pixelflow_kernels.philox``.
+SAMPLING: tl.constexpr = tl.constexpr(0)
+TRAINING: tl.constexpr = tl.constexpr(1)
 _ULP: tl.constexpr = tl.constexpr(2.0**-24)
 _LN2: tl.constexpr = tl.constexpr(math.log(2))
 _HALF_PI: tl.constexpr = tl.constexpr(math.pi / 2)
@@ -86,7 +88,7 @@ def box_muller(radius_word, angle_word):
     quarter = angle_word >> 30
     swapped = (quarter & 1) == 1
     x, y = tl.where(swapped, sin, cos), tl.where(swapped, cos, sin)
-    # A sign is a bit: quarters 1 and 2 lie left, 2 and 3 below.
+    # Quarters 1 and 2 lie left, 2 and 3 below. Neither x nor y is ever 0, whose sign Triton's minus would lose.
     x = tl.where((quarter == 1) | (quarter == 2), -x, x)
     y = tl.where(quarter >= 2, -y, y)
     return radius * x, radius * y

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pixelflow_kernels.configs import arch_of, launch_config
 
-from .normals import normals
+from .normals import TRAINING, normals
 
 # x / 127.5 for x in 0..255 as an exact product plus a small one: for each of the 256 the correctly rounded quotient.
 _HIGH: tl.constexpr = tl.constexpr(float.fromhex("0x1.01p-7"))
@@ -143,7 +143,7 @@ def _pair_tile(
         s10, s11 = tl.where(flip, s11, s10), tl.where(flip, s10, s11)
     if noise_ptr is None:
         seed = tl.load(seeds_ptr + sample)
-        z00, z01, z10, z11 = normals((channel * rows + y) * columns + x, STAGE, 1, seed)
+        z00, z01, z10, z11 = normals((channel * rows + y) * columns + x, STAGE, TRAINING, seed)
     else:
         z00, z01, z10, z11 = coarse, coarse, coarse, coarse
 
