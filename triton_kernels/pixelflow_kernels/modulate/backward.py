@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pixelflow_kernels.configs import arch_of, launch_config
 
-from .forward import load_high, parts, shape_class, stride
+from .forward import load_high, parts_of, shape_class, stride
 
 
 @triton.jit
@@ -256,11 +256,11 @@ def launch_backward(
     if images == 0:
         return
     arch = arch_of(residual.device)
-    config = launch_config("modulate.backward", shape_class(width), arch) if config is None else config
+    if config is None:
+        config = launch_config("modulate.backward", shape_class(width, residual.dtype), arch)
     sum_config = launch_config("modulate.sum", "any", arch) if sum_config is None else sum_config
     slots = tokens // config["TOKENS"] + images
     partial = rows.new_empty(gradients, slots, width)
-    main, tail = parts(width)
     with torch.cuda.device_of(residual):
         _backward_kernel[(slots,)](
             grad_ptr=grad,
@@ -287,9 +287,8 @@ def launch_backward(
             num_images=images,
             EPS=eps,
             WIDTH=width,
-            MAIN=main,
-            TAIL=tail,
             enable_fp_fusion=True,
+            **parts_of(width),
             **config,
         )
         _sum_kernel[(images, triton.cdiv(width, sum_config["BLOCK_CHANNELS"]), gradients)](

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from pixelflow_kernels.configs import arch_of, launch_config
 
+LIMITS = (320, 640, 1280, 2560, 5120)  # channels; the launch configurations' shape classes
+
 
 @triton.jit
 def load_high(pointer, channels, WIDTH: tl.constexpr, high: tl.constexpr):
@@ -119,15 +121,16 @@ def _forward_kernel(
     tl.store(out_ptr + tail, out, mask=tail < WIDTH)
 
 
-def parts(width: int) -> tuple[int, int]:
-    """How a token is cut: MAIN is the largest power of two below ``width``, TAIL the least that covers the rest."""
+def parts_of(width: int) -> dict[str, int]:
+    """How a token is cut: MAIN is the largest power of two below ``width``, TAIL covers the rest."""
     main = 1 << (width - 1).bit_length() - 1
-    return main, 1 << (width - main - 1).bit_length()
+    return {"MAIN": main, "TAIL": triton.next_power_of_2(width - main)}
 
 
-def shape_class(width: int) -> str:
-    """Launch configurations go by MAIN: ``c1024`` is for 1025 to 2048 channels; the first and last class are open."""
-    return f"c{min(max(parts(width)[0], 256), 4096)}"
+def shape_class(width: int, dtype: torch.dtype) -> str:
+    """Name of a launch configuration: the tokens' type, and how many channels at most."""
+    kind = {2: "half", 4: "fp32", 8: "fp64"}[dtype.itemsize]
+    return f"{kind}-c{next((limit for limit in LIMITS if width <= limit), 'more')}"
 
 
 def launch_forward(
@@ -150,8 +153,8 @@ def launch_forward(
     tokens, width = x.shape
     if tokens == 0:
         return
-    main, tail = parts(width)
-    config = launch_config("modulate.forward", shape_class(width), arch_of(x.device)) if config is None else config
+    if config is None:
+        config = launch_config("modulate.forward", shape_class(width, x.dtype), arch_of(x.device))
     with torch.cuda.device_of(x):
         _forward_kernel[(tokens,)](
             x_ptr=x,
@@ -172,9 +175,8 @@ def launch_forward(
             stride_out_token=out.stride(0),
             EPS=eps,
             WIDTH=width,
-            MAIN=main,
-            TAIL=tail,
             enable_fp_fusion=False,  # the residual is level A
+            **parts_of(width),
             **config,
         )
 
