@@ -1,0 +1,205 @@
+"""Operands for the modulate tests, and the same mathematics written a second time, in float64 and without our code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pixelflow_engine import layers
+from pixelflow_kernels import PackedLayout
+from pixelflow_kernels.modulate import (
+    add_gated_layer_norm_modulate,
+    add_gated_rms_norm,
+    add_gated_rms_norm_modulate,
+    add_rms_norm_modulate,
+    layer_norm_modulate,
+)
+
+from .kernels import surrounded
+
+EPS = 1e-6
+
+
+class Operands(NamedTuple):
+    """None where a variant has no such operand."""
+
+    x: Tensor
+    y: Tensor | None
+    gate: Tensor | None
+    weight: Tensor | None
+    shift: Tensor | None
+    scale: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Operands:
+        return Operands(*(None if t is None else function(t) for t in self))
+
+    def leaves(self, dtype: torch.dtype | None = None) -> Operands:
+        """Copies that require gradients, of their own types or of one."""
+        return self.map(lambda t: t.detach().to(dtype or t.dtype, copy=True).requires_grad_())
+
+    @property
+    def given(self) -> list[Tensor]:
+        return [t for t in self if t is not None]
+
+
+@dataclass(frozen=True)
+class Variant:
+    function: Callable[..., Any]
+    names: tuple[str, ...]  # of the operands that it has, in the order of Operands
+
+    def __call__(self, operands: Operands, layout: PackedLayout, eps: float = EPS) -> tuple[Tensor, Tensor]:
+        """The public function: residual (x itself where nothing is added) and normed."""
+        out = self.function(*operands.given, layout, eps=eps)
+        return out if isinstance(out, tuple) else (operands.x, out)
+
+
+VARIANTS = {
+    v.function.__name__: v
+    for v in (
+        Variant(layer_norm_modulate, ("x", "shift", "scale")),
+        Variant(add_gated_layer_norm_modulate, ("x", "y", "gate", "shift", "scale")),
+        Variant(add_gated_rms_norm_modulate, ("x", "y", "gate", "weight", "shift", "scale")),
+        Variant(add_gated_rms_norm, ("x", "y", "gate", "weight")),
+        Variant(add_rms_norm_modulate, ("x", "y", "weight", "shift", "scale")),
+    )
+}
+
+
+def layout_of(lengths: Sequence[int], device: str = "cpu") -> PackedLayout:
+    """Images of one row each; of no token at all where the length is 0, which a layout of grids does not make."""
+    sizes = torch.tensor(lengths, dtype=torch.int64)
+    index = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(sizes)
+    columns = [torch.arange(n, dtype=torch.int32) for n in lengths]
+    return PackedLayout(
+        grids=tuple((1, n) for n in lengths),
+        cu_seqlens=torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(torch.int32).to(device),
+        image_index=index.to(device),
+        row=torch.zeros_like(index).to(device),
+        column=torch.cat([index[:0], *columns]).to(device),
+        runs=(),
+    )
+
+
+def make(
+    variant: Variant,
+    layout: PackedLayout,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    std: float = 1.0,
+    mean: float = 0.0,
+    seed: int = 0,
+) -> Operands:
+    """Tokens between NaN, of any mean; rows as slices of one product ``[n, 6C]``; everything on a CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    high_type = torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x, y = surrounded((mean + std * normal(layout.num_tokens, width)).to(dtype)), None
+    if "y" in variant.names:
+        y = surrounded((std * normal(layout.num_tokens, width)).to(dtype))
+    rows = surrounded(0.5 * normal(layout.num_images, 6 * width).to(high_type)).chunk(6, dim=-1)
+    weight = (1 + 0.3 * normal(width)).to(torch.bfloat16 if dtype == torch.bfloat16 else high_type)
+    every = Operands(x, y, rows[2], weight, rows[3], rows[4])
+    return Operands(*(t if name in variant.names else None for name, t in every._asdict().items()))
+
+
+def plain(operands: Operands, layout: PackedLayout) -> tuple[Tensor, Tensor]:
+    """The engine's layers, one after the other, in the operands' types."""
+    x, y, gate, weight, shift, scale = operands
+    if y is not None:
+        x = x + y if gate is None else layers.add_gated(x, y, gate, layout)
+    normed = layers.layer_norm(x) if weight is None else layers.rms_norm(x, weight)
+    return x, normed if shift is None or scale is None else layers.modulate(normed, shift, scale, layout)
+
+
+def _of_tokens(row: Tensor, layout: PackedLayout) -> Tensor:
+    return row.repeat_interleave(layout.cu_seqlens.diff().long(), dim=0)
+
+
+def _unit(x: Tensor, is_layer_norm: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """The token with its mean taken out by a projection, over its length; and that length."""
+    width = x.shape[-1]
+    if is_layer_norm:
+        x = x @ (torch.eye(width, dtype=x.dtype) - 1 / width)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(width)
+    length = torch.hypot(length, torch.full((), math.sqrt(eps), dtype=x.dtype))
+    return x / length, length
+
+
+def truth(operands: Operands, layout: PackedLayout, eps: float = EPS) -> tuple[Tensor, Tensor]:
+    """In float64, without any rounding in between; differentiable."""
+    x, y, gate, weight, shift, scale = operands.map(Tensor.double)
+    if y is not None:
+        x = x + (y if gate is None else _of_tokens(gate, layout) * y)
+    out, _ = _unit(x, weight is None, eps)
+    out = out if weight is None else weight * out
+    if shift is not None and scale is not None:
+        out = out + _of_tokens(scale, layout) * out + _of_tokens(shift, layout)
+    return x, out
+
+
+def sizes(operands: Operands, layout: PackedLayout, grads: tuple[Tensor | None, Tensor]) -> dict[str, float]:
+    """Of every result, the largest sum of magnitudes that an element is made of: what its roundings are relative to.
+
+    A result may be much smaller where its terms cancel; then neither the kernel nor PyTorch can do better.
+    """
+    x, y, gate, weight, shift, scale = operands.map(lambda t: t.detach().double())
+    grad_residual, grad = (None if g is None else g.double().abs() for g in grads)
+    assert grad is not None
+    residual, _ = truth(Operands(x, y, gate, weight, shift, scale), layout)
+    unit, length = _unit(residual, weight is None, EPS)
+    factor = torch.ones_like(unit) if weight is None else weight.abs() * torch.ones_like(unit)
+    around = torch.zeros_like(unit)
+    if shift is not None and scale is not None:
+        factor = factor * (1 + _of_tokens(scale, layout).abs())
+        around = _of_tokens(shift, layout).abs()
+    unit, along = unit.abs(), grad * factor
+    along = (along + along.mean(-1, keepdim=True) + unit * (along * unit).mean(-1, keepdim=True)) / length
+    along = along if grad_residual is None else along + grad_residual
+
+    def largest(x: Tensor) -> float:
+        return x.max().item() if x.numel() else 0.0
+
+    def of_images(x: Tensor) -> float:
+        return max([0.0, *(largest(part.sum(0)) for part in x.split(layout.cu_seqlens.diff().tolist()))])
+
+    found = {"out": largest(unit * factor + around), "grad x": largest(along), "grad y": largest(along)}
+    if y is not None and gate is not None:
+        found["grad y"] = largest(_of_tokens(gate, layout).abs() * along)
+        found["grad gate"] = of_images(along * y.abs())
+    found["grad shift"] = of_images(grad)
+    found["grad scale"] = of_images(grad * unit * (1 if weight is None else weight.abs()))
+    found["grad weight"] = largest((grad * unit * (factor if weight is None else factor / weight.abs())).sum(0))
+    return found
+
+
+def gradients(
+    function: Callable[[Operands, PackedLayout], tuple[Tensor, Tensor]],
+    operands: Operands,
+    layout: PackedLayout,
+    grads: tuple[Tensor | None, Tensor],
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Gradient of every operand by autograd, by name; ``grads`` are those of the residual (None: unused) and normed."""
+    leaves = operands.leaves(dtype)
+    pairs = [(out, grad) for out, grad in zip(function(leaves, layout), grads, strict=True) if grad is not None]
+    outs, given = zip(*((out, grad.to(out.dtype)) for out, grad in pairs), strict=True)
+    found = torch.autograd.grad(outs, leaves.given, given)
+    names = [name for name, t in operands._asdict().items() if t is not None]
+    return {f"grad {name}": g for name, g in zip(names, found, strict=True)}
+
+
+def random_grads(variant: Variant, operands: Operands, seed: int = 5) -> tuple[Tensor | None, Tensor]:
+    """For the residual, where there is one, and the normed tokens; between NaN, of the tokens' type."""
+    generator = torch.Generator().manual_seed(seed)
+    residual, normed = torch.randn(2, *operands.x.shape, generator=generator, dtype=torch.float64)
+    dtype = operands.x.dtype
+    return surrounded(residual.to(dtype)) if "y" in variant.names else None, surrounded(normed.to(dtype))
