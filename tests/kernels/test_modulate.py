@@ -13,7 +13,7 @@ from torch import Tensor
 from pixelflow_kernels import PackedLayout
 from pixelflow_kernels.modulate import add_gated_rms_norm_modulate, layer_norm_modulate, op
 from support import modulate, packs
-from support.kernels import assert_level_d, assert_same_bits
+from support.kernels import assert_same_bits
 from support.modulate import EPS, VARIANTS, Operands, Variant
 
 RAGGED = [3, 1, 0, 9, 9, 2, 0]
@@ -26,7 +26,7 @@ by_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 @by_variant
 @pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
-@pytest.mark.parametrize("width", [8, 72, 144])
+@pytest.mark.parametrize("width", [8, 72, 104])
 @pytest.mark.parametrize(("std", "mean"), [(1.0, 0.0), (0.02, 0.0), (0.02, 3.0)])
 def test_float64_agrees_with_a_second_derivation(
     variant: Variant, lengths: list[int], width: int, std: float, mean: float
@@ -79,7 +79,7 @@ def test_gradcheck(variant: Variant) -> None:
 @given(
     variant=st.sampled_from([*VARIANTS.values()]),
     lengths=packs.lengths(min_length=0, max_tokens=200),
-    width=st.sampled_from([8, 24, 64, 72, 144, 1152]),
+    width=st.sampled_from([8, 24, 56, 72, 200, 1152]),
     dtype=packs.types(),
     std=packs.stds(),
     mean=st.sampled_from([0.0, 1.0, 30.0]),
@@ -96,12 +96,12 @@ def test_level_d(
     residual, out = variant(operands, layout)
     plain_residual, plain_out = modulate.plain(operands, layout)
     assert_same_bits(residual, plain_residual, "residual")
-    assert_level_d(out, plain_out, modulate.truth(operands, layout)[1], "out", sizes["out"])
+    modulate.assert_close(out, plain_out, modulate.truth(operands, layout)[1], "out", sizes["out"])
     got = modulate.gradients(variant, operands, layout, grads)
     plain = modulate.gradients(modulate.plain, operands, layout, grads)
     expected = modulate.gradients(modulate.truth, operands, layout, grads, torch.float64)
     for name, gradient in got.items():
-        assert_level_d(gradient, plain[name], expected[name], name, sizes[name])
+        modulate.assert_close(gradient, plain[name], expected[name], name, sizes[name])
 
 
 def test_rows_of_any_stride() -> None:

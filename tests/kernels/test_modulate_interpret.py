@@ -17,7 +17,7 @@ from torch import Tensor
 from pixelflow_kernels import PackedLayout
 from pixelflow_kernels.modulate import op
 from support import modulate, packs
-from support.kernels import assert_filled, assert_level_d, assert_same_bits, poisoned, poisoned_like
+from support.kernels import assert_filled, assert_same_bits, poisoned, poisoned_like
 from support.modulate import EPS, VARIANTS, Operands, Variant
 
 pytestmark = pytest.mark.interpret
@@ -82,7 +82,7 @@ def assert_forward(operands: Operands, layout: PackedLayout, size: float) -> Non
     residual, out = forward(operands, layout)
     plain_residual, plain = modulate.plain(operands, layout)
     assert_same_bits(residual, plain_residual, "residual")
-    assert_level_d(out, plain, modulate.truth(operands, layout)[1], "out", size)
+    modulate.assert_close(out, plain, modulate.truth(operands, layout)[1], "out", size)
 
 
 def assert_gradients(
@@ -93,14 +93,14 @@ def assert_gradients(
     truth = modulate.gradients(modulate.truth, operands, layout, grads, torch.float64)
     assert got.keys() == truth.keys()
     for name, gradient in got.items():
-        assert_level_d(gradient, plain[name], truth[name], name, sizes[name])
+        modulate.assert_close(gradient, plain[name], truth[name], name, sizes[name])
 
 
 @st.composite
 def widths(draw: st.DrawFn) -> int:
-    """Small ones mostly; now and then heads and head dims of published models, up to 16 x 72."""
+    """Small ones mostly, with and without lanes to spare; now and then heads and head dims of large models."""
     if draw(st.integers(0, 7)):
-        return draw(st.sampled_from([8, 16, 24, 40, 64, 72, 144]))
+        return draw(st.sampled_from([8, 24, 56, 64, 72, 104, 200]))
     return min(draw(packs.heads()) * draw(st.sampled_from([64, 72, 80, 96, 128])), 1152)
 
 

@@ -20,7 +20,7 @@ from pixelflow_kernels.modulate import (
     layer_norm_modulate,
 )
 
-from .kernels import surrounded
+from .kernels import assert_level_d, surrounded
 
 EPS = 1e-6
 
@@ -179,6 +179,14 @@ def sizes(operands: Operands, layout: PackedLayout, grads: tuple[Tensor | None, 
     found["grad scale"] = of_images(grad * unit * (1 if weight is None else weight.abs()))
     found["grad weight"] = largest((grad * unit * (factor if weight is None else factor / weight.abs())).sum(0))
     return found
+
+
+def assert_close(out: Tensor, plain: Tensor, truth: Tensor, name: str, size: float) -> None:
+    """Level D relative to ``size`` (see :func:`sizes`); float64 against a float64 truth that rounds as much itself."""
+    if out.dtype == torch.float64:
+        torch.testing.assert_close(out, truth, rtol=0, atol=1e-10 * size, msg=lambda m: f"{name}: {m}")
+    else:
+        assert_level_d(out, plain, truth, name, size)
 
 
 def gradients(
