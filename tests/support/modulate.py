@@ -125,10 +125,10 @@ def _of_tokens(row: Tensor, layout: PackedLayout) -> Tensor:
 
 
 def _unit(x: Tensor, is_layer_norm: bool, eps: float) -> tuple[Tensor, Tensor]:
-    """The token with its mean taken out by a projection, over its length; and that length."""
+    """The token without its projection on the ones, for LayerNorm, over its length; and that length."""
     width = x.shape[-1]
     if is_layer_norm:
-        x = x @ (torch.eye(width, dtype=x.dtype) - 1 / width)
+        x = x - x @ x.new_full((width, 1), 1 / width)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / math.sqrt(width)
     length = torch.hypot(length, torch.full((), math.sqrt(eps), dtype=x.dtype))
     return x / length, length
