@@ -1,4 +1,4 @@
-"""The compiled modulate kernels on a device: residual level A, norms and gradients level D, packs of up to 16k tokens."""
+"""The compiled modulate kernels on a device: residual level A, norms and gradients level D, packs up to 16k tokens."""
 
 from __future__ import annotations
 

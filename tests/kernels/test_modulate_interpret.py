@@ -158,6 +158,20 @@ def test_more_images_than_are_looked_at_together(images: int) -> None:
     assert_gradients(got, operands, layout, grads)
 
 
+def test_a_large_mean_costs_nothing() -> None:
+    """LayerNorm of tokens whose mean is 50000 times their spread: no more than six roundings, whatever PyTorch has."""
+    variant, layout = VARIANTS["layer_norm_modulate"], modulate.layout_of([2, 3])
+    operands = modulate.make(variant, layout, 104, torch.float32, std=0.02, mean=1000.0)
+    grads = modulate.random_grads(variant, operands)
+    found = {"out": forward(operands, layout)[1], **gradients(variant, operands, layout, grads)}
+    truth = modulate.gradients(modulate.truth, operands, layout, grads, torch.float64)
+    truth["out"] = modulate.truth(operands, layout)[1]
+    for name, size in modulate.sizes(operands, layout, grads).items():
+        if name in found:
+            error = (found[name].double() - truth[name]).abs().max().item()
+            assert error <= torch.finfo(torch.float32).eps * size, f"{name}: error {error:.3e}, size {size:.3g}"
+
+
 @by_variant
 def test_unused_residual(variant: Variant) -> None:
     layout = modulate.layout_of([2, 3])

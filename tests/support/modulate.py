@@ -23,6 +23,7 @@ from pixelflow_kernels.modulate import (
 from .kernels import assert_level_d, surrounded
 
 EPS = 1e-6
+ROUNDINGS = 6  # see sizes
 
 
 class Operands(NamedTuple):
@@ -95,7 +96,7 @@ def make(
     mean: float = 0.0,
     seed: int = 0,
 ) -> Operands:
-    """Tokens between NaN, of any mean; rows as slices of one product ``[n, 6C]``; everything on a CPU."""
+    """Tokens between NaN, of any mean; rows as slices of wider products; no two strides alike; on a CPU."""
     generator = torch.Generator().manual_seed(seed)
     high_type = torch.promote_types(dtype, torch.float32)
 
@@ -104,10 +105,11 @@ def make(
 
     x, y = surrounded((mean + std * normal(layout.num_tokens, width)).to(dtype)), None
     if "y" in variant.names:
-        y = surrounded((std * normal(layout.num_tokens, width)).to(dtype))
+        y = surrounded((std * normal(layout.num_tokens, 2 * width)).to(dtype))[:, :width]
     rows = surrounded(0.5 * normal(layout.num_images, 6 * width).to(high_type)).chunk(6, dim=-1)
+    gate = surrounded(0.5 * normal(layout.num_images, 2 * width).to(high_type))[:, width:]
     weight = (1 + 0.3 * normal(width)).to(torch.bfloat16 if dtype == torch.bfloat16 else high_type)
-    every = Operands(x, y, rows[2], weight, rows[3], rows[4])
+    every = Operands(x, y, gate, weight, rows[3], rows[4])
     return Operands(*(t if name in variant.names else None for name, t in every._asdict().items()))
 
 
@@ -147,9 +149,11 @@ def truth(operands: Operands, layout: PackedLayout, eps: float = EPS) -> tuple[T
 
 
 def sizes(operands: Operands, layout: PackedLayout, grads: tuple[Tensor | None, Tensor]) -> dict[str, float]:
-    """Of every result, the largest sum of magnitudes that an element is made of: what its roundings are relative to.
+    """Of every result, what its roundings come to: half their number times the magnitudes that an element is made of.
 
-    A result may be much smaller where its terms cancel; then neither the kernel nor PyTorch can do better.
+    A result may be much smaller where its terms cancel; then neither the kernel nor PyTorch can do better. Each element
+    is a product of rounded factors; on the shortest way, of ``1 + scale`` and weight, token and mean, mean square and
+    reciprocal, six are rounded. (Level D counts two.)
     """
     x, y, gate, weight, shift, scale = operands.map(lambda t: t.detach().double())
     grad_residual, grad = (None if g is None else g.double().abs() for g in grads)
@@ -178,7 +182,7 @@ def sizes(operands: Operands, layout: PackedLayout, grads: tuple[Tensor | None, 
     found["grad shift"] = of_images(grad)
     found["grad scale"] = of_images(grad * unit * (1 if weight is None else weight.abs()))
     found["grad weight"] = largest((grad * unit * (factor if weight is None else factor / weight.abs())).sum(0))
-    return found
+    return {name: ROUNDINGS / 2 * magnitude for name, magnitude in found.items()}
 
 
 def assert_close(out: Tensor, plain: Tensor, truth: Tensor, name: str, size: float) -> None:
@@ -208,6 +212,9 @@ def gradients(
 def random_grads(variant: Variant, operands: Operands, seed: int = 5) -> tuple[Tensor | None, Tensor]:
     """For the residual, where there is one, and the normed tokens; between NaN, of the tokens' type."""
     generator = torch.Generator().manual_seed(seed)
-    residual, normed = torch.randn(2, *operands.x.shape, generator=generator, dtype=torch.float64)
-    dtype = operands.x.dtype
-    return surrounded(residual.to(dtype)) if "y" in variant.names else None, surrounded(normed.to(dtype))
+    tokens, width = operands.x.shape
+    residual = surrounded(torch.randn(tokens, 3 * width, generator=generator).to(operands.x.dtype))[
+        :, width : 2 * width
+    ]
+    normed = surrounded(torch.randn(tokens, width, generator=generator).to(operands.x.dtype))
+    return residual if "y" in variant.names else None, normed
