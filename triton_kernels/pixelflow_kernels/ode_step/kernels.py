@@ -41,6 +41,19 @@ def _block(blocks, stride_image, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _product(a, b, APART: tl.constexpr):
+    """``a b``, rounded by itself.
+
+    For sm_100, ptxas 12.9 fuses packed products and sums even where it is told not to. So there the product's bits pass
+    through an integer sum with a zero that no compiler knows to be one: the grid has a single layer.
+    """
+    product = a * b
+    if APART and product.dtype == tl.float32:
+        product = (product.to(tl.int32, bitcast=True) + tl.program_id(2)).to(tl.float32, bitcast=True)
+    return product
+
+
+@triton.jit
 def _velocity(
     velocity_ptr,
     guidance_ptr,
@@ -53,6 +66,7 @@ def _velocity(
     GUIDED: tl.constexpr,
     GUIDANCE_PER_IMAGE: tl.constexpr,
     WIDTH: tl.constexpr,
+    APART: tl.constexpr,
     high: tl.constexpr,
 ):
     """The block's velocity, both halves read once and combined where there are two."""
@@ -66,7 +80,7 @@ def _velocity(
     if GUIDED:
         conditional = tl.load(velocity_ptr + stride_half + inside, mask=mask, other=0.0).to(high)
         weight = tl.load(guidance_ptr + image * GUIDANCE_PER_IMAGE).to(high)
-        null = null + weight * (conditional - null)
+        null = null + _product(weight, conditional - null, APART)
     return null
 
 
@@ -88,6 +102,7 @@ def _euler_kernel(
     GUIDED: tl.constexpr,
     GUIDANCE_PER_IMAGE: tl.constexpr,
     WIDTH: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``out = x + step v``; ``out`` may be ``x``."""
@@ -95,11 +110,11 @@ def _euler_kernel(
     image, places, mask, start = _block(blocks, stride_image, BLOCK)
     velocity = _velocity(
         velocity_ptr, guidance_ptr, image, places, mask, stride_image, stride_half, stride_velocity_row,
-        GUIDED, GUIDANCE_PER_IMAGE, WIDTH, high,
+        GUIDED, GUIDANCE_PER_IMAGE, WIDTH, APART, high,
     )  # fmt: skip
     step = tl.load(step_ptr + image * STEP_PER_IMAGE).to(high)
     x = tl.load(x_ptr + start + places, mask=mask, other=0.0)
-    tl.store(out_ptr + start + places, x + step * velocity, mask=mask)
+    tl.store(out_ptr + start + places, x + _product(step, velocity, APART), mask=mask)
 
 
 @triton.jit
@@ -123,29 +138,30 @@ def _stage_kernel(
     GUIDED: tl.constexpr,
     GUIDANCE_PER_IMAGE: tl.constexpr,
     WIDTH: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``out = x + sum_i (step w_i) k_i`` over COUNT slopes; the last is the velocity, and stored, where it is FRESH."""
     high: tl.constexpr = x_ptr.dtype.element_ty
     image, places, mask, start = _block(blocks, stride_image, BLOCK)
     step = tl.load(step_ptr + image * STEP_PER_IMAGE)
+    x = tl.load(x_ptr + start + places, mask=mask, other=0.0)
     slopes_ptr += start
     for i in tl.static_range(COUNT):
         if FRESH and i == COUNT - 1:
             slope = _velocity(
                 velocity_ptr, guidance_ptr, image, places, mask, stride_image, stride_half, stride_velocity_row,
-                GUIDED, GUIDANCE_PER_IMAGE, WIDTH, high,
+                GUIDED, GUIDANCE_PER_IMAGE, WIDTH, APART, high,
             )  # fmt: skip
             tl.store(slopes_ptr + stride_slope.to(tl.int64) * i + places, slope, mask=mask)
         elif WEIGHTS[i] != 0.0:
             slope = tl.load(slopes_ptr + stride_slope.to(tl.int64) * i + places, mask=mask, other=0.0)
         if WEIGHTS[i] != 0.0:
-            term = (step * WEIGHTS[i]).to(high) * slope
+            term = _product((step * WEIGHTS[i]).to(high), slope, APART)
             if i == FIRST:  # noqa: SIM108
                 total = term
             else:
                 total = total + term
-    x = tl.load(x_ptr + start + places, mask=mask, other=0.0)
     tl.store(out_ptr + start + places, x + total, mask=mask)
 
 
@@ -203,6 +219,7 @@ def _error_kernel(
     GUIDED: tl.constexpr,
     GUIDANCE_PER_IMAGE: tl.constexpr,
     WIDTH: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One sum of squares per block.
@@ -219,26 +236,26 @@ def _error_kernel(
         if FRESH and i == COUNT - 1:
             slope = _velocity(
                 velocity_ptr, guidance_ptr, image, places, mask, stride_image, stride_half, stride_velocity_row,
-                GUIDED, GUIDANCE_PER_IMAGE, WIDTH, high,
+                GUIDED, GUIDANCE_PER_IMAGE, WIDTH, APART, high,
             )  # fmt: skip
             tl.store(slopes_ptr + stride_slope.to(tl.int64) * i + places, slope, mask=mask)
         elif SOLUTION[i] != 0.0 or ERROR[i] != 0.0:
             slope = tl.load(slopes_ptr + stride_slope.to(tl.int64) * i + places, mask=mask, other=0.0)
         if SOLUTION[i] != 0.0:
-            term = (step * SOLUTION[i]).to(high) * slope
+            term = _product((step * SOLUTION[i]).to(high), slope, APART)
             if i == FIRST_OF_SOLUTION:  # noqa: SIM108
                 change = term
             else:
                 change = change + term
         if ERROR[i] != 0.0:
-            term = (step * ERROR[i]).to(high) * slope
+            term = _product((step * ERROR[i]).to(high), slope, APART)
             if i == FIRST_OF_ERROR:  # noqa: SIM108
                 error = term
             else:
                 error = error + term
     # A NaN must reach the norm, or a broken state would pass.
     largest = tl.maximum(tl.abs(x), tl.abs(x + change), propagate_nan=tl.PropagateNan.ALL)
-    tl.store(partial_ptr + tl.program_id(0), _sum_of_squares(error, atol + rtol * largest, mask))
+    tl.store(partial_ptr + tl.program_id(0), _sum_of_squares(error, atol + _product(rtol, largest, APART), mask))
 
 
 @triton.jit
@@ -257,6 +274,7 @@ def _start_kernel(
     GUIDED: tl.constexpr,
     GUIDANCE_PER_IMAGE: tl.constexpr,
     WIDTH: tl.constexpr,
+    APART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Store the first slope and measure state and slope; or, of a PROBE, measure its distance from the first slope."""
@@ -264,11 +282,11 @@ def _start_kernel(
     image, places, mask, start = _block(blocks, stride_image, BLOCK)
     velocity = _velocity(
         velocity_ptr, guidance_ptr, image, places, mask, stride_image, stride_half, stride_velocity_row,
-        GUIDED, GUIDANCE_PER_IMAGE, WIDTH, high,
+        GUIDED, GUIDANCE_PER_IMAGE, WIDTH, APART, high,
     )  # fmt: skip
     x = tl.load(x_ptr + start + places, mask=mask, other=0.0)
     rtol, atol = tl.load(tolerance_ptr).to(high), tl.load(tolerance_ptr + 1).to(high)
-    scale = atol + rtol * tl.abs(x)
+    scale = atol + _product(rtol, tl.abs(x), APART)
     if PROBE:
         slope = tl.load(slope_ptr + start + places, mask=mask, other=0.0)
         tl.store(partial_ptr + tl.program_id(0), _sum_of_squares(velocity - slope, scale, mask))
@@ -316,7 +334,7 @@ def _launch_arguments(
     return (images * blocks,), {"stride_image": values, "blocks": blocks, **config}
 
 
-def _velocity_arguments(velocity: Tensor | None, guidance: Tensor | None) -> dict[str, object]:
+def _velocity_arguments(velocity: Tensor | None, guidance: Tensor | None, device: torch.device) -> dict[str, object]:
     """What :func:`_velocity` takes: a contiguous velocity, or rows ``[R, W]`` of dense channels; None for none."""
     guided = guidance is not None
     arguments: dict[str, object] = {
@@ -325,6 +343,7 @@ def _velocity_arguments(velocity: Tensor | None, guidance: Tensor | None) -> dic
         "stride_half": 0,
         "stride_velocity_row": 0,
         "WIDTH": 0,
+        "APART": (arch_of(device) or 0) >= 100,
         "GUIDED": guided,
         "GUIDANCE_PER_IMAGE": guidance is not None and guidance.shape[0] > 1,
     }
@@ -365,7 +384,7 @@ def launch_euler(
             STEP_PER_IMAGE=step.shape[0] > 1,
             enable_fp_fusion=False,  # level A
             **arguments,
-            **_velocity_arguments(velocity, guidance),
+            **_velocity_arguments(velocity, guidance, x.device),
         )
 
 
@@ -398,7 +417,7 @@ def launch_stage(
             STEP_PER_IMAGE=step.shape[0] > 1,
             enable_fp_fusion=False,  # level A
             **arguments,
-            **_velocity_arguments(velocity, guidance),
+            **_velocity_arguments(velocity, guidance, x.device),
         )
 
 
@@ -458,7 +477,7 @@ def launch_error(
             FRESH=velocity is not None,
             enable_fp_fusion=False,  # the slope that it stores is level A
             **arguments,
-            **_velocity_arguments(velocity, guidance),
+            **_velocity_arguments(velocity, guidance, x.device),
         )
     launch_finish(partial, arguments["stride_image"], out[None], batch_wide)
 
@@ -489,7 +508,7 @@ def launch_start(
             PROBE=probe,
             enable_fp_fusion=False,  # the slope that it stores is level A
             **arguments,
-            **_velocity_arguments(velocity, guidance),
+            **_velocity_arguments(velocity, guidance, x.device),
         )
     launch_finish(partial, arguments["stride_image"], out, batch_wide)
 

@@ -120,6 +120,7 @@ def _pointwise(
         "GUIDED": guided,
         "GUIDANCE_PER_IMAGE": guided,
         "WIDTH": width,
+        "APART": arch >= 100,
         **({} if dtype else {"velocity_ptr": None}),
         **({} if guided else {"guidance_ptr": None}),
     }
