@@ -128,7 +128,7 @@ def _check_euler(
 
 @custom_op("pixelflow::euler_step", mutates_args=(), device_types="cpu")
 def _euler_step(x: Tensor, velocity: Tensor, step: Tensor, guidance: Tensor | None, images: int) -> Tensor:
-    return reference.euler(x, velocity, step, guidance, images)
+    return reference.euler(x, velocity, step, guidance, images) if images > 0 else torch.empty_like(x)
 
 
 @_euler_step.register_kernel("cuda")
@@ -147,7 +147,8 @@ def _fake_euler_step(x: Tensor, velocity: Tensor, step: Tensor, guidance: Tensor
 
 @custom_op("pixelflow::euler_step_in_place", mutates_args=("x",), device_types="cpu")
 def _euler_step_in_place(x: Tensor, velocity: Tensor, step: Tensor, guidance: Tensor | None, images: int) -> None:
-    x.copy_(reference.euler(x, velocity, step, guidance, images))
+    if images > 0:
+        x.copy_(reference.euler(x, velocity, step, guidance, images))
 
 
 @_euler_step_in_place.register_kernel("cuda")
