@@ -170,7 +170,9 @@ def test_controller_agrees_with_one_image_at_a_time(data: st.DataObject) -> None
     accepted, rejected = (column(st.integers(0, 5), torch.int64) for _ in range(2))
     ratio = column(st.one_of(st.sampled_from(RATIOS), st.floats(0, 3)), F64)
     limit = data.draw(st.integers(1, 12))
-    rows = zip(tau.tolist(), step.tolist(), status.tolist(), accepted.tolist(), rejected.tolist(), ratio.tolist())
+    rows = zip(
+        tau.tolist(), step.tolist(), status.tolist(), accepted.tolist(), rejected.tolist(), ratio.tolist(), strict=True
+    )
     expected = [ode.attempt_by_hand(t, s, z, (a, r), e, 5, limit) for t, s, z, a, r, e in rows]
     h, times, accept = torch.zeros(images, dtype=F64), torch.zeros(7, images, dtype=F64), torch.zeros(images).bool()
     begin_attempt_(h, times, tau, step, status, DOPRI5.nodes)
@@ -490,7 +492,7 @@ def test_the_others_refuse_by_name() -> None:
         slope_change(x.clone(), x, v, tol, 5, 2.4)
     with pytest.raises(ValueError, match="solution: got shape"):
         take_accepted_(x, o["slopes"], torch.zeros(2, 5), o["accept"])
-    with pytest.raises(ValueError, match="accept: got torch.float64"):
+    with pytest.raises(ValueError, match=r"accept: got torch\.float64"):
         take_accepted_(x, o["slopes"], x.clone(), h)
     with pytest.raises(ValueError, match="accept: got 5 images"):
         take_accepted_(x, o["slopes"], x.clone(), torch.zeros(5, dtype=torch.bool))
@@ -520,7 +522,7 @@ def test_the_others_refuse_by_name() -> None:
     with pytest.raises(ValueError, match="rtol, atol: got 0"):
         Adaptive.around(x, 2, 7, rtol=0.0, atol=0.0)
     state = replace(Adaptive.around(x, 2, 7), tolerance=torch.zeros(2))
-    with pytest.raises(ValueError, match="tolerance: got torch.float32"):
+    with pytest.raises(ValueError, match=r"tolerance: got torch\.float32"):
         start_(state, DOPRI5, lambda y, tau: y)
 
 

@@ -6,7 +6,7 @@ The second derivations are NumPy in float64, and for the controller plain Python
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -181,11 +181,3 @@ def assert_norms(out: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, 
     error, of_plain = (out.cpu() - truth).abs(), (plain.cpu() - truth).abs()
     bound = 2 * of_plain + 2 * ulps * torch.finfo(dtype).eps / 2 * truth
     assert bool((error <= bound).all()), f"errors {error.tolist()}, bounds {bound.tolist()}"
-
-
-def assert_finite_close(a: Tensor, b: Tensor, relative: float, name: str) -> None:
-    worst = ((a - b).abs() / b.abs().clamp(min=1e-300)).max().item() if a.numel() else 0.0
-    assert worst <= relative, f"{name}: relative difference {worst:.3e}, at most {relative:.3e}"
-
-
-Evaluate = Callable[[Tensor, Tensor], Tensor]

@@ -41,14 +41,13 @@ def _block(blocks, stride_image, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _product(a, b, APART: tl.constexpr):
-    """``a b``, rounded by itself.
+def _apart(product):
+    """A float32 product with the same bits, which no compiler can fuse with the sum that it goes into.
 
-    For sm_100, ptxas 12.9 fuses packed products and sums even where it is told not to. So there the product's bits pass
-    through an integer sum with a zero that no compiler knows to be one: the grid has a single layer.
+    For sm_100, ptxas 12.9 fuses packed products and sums even where it is told not to. So there the bits pass through
+    an integer sum with a zero that it does not know to be one: the grid has a single layer.
     """
-    product = a * b
-    if APART and product.dtype == tl.float32:
+    if product.dtype == tl.float32:
         product = (product.to(tl.int32, bitcast=True) + tl.program_id(2)).to(tl.float32, bitcast=True)
     return product
 
@@ -80,7 +79,10 @@ def _velocity(
     if GUIDED:
         conditional = tl.load(velocity_ptr + stride_half + inside, mask=mask, other=0.0).to(high)
         weight = tl.load(guidance_ptr + image * GUIDANCE_PER_IMAGE).to(high)
-        null = null + _product(weight, conditional - null, APART)
+        change = weight * (conditional - null)
+        if APART:
+            change = _apart(change)
+        null = null + change
     return null
 
 
@@ -114,7 +116,10 @@ def _euler_kernel(
     )  # fmt: skip
     step = tl.load(step_ptr + image * STEP_PER_IMAGE).to(high)
     x = tl.load(x_ptr + start + places, mask=mask, other=0.0)
-    tl.store(out_ptr + start + places, x + _product(step, velocity, APART), mask=mask)
+    change = step * velocity
+    if APART:
+        change = _apart(change)
+    tl.store(out_ptr + start + places, x + change, mask=mask)
 
 
 @triton.jit
@@ -157,7 +162,9 @@ def _stage_kernel(
         elif WEIGHTS[i] != 0.0:
             slope = tl.load(slopes_ptr + stride_slope.to(tl.int64) * i + places, mask=mask, other=0.0)
         if WEIGHTS[i] != 0.0:
-            term = _product((step * WEIGHTS[i]).to(high), slope, APART)
+            term = (step * WEIGHTS[i]).to(high) * slope
+            if APART:
+                term = _apart(term)
             if i == FIRST:  # noqa: SIM108
                 total = term
             else:
@@ -242,20 +249,24 @@ def _error_kernel(
         elif SOLUTION[i] != 0.0 or ERROR[i] != 0.0:
             slope = tl.load(slopes_ptr + stride_slope.to(tl.int64) * i + places, mask=mask, other=0.0)
         if SOLUTION[i] != 0.0:
-            term = _product((step * SOLUTION[i]).to(high), slope, APART)
+            term = (step * SOLUTION[i]).to(high) * slope
+            if APART:
+                term = _apart(term)
             if i == FIRST_OF_SOLUTION:  # noqa: SIM108
                 change = term
             else:
                 change = change + term
         if ERROR[i] != 0.0:
-            term = _product((step * ERROR[i]).to(high), slope, APART)
+            term = (step * ERROR[i]).to(high) * slope
+            if APART:
+                term = _apart(term)
             if i == FIRST_OF_ERROR:  # noqa: SIM108
                 error = term
             else:
                 error = error + term
     # A NaN must reach the norm, or a broken state would pass.
     largest = tl.maximum(tl.abs(x), tl.abs(x + change), propagate_nan=tl.PropagateNan.ALL)
-    tl.store(partial_ptr + tl.program_id(0), _sum_of_squares(error, atol + _product(rtol, largest, APART), mask))
+    tl.store(partial_ptr + tl.program_id(0), _sum_of_squares(error, atol + rtol * largest, mask))
 
 
 @triton.jit
@@ -286,7 +297,7 @@ def _start_kernel(
     )  # fmt: skip
     x = tl.load(x_ptr + start + places, mask=mask, other=0.0)
     rtol, atol = tl.load(tolerance_ptr).to(high), tl.load(tolerance_ptr + 1).to(high)
-    scale = atol + _product(rtol, tl.abs(x), APART)
+    scale = atol + rtol * tl.abs(x)
     if PROBE:
         slope = tl.load(slope_ptr + start + places, mask=mask, other=0.0)
         tl.store(partial_ptr + tl.program_id(0), _sum_of_squares(velocity - slope, scale, mask))

@@ -72,7 +72,7 @@ def start_norms(
     rtol, atol = tolerance.to(x.dtype)
     rows, slope = x.reshape(images, -1), slope.reshape(images, -1)
     scale = atol + rtol * rows.abs()
-    measured = [rows, slope] if probe is None else [probe - slope]
+    measured = [rows, slope] if probe is None else [probe.reshape(images, -1) - slope]
     return torch.stack([root_mean_square(y / scale, batch_wide) for y in measured])
 
 
@@ -87,7 +87,8 @@ def root_mean_square(x: Tensor, batch_wide: bool) -> Tensor:
 def first_trial(norms: Tensor) -> Tensor:
     """Hairer's trial step ``[B]`` from the sizes ``[2, B]`` of state and slope."""
     size, speed = norms
-    return torch.where((size < 1e-5) | (speed < 1e-5), 1e-6, 0.01 * size / speed)
+    # Not torch.where: a number among its arguments is copied from the host, which waits.
+    return (0.01 * size / speed).masked_fill((size < 1e-5) | (speed < 1e-5), 1e-6)
 
 
 def first_step(trial: Tensor, speed: Tensor, bend: Tensor, order: int) -> Tensor:

@@ -144,7 +144,7 @@ def start_(
     bend = slope_change(state.slopes[0], state.x, field(state.stage, trial), *measure, batch_wide=batch_wide)
     step = reference.first_step(trial, norms[1], bend, pair.order)
     state.step.copy_(step)
-    state.status.copy_(torch.where(step.isfinite(), reference.RUNNING, reference.NONFINITE))
+    state.status.fill_(reference.RUNNING).masked_fill_(~step.isfinite(), reference.NONFINITE)
 
 
 def attempt_(
