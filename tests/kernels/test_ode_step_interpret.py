@@ -69,10 +69,10 @@ def test_euler(data: st.DataObject) -> None:
     images, width = data.draw(st.integers(0, 4)), data.draw(st.sampled_from([1, 3, 12, 16, 48]))
     rows = data.draw(st.sampled_from([1, 2, 5]))
     shape = (images * rows, width)
-    x, velocity = (
-        ode.hostile(*shape, dtype=dtype, seed=seed),
-        ode.hostile(2 * shape[0], width, dtype=dtype, seed=seed + 1),
-    )
+    x = ode.hostile(*shape, dtype=dtype, seed=seed)
+    # Half precision is widened, which the interpreter does faithfully; nothing is computed in it.
+    velocity_type = data.draw(st.sampled_from([dtype, torch.float16]))
+    velocity = ode.hostile(2 * shape[0], width, dtype=velocity_type, seed=seed + 1)
     each = [1, images] if images else [images]
     step = ode.numbers(data.draw(st.sampled_from(each)), seed)
     guidance = 3 * ode.numbers(data.draw(st.sampled_from(each)), seed + 1) - 1 if data.draw(st.booleans()) else None

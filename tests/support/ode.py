@@ -31,7 +31,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, std: 
 
 
 def hostile(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Bits drawn evenly (every exponent, infinities, NaN), and every tenth value or so a special one."""
+    """Half normal values, whose sums round; half random bits (all exponents, infinities, NaN); special ones too."""
     generator = torch.Generator().manual_seed(seed)
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     size = math.prod(shape)
@@ -39,6 +39,7 @@ def hostile(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> T
     x = (bits >> (64 - 8 * dtype.itemsize)).to(integer).view(dtype)
     special = torch.tensor(SPECIAL, dtype=F64).to(dtype)
     chosen = torch.randint(0, 10 * len(special), (size,), generator=generator)
+    x = torch.where(chosen < 5 * len(special), torch.randn(size, generator=generator, dtype=F64).to(dtype), x)
     return torch.where(chosen < len(special), special[chosen % len(special)], x).view(shape)
 
 
