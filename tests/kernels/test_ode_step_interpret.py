@@ -103,7 +103,8 @@ def test_stages(data: st.DataObject) -> None:
         data.draw(st.sampled_from([1, 3])),
     )
     count, fresh = data.draw(st.integers(1, 6)), data.draw(st.booleans())
-    weights = DOPRI5.coupling[count] if data.draw(st.booleans()) else (*[0.0] * (count - 1), -1.0)
+    gaps = (0.0, 0.0, -0.5, 0.0, 1.5, 1.0)  # zeros before, between
+    weights = DOPRI5.coupling[count] if data.draw(st.booleans()) else (*gaps[: count - 1], -1.0)
     x = ode.hostile(images * rows, width, dtype=dtype, seed=seed)
     buffer, slopes = poisoned_like(x.expand(7, *x.shape), dense=True)
     stored = count - fresh
@@ -298,6 +299,22 @@ def test_zero_tolerances_at_zero_states_and_nan() -> None:
     x[1, 2] = torch.nan
     kernels.launch_error(x, slopes, step, *tableau, relative, None, None, out, False, config=SMALL)
     assert out.isnan().tolist() == [False, True]
+    # Where only the solution is broken, and not the error.
+    slopes[0, 0, 3] = torch.nan
+    kernels.launch_error(
+        x[:1],
+        slopes[:2, :1].contiguous(),
+        step[:1],
+        (1.0,),
+        (0.0, 1.0),
+        relative,
+        None,
+        None,
+        out[:1],
+        False,
+        config=SMALL,
+    )
+    assert out[0].isnan()
 
 
 # --- the controller --------------------------------------------------------------------------------------------
