@@ -33,9 +33,9 @@ def error_norm_(
     """Solution, embedded error and its norm in one pass: ``rms(error / (atol + rtol max(|x|, |x1|)))`` of each image.
 
     ``x1 = x + sum_i (step a_i) k_i`` and ``error = sum_i (step e_i) k_i`` have the bits of eager PyTorch (level A),
-    their norm is level D. Its sums run in an order that depends on the number of values per image alone, so an image's
-    norm has the same bits whatever its batch mates (level C; not so batch-wide). In image and in token layout it is the
-    norm of the same set of values, but summed in another order.
+    their norm is level D. Its sums run in an order that depends on the number of values per image and on the velocity's
+    type and strides alone, so an image's norm has the same bits whatever its batch mates (level C; not so batch-wide).
+    In image and in token layout it is the norm of the same set of values, but summed in another order.
 
     Args:
         slopes: ``[S, *x.shape]`` in the type of ``x``, contiguous. With a velocity, the last is filled from it.

@@ -11,7 +11,8 @@ an image's bits do not depend on the others. Values of the state are level A: wi
 sum and quotient rounds by itself, and ``h w_i`` is a float64 product rounded once, as in eager PyTorch.
 
 A norm takes two passes: every program leaves the sum of its block, a second kernel adds an image's sums in the order of
-the blocks. Which values meet when depends on the number of values per image alone.
+the blocks. Which values meet when depends on the number of values per image, and on the velocity's type and strides (a
+thread's share of a block follows the widest load), not on the batch.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
