@@ -160,6 +160,14 @@ def test_norms(shape: tuple[int, ...], dtype: torch.dtype, batch_wide: bool) -> 
         ode.assert_norms(got, plain, truth, torch.float32, ulps=4)
 
 
+def test_a_solution_that_is_not_a_number_has_no_norm() -> None:
+    """Though its error has one; the interpreter cannot tell a maximum that drops NaN."""
+    x, slopes, step = ode.normal(2, 50).to(CUDA), ode.normal(2, 2, 50, seed=1).to(CUDA), ode.numbers(2).to(CUDA)
+    slopes[0, 0, 3] = torch.nan
+    norms = error_norm_(slopes, x, step, (1.0,), (0.0, 1.0), ode.tolerance(CUDA))
+    assert norms.isnan().tolist() == [True, False]
+
+
 @pytest.mark.parametrize("images", [1, 16, 33])
 def test_controller(images: int) -> None:
     """Bits of the plain controller on the same device, but for the next step: 1e-14."""
