@@ -20,6 +20,8 @@ def test_a_layout_says_where_each_token_belongs(seed: int) -> None:
     assert (layout.num_images, layout.num_tokens) == (len(grids), len(walk))
     assert layout.max_seqlen == max(a * b for a, b in grids)
     assert layout.max_position == max(max(g) for g in grids)
+    lengths = {a * b for a, b in grids}
+    assert layout.multiple_of == max(m for m in range(1, 17) if all(n % m == 0 for n in lengths))
 
 
 def test_runs_cover_the_pack_and_join_equal_neighbours() -> None:
@@ -34,6 +36,7 @@ def test_an_empty_pack() -> None:
     layout = PackedLayout.from_grids([])
     assert (layout.num_images, layout.num_tokens, layout.max_seqlen, layout.max_position) == (0, 0, 0, 0)
     assert layout.cu_seqlens.tolist() == [0]
+    assert layout.multiple_of == 1
     assert layout.runs == ()
 
 

@@ -6,6 +6,7 @@ row-major order. Everything that an operation must know about who a token belong
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -101,6 +102,11 @@ class PackedLayout:
     def max_seqlen(self) -> int:
         """Tokens of the largest image; 0 in an empty pack."""
         return max([0, *(rows * columns for rows, columns in self.grids)])
+
+    @property
+    def multiple_of(self) -> int:
+        """The largest number that divides every image's number of tokens; 1 in an empty pack."""
+        return math.gcd(*(rows * columns for rows, columns in self.grids)) or 1
 
     @property
     def max_position(self) -> int:

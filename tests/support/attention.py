@@ -1,0 +1,192 @@
+"""Inputs for the attention tests, and the same mathematics written a second time, in float64 and without our code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels import assert_level_d
+
+TINY = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+TINY_BACKWARD = {"delta": {"BLOCK_M": 32, "num_warps": 4}, "keys": TINY, "queries": TINY}
+
+
+class Pack(NamedTuple):
+    """Operands of one call."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    scale: float
+
+    def to(self, place: str | torch.dtype) -> Pack:
+        """On another device, or with q, k and v in another type."""
+        if isinstance(place, torch.dtype):
+            return self._replace(q=self.q.to(place), k=self.k.to(place), v=self.v.to(place))
+        return self._replace(**{name: getattr(self, name).to(place) for name in self._fields[:5]})
+
+    @property
+    def lengths(self) -> tuple[list[int], list[int]]:
+        return self.cu_seqlens_q.diff().tolist(), self.cu_seqlens_k.diff().tolist()
+
+
+def cumulative(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def pack(
+    q_lengths: Sequence[int],
+    k_lengths: Sequence[int] | None = None,
+    heads: int = 2,
+    head_dim: int = 72,
+    dtype: torch.dtype = torch.float32,
+    std: float = 1.0,
+    seed: int = 0,
+    largest_logit: float | None = None,
+    rising: bool = False,
+) -> Pack:
+    """Slices of fused products: of one for q, k and v where the keys have the queries' lengths, else of two.
+
+    Args:
+        largest_logit: q is scaled until the largest logit of the pack has this size.
+        rising: later keys are longer, so that the maximum of a row keeps growing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tokens: int, parts: int) -> list[Tensor]:
+        x = torch.randn(tokens, parts, heads, head_dim, generator=generator, dtype=torch.float64) * std
+        return list(x.unbind(1))
+
+    if k_lengths is None:
+        k_lengths = q_lengths
+        q, k, v = draw(sum(q_lengths), 3)
+    else:
+        (q,), (k, v) = draw(sum(q_lengths), 1), draw(sum(k_lengths), 2)
+    if rising and k.shape[0] > 0:
+        k *= torch.linspace(0.01, 1, k.shape[0], dtype=torch.float64)[:, None, None]
+    scale = 1 / math.sqrt(head_dim)
+    of = Pack(q, k, v, cumulative(q_lengths), cumulative(k_lengths), max([0, *q_lengths]), max([0, *k_lengths]), scale)
+    if largest_logit is not None and (now := logit_size(of)) > 0:
+        q *= largest_logit / now
+    # In place of the products of a projection: one buffer, and q, k, v slices of it.
+    return of._replace(q=_slice(q, dtype), k=_slice(k, dtype), v=_slice(v, dtype))
+
+
+def _slice(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same values in the middle third of rows three times as long, the rest of them NaN."""
+    width = x.shape[1] * x.shape[2]
+    wide = torch.full((x.shape[0], 3 * width), torch.nan, dtype=dtype)
+    wide[:, width : 2 * width] = x.flatten(1)
+    return wide[:, width : 2 * width].unflatten(1, x.shape[1:])
+
+
+def masked_logits(of: Pack, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``[H, T, L]`` over the whole pack, minus infinity between members."""
+    q_lengths, k_lengths = of.lengths
+    s = of.q.to(dtype).transpose(0, 1) @ of.k.to(dtype).permute(1, 2, 0) * of.scale
+    members = torch.arange(len(q_lengths), device=s.device)
+    rows = members.repeat_interleave(torch.tensor(q_lengths, dtype=torch.int64, device=s.device))
+    columns = members.repeat_interleave(torch.tensor(k_lengths, dtype=torch.int64, device=s.device))
+    return s.masked_fill(rows[:, None] != columns, -torch.inf)
+
+
+def logit_size(of: Pack) -> float:
+    s = masked_logits(of)
+    finite = s[s > -torch.inf]
+    return finite.abs().max().item() if finite.numel() else 0.0
+
+
+def truth(of: Pack) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp in float64, differentiable: one masked softmax over the whole pack."""
+    if of.k.shape[0] == 0:
+        nothing = of.q.double() * 0 + (of.k.sum() + of.v.sum())
+        return nothing, torch.full(nothing.shape[1::-1], -torch.inf, dtype=torch.float64, device=nothing.device)
+    s = masked_logits(of)
+    top = s.detach().amax(-1, keepdim=True).clamp(min=-1e300)
+    weights = (s - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    has_keys = total > 0
+    total = torch.where(has_keys, total, 1.0)
+    out = (weights / total) @ of.v.double().transpose(0, 1)
+    return out.transpose(0, 1), torch.where(has_keys, total.log() + top, -torch.inf).squeeze(-1)
+
+
+def plain(of: Pack) -> Tensor:
+    """The same in plain PyTorch in the type of the operands, every step rounded to it; differentiable."""
+    out = of.q * 0
+    row = key = 0
+    for rows, keys in zip(*of.lengths, strict=True):
+        if rows and keys:
+            q, k, v = (
+                x.transpose(0, 1) for x in (of.q[row : row + rows], of.k[key : key + keys], of.v[key : key + keys])
+            )
+            weights = (q @ k.transpose(1, 2) * of.scale).softmax(-1)
+            out = out.index_put((torch.arange(row, row + rows, device=q.device),), (weights @ v).transpose(0, 1))
+        row, key = row + rows, key + keys
+    return out
+
+
+def gradients(of: Pack, grad: Tensor, function: object = plain) -> tuple[Tensor, ...]:
+    """Of q, k and v by autograd through ``truth`` or ``plain``."""
+    leaves = [x.detach().clone().requires_grad_() for x in (of.q, of.k, of.v)]
+    out = function(of._replace(q=leaves[0], k=leaves[1], v=leaves[2]))  # type: ignore[operator]
+    out = out[0] if isinstance(out, tuple) else out
+    found = torch.autograd.grad(out, leaves, grad.to(out.dtype), allow_unused=True)
+    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(found, leaves, strict=True))
+
+
+def largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def assert_output(out: Tensor, of: Pack, name: str = "out") -> None:
+    """Level D of the forward."""
+    scale = (1 + logit_size(of)) * largest(of.v.double())
+    assert_level_d(out, plain(of), truth(of)[0], name, scale=scale)
+
+
+def assert_lse(lse: Tensor, of: Pack) -> None:
+    """Level D in the type that it is computed in, and one rounding to the type of v: where the product with V leaves
+    the row sum, it has summed rounded weights, and a relative error of a sum is an absolute one of its logarithm.
+    Roundings happen at the size of the logits and of the lse: scale, maximum, sum, logarithm, their sum, base.
+    """
+    expected = truth(of)[1]
+    assert lse.shape == expected.shape
+    empty = expected == -torch.inf
+    assert bool((lse[empty] == -torch.inf).all()), "a query without keys has lse minus infinity"
+    if bool(empty.all()):
+        return
+    high, low = (torch.finfo(t).eps / 2 for t in (lse.dtype, of.q.dtype))
+    in_type = masked_logits(of, lse.dtype).logsumexp(-1).double()
+    of_plain = (in_type - expected)[~empty].abs().max().item()
+    bound = 2 * of_plain + 8 * high * (1 + logit_size(of) + largest(expected[~empty])) + low
+    error = (lse.double() - expected)[~empty].abs().max().item()
+    assert error <= bound, f"lse: error {error:.3e}, bound {bound:.3e}"
+
+
+def assert_gradients(found: Sequence[Tensor], of: Pack, grad: Tensor) -> None:
+    """Level D of the backward. What is rounded are the terms of the sums over queries or keys: P dO for dV, and for
+    dQ and dK ``scale P (dP - delta)`` times a key or a query. ``P = exp(s - lse)`` carries the error of its exponent,
+    an inner product like dP one that is relative to the sum of its terms' sizes.
+    """
+    expected, in_type = gradients(of, grad, truth), gradients(of, grad)
+    share = torch.nan_to_num(masked_logits(of).softmax(-1)) if of.k.shape[0] else masked_logits(of)
+    queries_per_key = share.sum(1).max().item() if share.numel() else 0.0  # largest sum of P over queries
+    dp = 2 * largest(grad.double().abs().transpose(0, 1) @ of.v.double().abs().permute(1, 2, 0)) * of.scale
+    lse = truth(of)[1]
+    error = 1 + logit_size(of) + largest(lse[lse > -torch.inf])
+    scales = (
+        error * dp * largest(of.k.double()),
+        error * dp * largest(of.q.double()) * queries_per_key,
+        error * largest(grad.double()) * queries_per_key,
+    )
+    for name, got, a, b, scale in zip(("dq", "dk", "dv"), found, in_type, expected, scales, strict=True):
+        assert_level_d(got, a, b.double(), name, scale=scale)

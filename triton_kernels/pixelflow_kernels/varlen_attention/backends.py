@@ -1,0 +1,53 @@
+"""Which implementation a call takes, and why one cannot be had."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from . import flash
+
+NAMES = ("triton", "flash", "torch")
+
+
+class BackendUnavailableError(RuntimeError):
+    """An implementation was asked for by name and cannot run here; the message says why."""
+
+
+def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot take tensors of this device and type; None where it can.
+
+    Args:
+        name: ``triton``, ``flash`` or ``torch``.
+        device: of the tensors.
+        dtype: of the tensors.
+    """
+    if name == "torch":
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA device, and the tensors are on {device}"
+    if name == "flash":
+        return flash.why_not(dtype)
+    if dtype == torch.float64:
+        return "its kernels take no float64"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+def choose(name: str, x: Tensor) -> str:
+    """The backend of that name; ``auto`` is ``triton`` on CUDA (``torch`` for float64) and ``torch`` elsewhere.
+
+    Raises:
+        ValueError: no such backend.
+        BackendUnavailableError: it cannot run here; nothing else is taken in its place.
+    """
+    if name == "auto":
+        return "torch" if x.device.type != "cuda" or x.dtype == torch.float64 else "triton"
+    if name not in NAMES:
+        raise ValueError(f"backend: got {name!r}, expected one of auto, {', '.join(NAMES)}")
+    if reason := why_not(name, x.device, x.dtype):
+        raise BackendUnavailableError(f"backend: {name!r} cannot run: {reason}")
+    return name

@@ -1,0 +1,67 @@
+"""FlashAttention's varlen call: the package ``flash_attn`` where it has one, else PyTorch's own."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PLACES = (("flash_attn", "flash_attn_varlen_func"), ("torch.nn.attention.varlen", "varlen_attn"))
+
+
+@cache
+def _function() -> tuple[str, Callable[..., Any]] | None:
+    """Module and function. The function itself is looked for: other packages own the name ``flash_attn`` too, and
+    the module may be there without the binary part.
+    """
+    for module, name in PLACES:
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, OSError):
+            continue
+        if callable(function):
+            return module, function
+    return None
+
+
+def why_not(dtype: torch.dtype) -> str | None:
+    """Why FlashAttention cannot take CUDA tensors of this type; None where it can."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {dtype}"
+    if _function() is None:
+        return "no importable " + " nor ".join(f"{module}.{name}" for module, name in PLACES)
+    return None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+) -> Tensor:
+    """Output ``[T, H, D]``, differentiable by the library's own backward.
+
+    Raises:
+        RuntimeError: this version of PyTorch's function has no scale but its own.
+    """
+    found = _function()
+    assert found is not None, "why_not has been asked"
+    module, function = found
+    # The names of the first seven changed between versions; their order did not.
+    arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    name = "softmax_scale" if module == "flash_attn" else "scale"
+    if name in inspect.signature(function).parameters:
+        return function(*arguments, **{name: softmax_scale})
+    if not math.isclose(softmax_scale, q.shape[-1] ** -0.5, rel_tol=1e-6):
+        raise RuntimeError(f"softmax_scale: got {softmax_scale}, but {module} of torch {torch.__version__} has none")
+    return function(*arguments)
