@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pixelflow_kernels.varlen_attention import backends, op, varlen_attention
 from support import attention
-from support.attention import Pack, pack
+from support.attention import Pack, gradient_of, pack
 from support.kernels import assert_filled, assert_same_bits, poisoned
 
 pytestmark = pytest.mark.gpu
@@ -30,10 +30,6 @@ SELF: dict[str, list[int]] = {
 
 def on_device(*arguments: Any, **options: Any) -> Pack:
     return pack(*arguments, **options).to("cuda")
-
-
-def gradient_of(of: Pack) -> Tensor:
-    return pack([of.q.shape[0]], None, *of.q.shape[1:], of.q.dtype, seed=9).q.cuda()
 
 
 def run(of: Pack, multiple_of: int = 1) -> tuple[Tensor, Tensor]:
@@ -56,7 +52,10 @@ def run_backward(of: Pack, grad: Tensor, out: Tensor, lse: Tensor, multiple_of: 
     from pixelflow_kernels.varlen_attention.backward import launch_backward
 
     shape = of.q.shape[1:]
-    found = [poisoned(x.shape[0], shape.numel(), dtype=x.dtype, device="cuda") for x in (of.q, of.k, of.v)]
+    found = [
+        poisoned(x.shape[0], shape.numel(), dtype=x.dtype, device="cuda", guard=8 * i)
+        for i, x in enumerate(of[:3], start=2)
+    ]
     views = [x.out.unflatten(1, shape) for x in found]
     launch_backward(
         grad, None, of.q, of.k, of.v, out, lse, of.cu_seqlens_q, of.cu_seqlens_k, *views,
@@ -96,9 +95,10 @@ def test_self_attention(lengths: list[int], heads: int, dim: int, dtype: torch.d
 
 @pytest.mark.parametrize(("heads", "dim"), [(16, 72), (2, 64), (1, 24)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_cross_attention(heads: int, dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("odd", [False, True])
+def test_cross_attention(heads: int, dim: int, dtype: torch.dtype, odd: bool) -> None:
     """Text of up to 512 tokens, no text, and more keys than a fixed maximum needs."""
-    check(on_device([1024, 64, 7, 256, 0, 40], [77, 512, 0, 1, 5, 2500], heads, dim, dtype))
+    check(on_device([1024, 64, 7, 256, 0, 40], [77, 512, 0, 1, 5, 2500], heads, dim, dtype, odd=odd))
 
 
 @pytest.mark.parametrize("rising", [False, True])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pixelflow_kernels.varlen_attention import op
 from support import attention, packs
-from support.attention import TINY, TINY_BACKWARD, Pack, pack
+from support.attention import TINY, TINY_BACKWARD, Pack, gradient_of, pack
 from support.kernels import assert_filled, assert_same_bits, poisoned
 
 pytestmark = pytest.mark.interpret
@@ -53,7 +53,7 @@ def run_backward(
     from pixelflow_kernels.varlen_attention.backward import launch_backward
 
     shape = of.q.shape[1:]
-    found = [poisoned(x.shape[0], shape.numel(), dtype=x.dtype) for x in (of.q, of.k, of.v)]
+    found = [poisoned(x.shape[0], shape.numel(), dtype=x.dtype, guard=8 * i) for i, x in enumerate(of[:3], start=2)]
     views = [x.out.unflatten(1, shape) for x in found]
     launch_backward(
         grad, None, of.q, of.k, of.v, out, lse, of.cu_seqlens_q, of.cu_seqlens_k, *views,
@@ -62,11 +62,6 @@ def run_backward(
     for name, x in zip(("dq", "dk", "dv"), found, strict=True):
         assert_filled(*x, name)
     return views
-
-
-def gradient_of(of: Pack, seed: int = 9) -> Tensor:
-    """Of the output, as a slice of something wider."""
-    return pack([of.q.shape[0]], None, *of.q.shape[1:], of.q.dtype, seed=seed).q
 
 
 def check(of: Pack, config: dict[str, int] = TINY, multiple_of: int = 1) -> None:
@@ -107,7 +102,8 @@ def test_any_pack(
     if cross:
         k_lengths = [data.draw(st.sampled_from(KEYS)) for _ in q_lengths]
     fixed = data.draw(st.sampled_from([{}, {"FIXED_MAX_TILES": 2}]))
-    check(pack(q_lengths, k_lengths, heads, head_dim, dtype, std, seed), TINY | fixed)
+    odd = data.draw(st.booleans())
+    check(pack(q_lengths, k_lengths, heads, head_dim, dtype, std, seed, odd=odd), TINY | fixed)
 
 
 @not_a_number

@@ -52,40 +52,45 @@ def pack(
     seed: int = 0,
     largest_logit: float | None = None,
     rising: bool = False,
+    odd: bool = False,
 ) -> Pack:
-    """Slices of fused products: of one for q, k and v where the keys have the queries' lengths, else of two.
+    """Slices of wider products, each with a token stride of its own.
 
     Args:
         largest_logit: q is scaled until the largest logit of the pack has this size.
         rising: later keys are longer, so that the maximum of a row keeps growing.
+        odd: token strides are no multiples of 8.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(tokens: int, parts: int) -> list[Tensor]:
-        x = torch.randn(tokens, parts, heads, head_dim, generator=generator, dtype=torch.float64) * std
-        return list(x.unbind(1))
+    def draw(tokens: int) -> Tensor:
+        return torch.randn(tokens, heads, head_dim, generator=generator, dtype=torch.float64) * std
 
-    if k_lengths is None:
-        k_lengths = q_lengths
-        q, k, v = draw(sum(q_lengths), 3)
-    else:
-        (q,), (k, v) = draw(sum(q_lengths), 1), draw(sum(k_lengths), 2)
+    k_lengths = q_lengths if k_lengths is None else k_lengths
+    q, k, v = draw(sum(q_lengths)), draw(sum(k_lengths)), draw(sum(k_lengths))
     if rising and k.shape[0] > 0:
         k *= torch.linspace(0.01, 1, k.shape[0], dtype=torch.float64)[:, None, None]
     scale = 1 / math.sqrt(head_dim)
     of = Pack(q, k, v, cumulative(q_lengths), cumulative(k_lengths), max([0, *q_lengths]), max([0, *k_lengths]), scale)
     if largest_logit is not None and (now := logit_size(of)) > 0:
         q *= largest_logit / now
-    # In place of the products of a projection: one buffer, and q, k, v slices of it.
-    return of._replace(q=_slice(q, dtype), k=_slice(k, dtype), v=_slice(v, dtype))
+    q, k, v = (_slice(x, dtype, extra + 3 * odd) for x, extra in ((q, 0), (k, 8), (v, 24)))
+    return of._replace(q=q, k=k, v=v)
 
 
-def _slice(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same values in the middle third of rows three times as long, the rest of them NaN."""
+def _slice(x: Tensor, dtype: torch.dtype, extra: int) -> Tensor:
+    """The same values in the middle of rows more than three times as long, the rest of them NaN."""
     width = x.shape[1] * x.shape[2]
-    wide = torch.full((x.shape[0], 3 * width), torch.nan, dtype=dtype)
+    wide = torch.full((x.shape[0], 3 * width + extra), torch.nan, dtype=dtype)
     wide[:, width : 2 * width] = x.flatten(1)
     return wide[:, width : 2 * width].unflatten(1, x.shape[1:])
+
+
+def gradient_of(of: Pack, seed: int = 9) -> Tensor:
+    """Of the output, in a slice with a stride of its own too."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(of.q.shape, generator=generator, dtype=torch.float64)
+    return _slice(x, of.q.dtype, 40).to(of.q.device)
 
 
 def masked_logits(of: Pack, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -15,7 +15,7 @@ PER_SCORE = 7.0  # instructions, forward, on sm_90, of a head dim with dead lane
 
 
 def specimens(arch: int) -> Iterator[Specimen]:
-    """All passes, tile-aligned and ragged; the less usual types and head dims ragged only, which takes more registers."""
+    """All passes, tile-aligned and ragged (which takes more registers); less usual types and head dims ragged only."""
     for dtype in TYPES:
         for head_dim in HEAD_DIMS:
             main = dtype == "bf16" and head_dim in (64, 72)
