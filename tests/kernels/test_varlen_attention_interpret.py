@@ -115,6 +115,16 @@ def test_large_logits(head_dim: int, fixed: dict[str, int], rising: bool) -> Non
     check(pack([33, 150], None, 1, head_dim, largest_logit=150, rising=rising), TINY | fixed)
 
 
+@not_a_number
+@pytest.mark.parametrize("dim", [64, 72])
+def test_logits_far_below_zero(dim: int) -> None:
+    """A key that does not exist has logit 0 before it is masked, and would win by far."""
+    of = pack([5, 33], None, 1, dim, largest_logit=150)
+    of.q.abs_()
+    of.k.abs_().neg_()
+    check(of)
+
+
 @pytest.mark.parametrize("head_dim", [8, 40, 56, 88, 104, 136])
 def test_other_head_dims(head_dim: int) -> None:
     check(pack([5, 70], [33, 2], 2, head_dim), TINY | {"FIXED_MAX_TILES": 1})

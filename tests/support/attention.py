@@ -27,11 +27,13 @@ class Pack(NamedTuple):
     max_seqlen_k: int
     scale: float
 
-    def to(self, place: str | torch.dtype) -> Pack:
-        """On another device, or with q, k and v in another type."""
-        if isinstance(place, torch.dtype):
-            return self._replace(q=self.q.to(place), k=self.k.to(place), v=self.v.to(place))
-        return self._replace(**{name: getattr(self, name).to(place) for name in self._fields[:5]})
+    def to(self, device: str) -> Pack:
+        """On another device, with the same strides."""
+        moved = []
+        for x in (self.q, self.k, self.v):
+            extra = x.stride(0) - 3 * x.shape[1] * x.shape[2] if x.shape[0] else 0
+            moved.append(_slice(x.to(device), x.dtype, extra))
+        return Pack(*moved, self.cu_seqlens_q.to(device), self.cu_seqlens_k.to(device), *self[5:])
 
     @property
     def lengths(self) -> tuple[list[int], list[int]]:
@@ -81,7 +83,7 @@ def pack(
 def _slice(x: Tensor, dtype: torch.dtype, extra: int) -> Tensor:
     """The same values in the middle of rows more than three times as long, the rest of them NaN."""
     width = x.shape[1] * x.shape[2]
-    wide = torch.full((x.shape[0], 3 * width + extra), torch.nan, dtype=dtype)
+    wide = torch.full((x.shape[0], 3 * width + extra), torch.nan, dtype=dtype, device=x.device)
     wide[:, width : 2 * width] = x.flatten(1)
     return wide[:, width : 2 * width].unflatten(1, x.shape[1:])
 
@@ -90,7 +92,7 @@ def gradient_of(of: Pack, seed: int = 9) -> Tensor:
     """Of the output, in a slice with a stride of its own too."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(of.q.shape, generator=generator, dtype=torch.float64)
-    return _slice(x, of.q.dtype, 40).to(of.q.device)
+    return _slice(x.to(of.q.device), of.q.dtype, 40)
 
 
 def masked_logits(of: Pack, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -26,6 +26,7 @@ from .tiles import (
     configuration,
     is_aligned,
     load_rows,
+    load_statistics,
     member_of,
     products,
     shape_class,
@@ -78,17 +79,6 @@ def _delta_kernel(
 
 
 @triton.jit
-def _load_statistics(lse_ptr, delta_ptr, rows, limit, MASKED: tl.constexpr):
-    """lse to base 2, and delta. Queries that do not exist have lse infinity: all their P are 0."""
-    if MASKED:
-        lse = tl.load(lse_ptr + rows, mask=rows < limit, other=float("inf"))
-        delta = tl.load(delta_ptr + rows, mask=rows < limit, other=0.0)
-    else:
-        lse, delta = tl.load(lse_ptr + rows), tl.load(delta_ptr + rows)
-    return lse * LOG2_E, delta
-
-
-@triton.jit
 def _turn_over_queries(
     k_main,
     k_tail,
@@ -116,7 +106,7 @@ def _turn_over_queries(
     high: tl.constexpr = dk_main.dtype
     q_main, q_tail = load_rows(q_ptr, q_offsets, rows, limit, HEAD_DIM, MAIN, TAIL, MASKED)
     g_main, g_tail = load_rows(grad_ptr, grad_offsets, rows, limit, HEAD_DIM, MAIN, TAIL, MASKED)
-    lse, delta = _load_statistics(lse_ptr, delta_ptr, rows, limit, MASKED)
+    lse, delta = load_statistics(lse_ptr, delta_ptr, rows, limit, MASKED)
     s = products(k_main, k_tail, q_main, q_tail, TAIL, high)
     p = tl.math.exp2(s * (SCALE * LOG2_E) - lse[None, :])
     dp = products(v_main, v_tail, g_main, g_tail, TAIL, high)
@@ -291,7 +281,7 @@ def _backward_queries_kernel(
     g_main, g_tail = load_rows(
         grad_ptr, rows * (stride_grad_token * unit), rows, limit, HEAD_DIM, MAIN, TAIL, not ALIGNED
     )
-    lse, delta = _load_statistics(lse_ptr, delta_ptr, rows, limit, not ALIGNED)
+    lse, delta = load_statistics(lse_ptr, delta_ptr, rows, limit, not ALIGNED)
 
     dq_main, dq_tail = zeros(BLOCK_M, MAIN, TAIL, high)
     keys = tl.arange(0, BLOCK_N)

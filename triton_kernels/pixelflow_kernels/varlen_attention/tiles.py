@@ -120,6 +120,17 @@ def load_rows(
 
 
 @triton.jit
+def load_statistics(lse_ptr, delta_ptr, rows, limit, MASKED: tl.constexpr):
+    """lse to base 2, and delta. Queries that do not exist have P 1, but dO and delta 0: they add nothing."""
+    if MASKED:
+        lse = tl.load(lse_ptr + rows, mask=rows < limit, other=0.0)
+        delta = tl.load(delta_ptr + rows, mask=rows < limit, other=0.0)
+    else:
+        lse, delta = tl.load(lse_ptr + rows), tl.load(delta_ptr + rows)
+    return lse * LOG2_E, delta
+
+
+@triton.jit
 def store_rows(
     pointer,
     offsets,
