@@ -82,7 +82,7 @@ def _specimen(
         promises=Promises(
             spills=0 if half and (head_dim < 128 or arch != 80) else None,
             narrow=0,
-            wide_loads=4,
+            wide_loads=4 if head_dim >= 64 else 1,  # rows of fewer lanes are shared out in 8 bytes
             matrix=products,
             per_score=PER_SCORE if (name, arch, aligned, dead, variant) == ("forward", 90, True, True, "") else None,
         ),
