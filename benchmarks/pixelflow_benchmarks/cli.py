@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .tables import quality_table
+from .tables import TextTable, kernel_table, quality_table
 
 console = Console()
 evaluate = typer.Typer(no_args_is_help=True, help="Measure the quality of generated images.")
+bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
 
 
 @evaluate.command("digits")
@@ -48,14 +49,69 @@ def evaluate_digits_command(
             records.append(record)
             if file is not None:
                 print(json.dumps(record), file=file, flush=True)
-    text = quality_table(records)
-    table = Table(*text.header, title=text.title)
-    for row in text.rows:
-        table.add_row(*row)
-    console.print(table)
+    show(quality_table(records))
 
 
 @evaluate.command("table")
 def table_command(results: Annotated[Path, typer.Argument(help="JSON lines of an evaluation.")]) -> None:
     """Print the results of an evaluation as a Markdown table, as the README carries it."""
     print(quality_table([json.loads(line) for line in results.read_text().splitlines()]).markdown(), end="")
+
+
+@bench.command("kernels")
+def bench_kernels_command(
+    op: Annotated[list[str] | None, typer.Option(help="Only this operation; may be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, ...; cpu tries the command out.")] = "cuda",
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option()] = "bfloat16",
+    batch: Annotated[int, typer.Option(min=1, help="Images; with guidance each counts twice.")] = 16,
+    stage: Annotated[list[int] | None, typer.Option(help="Only this stage, 0 to 3; may be repeated.")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Measurements of each variant.")] = 15,
+    output: Annotated[Path | None, typer.Option(help="JSON lines to write; a new file.")] = None,
+) -> None:
+    """Time every kernel beside PyTorch, at the sizes of the published model; nothing wrong gets a speed."""
+    import torch
+
+    from pixelflow_engine.arguments import place
+
+    from . import kernel_cases
+    from .ceilings import measure_ceilings
+    from .environment import clocks, environment
+    from .kernels import measure
+
+    where, what = place(device), getattr(torch, dtype)
+    stages = tuple(stage) if stage else tuple(range(len(kernel_cases.STAGE_SIDES)))
+    cases = kernel_cases.all_cases(tuple(op) if op else kernel_cases.OPS, stages, batch, what, where)
+    records: list[dict[str, Any]] = []
+    with contextlib.nullcontext() if output is None else output.open("x", encoding="utf-8") as file:
+
+        def keep(record: dict[str, Any]) -> None:
+            records.append(record)
+            if file is not None:
+                print(json.dumps(record), file=file, flush=True)
+
+        keep({"kind": "environment", **environment(where), "dtype": dtype, "batch": batch, **clocks(where)})
+        on_gpu = where.type == "cuda"
+        ceilings = measure_ceilings(where, what, 2**30 if on_gpu else 2**26, 8192 if on_gpu else 512, rounds)
+        keep(
+            {
+                "kind": "ceilings",
+                "bytes_per_second": ceilings.bytes_per_second,
+                "flops_per_second": ceilings.flops_per_second,
+            }
+        )
+        for record in measure(cases, ceilings, where, rounds):
+            keep(record)
+        keep({"kind": "end", **clocks(where)})
+    show(kernel_table(records))
+    wrong = [f"{r['case']} {r['variant']}: {'; '.join(r['faults'])}" for r in records if r.get("faults")]
+    if wrong:
+        console.print("\n".join(["wrong results:", *wrong]), style="red", highlight=False)
+        raise typer.Exit(1)
+
+
+def show(text: TextTable) -> None:
+    """Print a table."""
+    table = Table(*text.header, title=text.title)
+    for row in text.rows:
+        table.add_row(*row)
+    console.print(table)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
@@ -17,6 +15,7 @@ from pixelflow_engine import PixelFlowEngine
 from pixelflow_training.config import DataConfig
 from pixelflow_training.data import load_digits
 
+from .environment import environment
 from .quality import Judge, Scores, scan_values
 
 
@@ -113,14 +112,3 @@ def evaluate_digits(
                     "seconds": seconds,
                     **asdict(scores),
                 }
-
-
-def environment() -> dict[str, str]:
-    """What the figures depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
-    }

@@ -69,6 +69,38 @@ def quality_table(records: Sequence[Record]) -> TextTable:
     return TextTable(title, header, tuple(rows))
 
 
+def kernel_table(records: Sequence[Record]) -> TextTable:
+    """A row per case and variant: median time, quartiles, rates, and the time beside that of plain PyTorch."""
+    environment, ceilings = records[0], records[1]
+    rows = []
+    medians = {(r["case"], r["variant"]): r["median"] for r in records if "median" in r}
+    for r in records:
+        if r["kind"] != "kernel":
+            continue
+        name = (r["case"], r["variant"])
+        if "median" not in r:
+            rows.append((*name, r.get("absent", "wrong: no speed"), "", "", "", ""))
+            continue
+        eager = medians.get((r["case"], "eager"))
+        rows.append(
+            (
+                *name,
+                f"{r['median'] * 1e6:.1f}",
+                f"{r['low'] * 1e6:.1f} to {r['high'] * 1e6:.1f}",
+                f"{r['gigabytes_per_second']:.0f} ({100 * r['fraction_of_copy']:.0f} %)",
+                f"{r['teraflops']:.1f} ({100 * r['fraction_of_product']:.0f} %)" if "teraflops" in r else "",
+                f"{eager / r['median']:.2f}" if eager else "",
+            )
+        )
+    title = (
+        f"{environment.get('gpu', 'CPU, only to try the command out')}, {environment['dtype']}, batch "
+        f"{environment['batch']}, torch {environment['torch']}; copy "
+        f"{ceilings['bytes_per_second'] / 1e9:.0f} GB/s, product {ceilings['flops_per_second'] / 1e12:.1f} TFLOP/s."
+    )
+    header = ("case", "variant", "us", "quartiles", "GB/s (of copy)", "TFLOP/s (of product)", "times eager's speed")
+    return TextTable(title, header, tuple(rows))
+
+
 def spread(values: list[float], digits: int) -> str:
     """Mean, and half the range where there are several."""
     mean = f"{np.mean(values):.{digits}f}"

@@ -1,0 +1,95 @@
+"""modulate: gated residual, norm and modulation, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from pixelflow_kernels.modulate import (
+    add_gated_layer_norm_modulate,
+    add_gated_rms_norm_modulate,
+    layer_norm_modulate,
+    reference,
+)
+from torch import Tensor
+
+from .case import WIDTH, Case, Outputs, Problem, compiled, size_of
+
+EPS = 1e-6
+
+
+def cases(problem: Problem) -> Iterator[Case]:
+    """A block's first norm; residual and RMSNorm before the MLP; residual and LayerNorm after it; and gradients."""
+    layout = problem.layout()
+    image = layout.image_index
+    x, y = (problem.normal(layout.num_tokens, WIDTH, seed=seed) for seed in (0, 1))
+    six = problem.normal(layout.num_images, 6 * WIDTH, seed=2, dtype=torch.float32)
+    gate, shift, scale = six.chunk(6, dim=-1)[:3]
+    weight = 1 + 0.1 * problem.normal(WIDTH, seed=3, dtype=torch.float32)
+
+    def plain_first(x: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+        return (reference.modulate(reference.norm(x, None, EPS), shift, scale, image),)
+
+    def plain_rms(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+        residual = reference.add_gated(x, y, gate, image)
+        return residual, reference.modulate(reference.norm(residual, weight, EPS), shift, scale, image)
+
+    def plain_layer(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+        residual = reference.add_gated(x, y, gate, image)
+        return residual, reference.modulate(reference.norm(residual, None, EPS), shift, scale, image)
+
+    def ours_first(*inputs: Tensor) -> Outputs:
+        return (layer_norm_modulate(*inputs, layout, eps=EPS),)
+
+    def ours_rms(*inputs: Tensor) -> Outputs:
+        return add_gated_rms_norm_modulate(*inputs, layout, eps=EPS)
+
+    def ours_layer(*inputs: Tensor) -> Outputs:
+        return add_gated_layer_norm_modulate(*inputs, layout, eps=EPS)
+
+    yield from _both("rms_residual", problem, ours_rms, plain_rms, (x, y, gate, weight, shift, scale), outputs=2)
+    yield from _both("layer_residual", problem, ours_layer, plain_layer, (x, y, gate, shift, scale), outputs=2)
+    yield from _both("layer", problem, ours_first, plain_first, (x, shift, scale), outputs=1)
+
+
+def _both(
+    name: str,
+    problem: Problem,
+    ours: Callable[..., Outputs],
+    plain: Callable[..., Outputs],
+    inputs: tuple[Tensor, ...],
+    outputs: int,
+) -> Iterator[Case]:
+    fast, high = compiled(plain), tuple(t.double() for t in inputs)
+    x = inputs[0]
+    yield Case(
+        name=f"modulate.{name}.forward/{problem.label}",
+        variants={
+            "ours": lambda: ours(*inputs),
+            "eager": lambda: plain(*inputs),
+            "torch.compile": lambda: fast(*inputs),
+        },
+        plain=lambda: plain(*inputs),
+        truth=lambda: plain(*high),
+        bytes_moved=size_of(*inputs) + outputs * size_of(x),
+    )
+    leaves = tuple(t.detach().clone().requires_grad_() for t in inputs)
+    high_leaves = tuple(t.detach().requires_grad_() for t in high)
+    grads = tuple(problem.normal(*x.shape, seed=10 + i) for i in range(outputs))
+    high_grads = tuple(g.double() for g in grads)
+
+    def backward(function: Callable[..., Outputs], leaves: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> Outputs:
+        return torch.autograd.grad(function(*leaves), leaves, grads)
+
+    # Forward: operands and outputs. Backward: the residual again (and y where there is a gate), gradients in and out.
+    saved = size_of(*inputs[:outputs])
+    yield Case(
+        name=f"modulate.{name}.forward+backward/{problem.label}",
+        variants={
+            "ours": lambda: backward(ours, leaves, grads),
+            "eager": lambda: backward(plain, leaves, grads),
+        },
+        plain=lambda: backward(plain, leaves, grads),
+        truth=lambda: backward(plain, high_leaves, high_grads),
+        bytes_moved=2 * size_of(*inputs) + outputs * size_of(x) + saved + size_of(*grads),
+    )

@@ -1,0 +1,112 @@
+"""varlen_attention: self-attention of packed images, forward and with its backward, beside SDPA and FlashAttention.
+
+Floating-point operations are counted at the head's own 72 channels: two products forward, five backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from pixelflow_kernels.varlen_attention import varlen_attention
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .case import HEAD_DIM, HEADS, WIDTH, Case, Outputs, Problem, size_of
+
+SDPA = {"SDPA (cuDNN)": SDPBackend.CUDNN_ATTENTION, "SDPA (flash)": SDPBackend.FLASH_ATTENTION}
+
+
+def cases(problem: Problem) -> Iterator[Case]:
+    """Forward, and forward with backward, on one stage's pack."""
+    layout = problem.layout()
+    images, length = layout.num_images, problem.side**2
+    cu, longest = layout.cu_seqlens, layout.max_seqlen
+    product = problem.normal(layout.num_tokens, 3 * WIDTH)
+    q, k, v = (part.unflatten(-1, (HEADS, HEAD_DIM)) for part in product.chunk(3, dim=-1))
+
+    def packed(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda q, k, v: varlen_attention(q, k, v, cu, cu, longest, longest, backend=backend)
+
+    def batched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(0, (images, length)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+    def forced(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return batched(q, k, v)
+
+        return call
+
+    def in_fp64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Image by image: the scores of all of them at once would not fit."""
+        one = (x.unflatten(0, (images, length)).transpose(1, 2).unbind(0) for x in (q, k, v))
+        outputs = [torch.softmax(a @ b.mT / HEAD_DIM**0.5, dim=-1) @ c for a, b, c in zip(*one, strict=True)]
+        return torch.stack(outputs).transpose(1, 2).flatten(0, 1)
+
+    functions = {"ours": packed("triton"), "eager": batched} | {n: forced(b) for n, b in SDPA.items()}
+    functions["FlashAttention"] = packed("flash")
+    present, absent = _present(functions, (q, k, v))
+    largest_logit = (q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max()).item() / HEAD_DIM**0.5
+    scale = (1 + largest_logit) * v.abs().max().item()
+    forward_flops = 4 * layout.num_tokens * length * WIDTH
+    yield Case(
+        name=f"varlen_attention.forward/{problem.label}",
+        variants={name: _call(function, (q, k, v)) for name, function in present.items()},
+        absent=absent,
+        plain=lambda: (batched(q, k, v),),
+        truth=lambda: (in_fp64(q.double(), k.double(), v.double()),),
+        scale=scale,
+        bytes_moved=4 * size_of(q),
+        flops=forward_flops,
+    )
+    grad = problem.normal(*q.shape, seed=1)
+
+    def gradients(function: Callable[..., Tensor], leaves: tuple[Tensor, ...], grad: Tensor) -> Outputs:
+        return torch.autograd.grad(function(*leaves), leaves, grad)
+
+    leaves = tuple(x.detach().clone().requires_grad_() for x in (q, k, v))
+
+    def truth() -> Outputs:
+        high = tuple(x.detach().double().requires_grad_() for x in (q, k, v))
+        return gradients(in_fp64, high, grad.double())
+
+    yield Case(
+        name=f"varlen_attention.forward+backward/{problem.label}",
+        variants={name: _gradients_call(gradients, function, leaves, grad) for name, function in present.items()},
+        absent=absent,
+        plain=lambda: gradients(batched, leaves, grad),
+        truth=truth,
+        scale=scale * grad.abs().max().item(),
+        bytes_moved=4 * size_of(q) + 8 * size_of(q),
+        flops=forward_flops * 7 // 2,
+    )
+
+
+def _call(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], Outputs]:
+    return lambda: (function(*inputs),)
+
+
+def _gradients_call(
+    gradients: Callable[..., Outputs], function: Callable[..., Tensor], leaves: tuple[Tensor, ...], grad: Tensor
+) -> Callable[[], Outputs]:
+    return lambda: gradients(function, leaves, grad)
+
+
+def _present(
+    functions: dict[str, Callable[..., Tensor]], inputs: tuple[Tensor, ...]
+) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
+    """Those that run on these inputs, and the others with the reason; ours has to run."""
+    present, absent = {}, {}
+    for name, function in functions.items():
+        try:
+            function(*inputs)
+        except (RuntimeError, ValueError, ImportError) as error:
+            if name == "ours" and inputs[0].is_cuda:
+                raise
+            absent[name] = str(error).splitlines()[0]
+        else:
+            present[name] = function
+    return present, absent

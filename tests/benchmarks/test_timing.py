@@ -1,0 +1,115 @@
+"""Timing and what decides whether a kernel gets a speed at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixelflow_benchmarks.ceilings import Ceilings, measure_ceilings
+from pixelflow_benchmarks.kernel_cases.case import Case, faults
+from pixelflow_benchmarks.kernels import measure
+from pixelflow_benchmarks.tables import kernel_table
+from pixelflow_benchmarks.timing import summary, time_calls
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(bytes_per_second=1e9, flops_per_second=1e12, dtype=torch.float32)
+
+
+def test_a_call_takes_as_long_as_it_takes() -> None:
+    called: list[str] = []
+
+    def slow() -> None:
+        called.append("slow")
+        time.sleep(0.02)
+
+    timings = time_calls({"slow": slow, "fast": lambda: called.append("fast")}, CPU, rounds=4)
+    assert timings["slow"].median >= 0.02
+    assert timings["fast"].low <= timings["fast"].median <= timings["fast"].high
+    assert timings["slow"].rounds == 4
+    assert not timings["slow"].captured
+    assert called[2:] == ["slow", "fast"] * 4, "variants take turns"
+
+
+def test_too_few_rounds_are_refused() -> None:
+    with pytest.raises(ValueError, match="rounds: got 2, expected at least 3"):
+        time_calls({}, CPU, rounds=2)
+
+
+def test_quartiles() -> None:
+    timing = summary([5.0, 1.0, 4.0, 2.0, 3.0, 6.0, 7.0], captured=True)
+    assert (timing.low, timing.median, timing.high, timing.rounds, timing.captured) == (2.0, 4.0, 6.0, 7, True)
+
+
+def test_ceilings_are_rates() -> None:
+    found = measure_ceilings(CPU, torch.float32, copy_bytes=2**20, side=64, rounds=3)
+    assert found.bytes_per_second > 0
+    assert found.flops_per_second > 0
+
+
+def case(ours: Callable[[Tensor], Tensor], **overrides: Any) -> Case:
+    """Squares of some numbers; 4 kB read and 4 kB written."""
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(3))
+    fields: dict[str, Any] = {
+        "name": "squares",
+        "variants": {"ours": lambda: (ours(x),), "eager": lambda: (x * x,)},
+        "plain": lambda: (x * x,),
+        "truth": lambda: (x.double() ** 2,),
+        "bytes_moved": 8000,
+    }
+    return Case(**(fields | overrides))
+
+
+@pytest.mark.parametrize(
+    ("ours", "exact", "said"),
+    [
+        (lambda x: x * x, True, None),
+        (lambda x: x * x, False, None),
+        (lambda x: x.abs() ** 2, False, None),
+        (lambda x: torch.nextafter(x * x, torch.tensor(9.0)), True, "1000 of 1000 values differ"),
+        (lambda x: x * x + 1e-4, False, "error 1.0"),
+        (lambda x: (x * x).index_fill(0, torch.tensor([500]), torch.nan), False, "error nan"),
+        (lambda x: (x * x)[:-1], False, "expected torch.float32 (1000,)"),
+        (lambda x: (x * x).double(), False, "expected torch.float32"),
+    ],
+)
+def test_what_is_wrong_is_found(ours: Callable[[Tensor], Tensor], exact: bool, said: str | None) -> None:
+    found = faults(case(ours, exact=exact), "ours")
+    assert (found == []) if said is None else (len(found) == 1 and said in found[0])
+
+
+def test_a_missing_output_is_wrong() -> None:
+    two = replace(case(lambda x: x * x), plain=lambda: (torch.zeros(1),) * 2)
+    assert faults(two, "ours") == ["1 outputs, expected 2"]
+
+
+def test_nothing_wrong_gets_a_speed() -> None:
+    cases = [
+        case(lambda x: x * x, name="right", flops=500),
+        case(lambda x: x * x + 1, name="wrong", absent={"other": "not installed"}),
+    ]
+    records = list(measure(cases, CEILINGS, CPU, rounds=3))
+    by_name = {(r["case"], r["variant"]): r for r in records}
+    right, wrong = by_name["right", "ours"], by_name["wrong", "ours"]
+    assert right["right"]
+    assert right["fraction_of_copy"] == pytest.approx(8000 / right["median"] / 1e9)
+    assert right["gigabytes_per_second"] == pytest.approx(right["fraction_of_copy"])
+    assert right["teraflops"] == pytest.approx(500 / right["median"] / 1e12)
+    assert not wrong["right"]
+    assert "median" not in wrong
+    assert "error" in wrong["faults"][0]
+    assert "median" in by_name["wrong", "eager"]
+    assert by_name["wrong", "other"]["absent"] == "not installed"
+
+    head = [{"kind": "environment", "dtype": "float32", "batch": 1, "torch": "x"}]
+    head += [{"kind": "ceilings", "bytes_per_second": 1e9, "flops_per_second": 1e12}]
+    rows = {row[:2]: row for row in kernel_table([*head, *records, {"kind": "end"}]).rows}
+    assert rows["wrong", "ours"][2] == "wrong: no speed"
+    assert rows["wrong", "other"][2] == "not installed"
+    assert float(rows["right", "ours"][2]) == pytest.approx(right["median"] * 1e6, abs=0.06)
+    assert float(rows["right", "eager"][6]) == 1.0
