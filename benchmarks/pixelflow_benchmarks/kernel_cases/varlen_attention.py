@@ -27,7 +27,9 @@ def cases(problem: Problem) -> Iterator[Case]:
     q, k, v = (part.unflatten(-1, (HEADS, HEAD_DIM)) for part in product.chunk(3, dim=-1))
 
     def packed(backend: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return lambda q, k, v: varlen_attention(q, k, v, cu, cu, longest, longest, backend=backend)
+        return lambda q, k, v: varlen_attention(
+            q, k, v, cu, cu, longest, longest, backend=backend, multiple_of=layout.multiple_of
+        )
 
     def batched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.unflatten(0, (images, length)).transpose(1, 2) for x in (q, k, v))
