@@ -67,7 +67,7 @@ $(DEV): $(PY) pyproject.toml constraints.txt
 
 # --- targets -----------------------------------------------------------------------------------------------
 
-.PHONY: help setup quickstart test fuzz aot lint types check clean
+.PHONY: help setup quickstart test fuzz mutants aot lint types check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -92,6 +92,9 @@ fuzz: export PIXELFLOW_FUZZ ?= 20
 fuzz: $(DEV) ## run the kernels' tests on PIXELFLOW_FUZZ (20) times as many packs, drawn at random
 	$(PY) -m pytest tests/kernels -m "not interpret" $(ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels -m interpret $(ARGS)
+
+mutants: $(DEV) ## break the kernels in every way that we thought of, and see that the tests notice
+	cd tests && ../$(PY) -m mutants $(ARGS)
 
 aot: $(DEV) ## compile every kernel for GPUs that are not there; cubins and figures in build/aot
 	$(PY) -m pixelflow_kernels.aot --json build/aot/report.json --cubins build/aot/cubins $(ARGS)

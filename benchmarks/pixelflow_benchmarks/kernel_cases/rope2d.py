@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from pixelflow_kernels.rope2d import qk_norm_rope2d, reference, rope2d, rotation_table
 from torch import Tensor
+
+from pixelflow_kernels.rope2d import qk_norm_rope2d, reference, rope2d, rotation_table
 
 from .case import HEAD_DIM, HEADS, WIDTH, Case, Outputs, Problem, compiled, size_of
 
