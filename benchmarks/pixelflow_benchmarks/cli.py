@@ -15,7 +15,7 @@ from .tables import TextTable, kernel_table, quality_table
 
 console = Console()
 evaluate = typer.Typer(no_args_is_help=True, help="Measure the quality of generated images.")
-bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
+bench = typer.Typer(no_args_is_help=True)
 
 
 @evaluate.command("digits")
@@ -56,6 +56,11 @@ def evaluate_digits_command(
 def table_command(results: Annotated[Path, typer.Argument(help="JSON lines of an evaluation.")]) -> None:
     """Print the results of an evaluation as a Markdown table, as the README carries it."""
     print(quality_table([json.loads(line) for line in results.read_text().splitlines()]).markdown(), end="")
+
+
+@bench.callback()
+def _bench() -> None:
+    """Measure speed."""
 
 
 @bench.command("kernels")

@@ -1,5 +1,9 @@
 """The engine's own error types, each also the built-in error that a caller would expect."""
 
+from pixelflow_kernels.errors import BackendUnavailableError
+
+__all__ = ["BackendUnavailableError", "CheckpointError", "ConfigError", "ConvergenceError"]
+
 
 class ConfigError(ValueError):
     """A configuration value is missing, unknown, of the wrong type or out of range; the message names it."""
@@ -11,7 +15,3 @@ class CheckpointError(ValueError):
 
 class ConvergenceError(RuntimeError):
     """An adaptive solver used up its attempts; the message says how far it came."""
-
-
-class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot run here; the message says why."""

@@ -40,6 +40,20 @@ def test_the_results_hold_what_the_bundled_model_promises(results: list[dict[str
     assert f"pixelflow eval digits --repeats {len(default)}`" in README
 
 
+def test_the_figures_of_other_weights_are_those_of_their_results() -> None:
+    """The recipe run again with another seed, and the short recipe."""
+    block = re.search(r"<!-- again: (\S+) (\S+) -->\n(.*?)<!-- /again -->", README, re.DOTALL)
+    assert block is not None
+    rows = [[cell.strip() for cell in row.strip("| ").split("|")] for row in block[3].splitlines()[2:]]
+    assert [row[0] for row in rows] == ["`digits`, seed 1", "`digits-two-minutes`"]
+    for row, path in zip(rows, block.group(1, 2), strict=True):
+        records = [json.loads(line) for line in (ROOT / path).read_text().splitlines()]
+        generated = [record for record in records if record["kind"] == "generated"]
+        assert [record["name"] for record in generated] == [SETTINGS[0].name] * 2
+        *_, figures = quality_table(records).rows
+        assert row[1:] == list(figures[1:7])
+
+
 def commands() -> list[list[str]]:
     section = README.split("## Commands")[1].split("##")[0]
     return [shlex.split(line)[1:] for line in section.splitlines() if line.startswith("    pixelflow ")]

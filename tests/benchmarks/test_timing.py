@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,3 +115,22 @@ def test_nothing_wrong_gets_a_speed() -> None:
     assert rows["wrong", "other"][2] == "not installed"
     assert float(rows["right", "ours"][2]) == pytest.approx(right["median"] * 1e6, abs=0.06)
     assert float(rows["right", "eager"][6]) == 1.0
+
+
+def test_every_operation_has_cases_that_are_right_and_timed(tmp_path: Path) -> None:
+    """The command tried out on a CPU at the smallest stages, where `ours` is each operation's CPU implementation."""
+    from typer.testing import CliRunner
+
+    from pixelflow_benchmarks.cli import bench
+
+    output = tmp_path / "kernels.jsonl"
+    command = ["kernels", "--device", "cpu", "--dtype", "float32", "--batch", "1", "--rounds", "3", "--output"]
+    stages = ["--stage", "0", "--op", "rope2d", "--op", "modulate", "--op", "ode_step"]
+    result = CliRunner().invoke(bench, [*command, str(output), *stages])
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [r["kind"] for r in records[:2]] == ["environment", "ceilings"]
+    assert records[-1]["kind"] == "end"
+    ours = {r["case"]: r for r in records if r.get("variant") == "ours"}
+    assert len(ours) == 10
+    assert all(r["right"] and r["median"] > 0 for r in ours.values())

@@ -1,4 +1,4 @@
-"""Packed-sequence building blocks of PixelFlow: layouts now, one folder per fused operation as they arrive."""
+"""Packed-sequence building blocks of PixelFlow: layouts, and one folder per fused operation."""
 
 from .packing import PackedLayout, Run
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from pixelflow_kernels.cascade import reference, training_pairs, upsample_draw_renoise, upsample_renoise
 
 from pixelflow_kernels import PackedLayout
+from pixelflow_kernels.cascade import reference, training_pairs, upsample_draw_renoise, upsample_renoise
 
 from .case import STAGE_SIDES, Case, Problem, size_of
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
+
 from pixelflow_kernels.modulate import (
     add_gated_layer_norm_modulate,
     add_gated_rms_norm_modulate,
     layer_norm_modulate,
     reference,
 )
-from torch import Tensor
 
 from .case import WIDTH, Case, Outputs, Problem, compiled, size_of
 
@@ -38,14 +39,14 @@ def cases(problem: Problem) -> Iterator[Case]:
         residual = reference.add_gated(x, y, gate, image)
         return residual, reference.modulate(reference.norm(residual, None, EPS), shift, scale, image)
 
-    def ours_first(*inputs: Tensor) -> Outputs:
-        return (layer_norm_modulate(*inputs, layout, eps=EPS),)
+    def ours_first(x: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+        return (layer_norm_modulate(x, shift, scale, layout, eps=EPS),)
 
-    def ours_rms(*inputs: Tensor) -> Outputs:
-        return add_gated_rms_norm_modulate(*inputs, layout, eps=EPS)
+    def ours_rms(x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+        return add_gated_rms_norm_modulate(x, y, gate, weight, shift, scale, layout, eps=EPS)
 
-    def ours_layer(*inputs: Tensor) -> Outputs:
-        return add_gated_layer_norm_modulate(*inputs, layout, eps=EPS)
+    def ours_layer(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Outputs:
+        return add_gated_layer_norm_modulate(x, y, gate, shift, scale, layout, eps=EPS)
 
     yield from _both("rms_residual", problem, ours_rms, plain_rms, (x, y, gate, weight, shift, scale), outputs=2)
     yield from _both("layer_residual", problem, ours_layer, plain_layer, (x, y, gate, shift, scale), outputs=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+
 from pixelflow_kernels.ode_step import euler_step, reference
 
 from .case import PATCH_CHANNELS, Case, Outputs, Problem, compiled, size_of

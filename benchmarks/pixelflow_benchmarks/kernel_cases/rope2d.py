@@ -31,13 +31,14 @@ def cases(problem: Problem) -> Iterator[Case]:
         ]
         return tuple(reference.rotate(x, row, column, table) for x in heads)
 
-    inputs = (q, k, *weights, table)
+    q_weight, k_weight = weights
+    inputs = (q, k, q_weight, k_weight, table)
     fast = compiled(plain)
-    high = tuple(x.double() for x in inputs[:4])
+    high = (q.double(), k.double(), q_weight.double(), k_weight.double())
     yield Case(
         name=f"rope2d.forward/{problem.label}",
         variants={
-            "ours": lambda: qk_norm_rope2d(q, k, *weights, layout, num_heads=HEADS, table=table),
+            "ours": lambda: qk_norm_rope2d(q, k, q_weight, k_weight, layout, num_heads=HEADS, table=table),
             "eager": lambda: plain(*inputs),
             "torch.compile": lambda: fast(*inputs),
         },
@@ -49,7 +50,11 @@ def cases(problem: Problem) -> Iterator[Case]:
     grads = (problem.normal(T, HEADS, HEAD_DIM, seed=1), problem.normal(T, HEADS, HEAD_DIM, seed=2))
 
     def backward(leaves: tuple[Tensor, ...], table: Tensor, grads: tuple[Tensor, ...], ours: bool) -> Outputs:
-        out = qk_norm_rope2d(*leaves, layout, num_heads=HEADS, table=table) if ours else plain(*leaves, table)
+        q, k, q_weight, k_weight = leaves
+        if ours:
+            out: Outputs = qk_norm_rope2d(q, k, q_weight, k_weight, layout, num_heads=HEADS, table=table)
+        else:
+            out = plain(q, k, q_weight, k_weight, table)
         return torch.autograd.grad(out, leaves, grads)
 
     def leaves_of(dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from pixelflow_kernels.varlen_attention import varlen_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pixelflow_kernels.varlen_attention import varlen_attention
 
 from .case import HEAD_DIM, HEADS, WIDTH, Case, Outputs, Problem, size_of
 

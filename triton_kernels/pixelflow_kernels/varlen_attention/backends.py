@@ -7,13 +7,11 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from pixelflow_kernels.errors import BackendUnavailableError
+
 from . import flash
 
 NAMES = ("triton", "flash", "torch")
-
-
-class BackendUnavailableError(RuntimeError):
-    """An implementation was asked for by name and cannot run here; the message says why."""
 
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
