@@ -62,13 +62,14 @@ def commands() -> list[list[str]]:
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_the_commands_are_understood(command: list[str]) -> None:
     """Every sub-command and option exists; what they do is tested beside their code."""
-    from pixelflow_benchmarks.cli import evaluate
+    from pixelflow_benchmarks.cli import bench, evaluate
     from pixelflow_engine.cli import app
     from pixelflow_training.cli import train
 
-    known = app if command[0] not in ("train", "eval") else None
-    if command[0] == "eval":
-        known, command = evaluate, command[1:]
+    groups = {"eval": evaluate, "bench": bench}
+    known = app if command[0] not in ("train", *groups) else groups.get(command[0])
+    if command[0] in groups:
+        command = command[1:]
     names = [word for word in command if not word.startswith("-")]
     if known is None:
         assert command[0] == "train"
