@@ -31,11 +31,12 @@ class Mutant:
     Attributes:
         name: ``"op: what is wrong"``, unique.
         file: relative to the package of kernels, ``"rope2d/kernels.py"``.
-        before: text that occurs in the file exactly once.
-        after: what takes its place.
+        before: text that occurs in the file ``times`` times.
+        after: what takes its place, everywhere.
         tests: the tests that must notice, as pytest's arguments.
         interpret: the tests run under Triton's interpreter.
         survives: why no test can notice, for a mutant that computes the same after all; None for all others.
+        times: how often ``before`` occurs.
     """
 
     name: str
@@ -45,17 +46,18 @@ class Mutant:
     tests: tuple[str, ...]
     interpret: bool = True
     survives: str | None = None
+    times: int = 1
 
     def apply(self, package: Path) -> None:
         """Change the copy of the package that is at ``package``.
 
         Raises:
-            ValueError: the text is not there exactly once, so the list of mutants is out of date.
+            ValueError: the text is not there as often as said, so the list of mutants is out of date.
         """
         path = package / self.file
         source = path.read_text(encoding="utf-8")
-        if (count := source.count(self.before)) != 1:
-            raise ValueError(f"{self.name}: got {count} times {self.before!r} in {self.file}, expected it once")
+        if (count := source.count(self.before)) != self.times:
+            raise ValueError(f"{self.name}: got {count} times {self.before!r} in {self.file}, expected {self.times}")
         path.write_text(source.replace(self.before, self.after), encoding="utf-8")
 
 

@@ -1,0 +1,256 @@
+"""Mutants of ode_step."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+
+TESTS = "tests/kernels/test_ode_step_interpret.py"
+
+
+def tests(names: str) -> tuple[str, ...]:
+    """Those with such a name, without the longest."""
+    return TESTS, "-k", f"({names}) and not million"
+
+
+MUTANTS = (
+    Mutant(
+        "ode_step: return image, places, places < stride_image, -> return image, places, places <= stride_i",
+        "ode_step/kernels.py",
+        "return image, places, places < stride_image,",
+        "return image, places, places <= stride_image,",
+        tests("euler or test_stages"),
+    ),
+    Mutant(
+        "ode_step: tl.load(guidance_ptr + image * GUIDANCE_PER_IMAG -> tl.load(guidance_ptr)",
+        "ode_step/kernels.py",
+        "tl.load(guidance_ptr + image * GUIDANCE_PER_IMAGE)",
+        "tl.load(guidance_ptr)",
+        tests("euler"),
+    ),
+    Mutant(
+        "ode_step: (conditional - null) -> (conditional + null)",
+        "ode_step/kernels.py",
+        "(conditional - null)",
+        "(conditional + null)",
+        tests("euler"),
+    ),
+    Mutant(
+        "ode_step: inside = (places // WIDTH).to(tl.int64) * stride -> inside = places",
+        "ode_step/kernels.py",
+        "inside = (places // WIDTH).to(tl.int64) * stride_velocity_row + places % WIDTH",
+        "inside = places",
+        tests("euler"),
+    ),
+    Mutant(
+        "ode_step: velocity_ptr += image.to(tl.int64) * (stride_ima -> velocity_ptr += image.to(tl.int64) * str",
+        "ode_step/kernels.py",
+        "velocity_ptr += image.to(tl.int64) * (stride_image // WIDTH) * stride_velocity_row",
+        "velocity_ptr += image.to(tl.int64) * stride_image",
+        tests("euler"),
+    ),
+    Mutant(
+        "ode_step: 'stride_half': rows // 2 * row if guided -> 'stride_half': velocity.numel() // 2 if ",
+        "ode_step/kernels.py",
+        '"stride_half": rows // 2 * row if guided',
+        '"stride_half": velocity.numel() // 2 if guided',
+        tests("euler"),
+    ),
+    Mutant(
+        "ode_step: step = tl.load(step_ptr + image * STEP_PER_IMAGE -> step = tl.load(step_ptr).to(high)",
+        "ode_step/kernels.py",
+        "step = tl.load(step_ptr + image * STEP_PER_IMAGE).to(high)",
+        "step = tl.load(step_ptr).to(high)",
+        tests("euler"),
+    ),
+    Mutant(
+        "ode_step: term = (step * WEIGHTS[i]).to(high) * slope -> term = (step.to(high) * WEIGHTS[i]) * sl",
+        "ode_step/kernels.py",
+        "            term = (step * WEIGHTS[i]).to(high) * slope",
+        "            term = (step.to(high) * WEIGHTS[i]) * slope",
+        tests("test_stages"),
+    ),
+    Mutant(
+        "ode_step: tl.store(out_ptr + start + places, x + total, ma -> tl.store(out_ptr + start + places, total",
+        "ode_step/kernels.py",
+        "tl.store(out_ptr + start + places, x + total, mask=mask)",
+        "tl.store(out_ptr + start + places, total + x * 1.0000001, mask=mask)",
+        tests("test_stages"),
+    ),
+    Mutant(
+        "ode_step: FIRST=_first(weights) -> FIRST=0 if weights[0] else len(weights) ",
+        "ode_step/kernels.py",
+        "FIRST=_first(weights)",
+        "FIRST=0 if weights[0] else len(weights) - 1",
+        tests("test_stages"),
+    ),
+    Mutant(
+        "ode_step: tl.where(mask, ratio * ratio, 0.0) -> ratio * ratio",
+        "ode_step/kernels.py",
+        "tl.where(mask, ratio * ratio, 0.0)",
+        "ratio * ratio",
+        tests("zero_tol"),
+    ),
+    Mutant(
+        "ode_step: propagate_nan=tl.PropagateNan.ALL)     tl.store -> propagate_nan=tl.PropagateNan.NONE)     ",
+        "ode_step/kernels.py",
+        "propagate_nan=tl.PropagateNan.ALL)\n    tl.store",
+        "propagate_nan=tl.PropagateNan.NONE)\n    tl.store",
+        tests("zero_tol"),
+    ),
+    Mutant(
+        "ode_step: tl.maximum(tl.abs(x), tl.abs(x + change) -> tl.maximum(tl.abs(x), tl.abs(x)",
+        "ode_step/kernels.py",
+        "tl.maximum(tl.abs(x), tl.abs(x + change)",
+        "tl.maximum(tl.abs(x), tl.abs(x)",
+        tests("norms"),
+    ),
+    Mutant(
+        "ode_step: padded = (*solution, -> padded = (*solution[:-1],",
+        "ode_step/kernels.py",
+        "padded = (*solution,",
+        "padded = (*solution[:-1],",
+        tests("norms"),
+    ),
+    Mutant(
+        "ode_step: values *= images -> values *= 1",
+        "ode_step/kernels.py",
+        "values *= images",
+        "values *= 1",
+        tests("partial_sums"),
+    ),
+    Mutant(
+        "ode_step: for first in range(0, count, BLOCK) -> for first in range(0, count - BLOCK + 1,",
+        "ode_step/kernels.py",
+        "for first in range(0, count, BLOCK)",
+        "for first in range(0, count - BLOCK + 1, BLOCK)",
+        tests("partial_sums"),
+    ),
+    Mutant(
+        "ode_step: (tl.program_id(0) // images).to(tl.int64) * coun -> 0",
+        "ode_step/kernels.py",
+        "(tl.program_id(0) // images).to(tl.int64) * count",
+        "0",
+        tests("partial_sums"),
+    ),
+    Mutant(
+        "ode_step: mask = mask & (tl.load(accept_ptr + image) != 0) -> mask = mask & (tl.load(accept_ptr) != 0)",
+        "ode_step/kernels.py",
+        "mask = mask & (tl.load(accept_ptr + image) != 0)",
+        "mask = mask & (tl.load(accept_ptr) != 0)",
+        tests("only_accepted"),
+    ),
+    Mutant(
+        "ode_step: LAST=slopes.shape[0] - 1 -> LAST=slopes.shape[0] - 2",
+        "ode_step/kernels.py",
+        "LAST=slopes.shape[0] - 1",
+        "LAST=slopes.shape[0] - 2",
+        tests("only_accepted"),
+    ),
+    Mutant(
+        "ode_step: partial_ptr += tl.num_programs(0) -> partial_ptr += tl.num_programs(0) * 0",
+        "ode_step/kernels.py",
+        "partial_ptr += tl.num_programs(0)",
+        "partial_ptr += tl.num_programs(0) * 0",
+        tests("norms"),
+    ),
+    Mutant(
+        "ode_step: _sum_of_squares(velocity - slope, scale, mask) -> _sum_of_squares(velocity, scale, mask)",
+        "ode_step/kernels.py",
+        "_sum_of_squares(velocity - slope, scale, mask)",
+        "_sum_of_squares(velocity, scale, mask)",
+        tests("norms"),
+    ),
+    Mutant(
+        "ode_step: atol + rtol * tl.abs(x) -> atol + rtol",
+        "ode_step/kernels.py",
+        "atol + rtol * tl.abs(x)",
+        "atol + rtol",
+        tests("norms"),
+    ),
+    Mutant(
+        "ode_step: rtol, atol = tl.load(tolerance_ptr).to(high), tl -> atol, rtol = tl.load(tolerance_ptr).to(h",
+        "ode_step/kernels.py",
+        "rtol, atol = tl.load(tolerance_ptr).to(high), tl.load(tolerance_ptr + 1).to(high)",
+        "atol, rtol = tl.load(tolerance_ptr).to(high), tl.load(tolerance_ptr + 1).to(high)",
+        tests("norms"),
+        times=2,
+    ),
+    Mutant(
+        "ode_step: tl.store(slopes_ptr + stride_slope.to(tl.int64)  -> tl.store(slopes_ptr + places, slope, mas",
+        "ode_step/kernels.py",
+        "tl.store(slopes_ptr + stride_slope.to(tl.int64) * i + places, slope, mask=mask)",
+        "tl.store(slopes_ptr + places, slope, mask=mask)",
+        tests("test_stages or norms"),
+        times=2,
+    ),
+    Mutant(
+        "ode_step: accept = tried & (ratio <= 1.0) -> accept = tried & (ratio < 1.0)",
+        "ode_step/control.py",
+        "accept = tried & (ratio <= 1.0)",
+        "accept = tried & (ratio < 1.0)",
+        tests("controller"),
+    ),
+    Mutant(
+        "ode_step: stuck = active & finite & (after <= tau) -> stuck = active & finite & (after < tau)",
+        "ode_step/control.py",
+        "stuck = active & finite & (after <= tau)",
+        "stuck = active & finite & (after < tau)",
+        tests("controller"),
+    ),
+    Mutant(
+        "ode_step: tl.where(ratio < 1.0, one, one * SMALLEST) -> one * SMALLEST",
+        "ode_step/control.py",
+        "tl.where(ratio < 1.0, one, one * SMALLEST)",
+        "one * SMALLEST",
+        tests("controller"),
+    ),
+    Mutant(
+        "ode_step: EXPONENT=-1 / order -> EXPONENT=-1 / (order + 1)",
+        "ode_step/control.py",
+        "EXPONENT=-1 / order",
+        "EXPONENT=-1 / (order + 1)",
+        tests("controller"),
+    ),
+    Mutant(
+        "ode_step: one * SMALLEST) -> tl.full([BLOCK], SMALLEST, tl.float32).t",
+        "ode_step/control.py",
+        "one * SMALLEST)",
+        "tl.full([BLOCK], SMALLEST, tl.float32).to(tl.float64))",
+        tests("controller"),
+    ),
+    Mutant(
+        "ode_step: tl.where(tried, h * factor, step) -> tl.where(tried, step * factor, step)",
+        "ode_step/control.py",
+        "tl.where(tried, h * factor, step)",
+        "tl.where(tried, step * factor, step)",
+        tests("controller"),
+    ),
+    Mutant(
+        "ode_step: accepted + rejected >= max_attempts -> accepted + rejected > max_attempts",
+        "ode_step/control.py",
+        "accepted + rejected >= max_attempts",
+        "accepted + rejected > max_attempts",
+        tests("controller"),
+    ),
+    Mutant(
+        "ode_step: & (step >= remaining), 1.0, tau + h) -> & (step > remaining), 1.0, tau + h)",
+        "ode_step/control.py",
+        "& (step >= remaining), 1.0, tau + h)",
+        "& (step > remaining), 1.0, tau + h)",
+        tests("controller"),
+    ),
+    Mutant(
+        "ode_step: factor = tl.where(ratio == 0.0, one * LARGEST, f -> nothing",
+        "ode_step/control.py",
+        "factor = tl.where(ratio == 0.0, one * LARGEST, factor)",
+        "",
+        tests("controller"),
+    ),
+    Mutant(
+        "ode_step: times_ptr + i * images -> times_ptr + i * BLOCK",
+        "ode_step/control.py",
+        "times_ptr + i * images",
+        "times_ptr + i * BLOCK",
+        tests("controller"),
+    ),
+)
