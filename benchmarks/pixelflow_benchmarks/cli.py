@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from tqdm.auto import tqdm
 
 from .tables import TextTable, kernel_table, quality_table
 
@@ -72,6 +73,7 @@ def bench_kernels_command(
     stage: Annotated[list[int] | None, typer.Option(help="Only this stage, 0 to 3; may be repeated.")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Measurements of each variant.")] = 15,
     output: Annotated[Path | None, typer.Option(help="JSON lines to write; a new file.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Time every kernel beside PyTorch, at the sizes of the published model; nothing wrong gets a speed."""
     import torch
@@ -104,7 +106,7 @@ def bench_kernels_command(
                 "flops_per_second": ceilings.flops_per_second,
             }
         )
-        for record in measure(cases, ceilings, where, rounds):
+        for record in tqdm(measure(cases, ceilings, where, rounds), unit="variant", delay=2, disable=quiet):
             keep(record)
         keep({"kind": "end", **clocks(where)})
     show(kernel_table(records))
@@ -115,8 +117,8 @@ def bench_kernels_command(
 
 
 def show(text: TextTable) -> None:
-    """Print a table."""
-    table = Table(*text.header, title=text.title)
+    """Print a table; in a narrow terminal its cells fold at blanks."""
+    table = Table(*text.header, title=text.title, padding=(0, 0))
     for row in text.rows:
         table.add_row(*row)
     console.print(table)

@@ -33,7 +33,7 @@ def backends() -> tuple[Backend, ...]:
     package = "is installed" if importlib.util.find_spec("flash_attn") else "is not installed"
     return (
         Backend("torch", True, f"PyTorch {torch.__version__}, on any device"),
-        Backend("triton", False, "the fused kernels are not part of this version"),
+        Backend("triton", False, "this version of the engine does not call the fused kernels yet"),
         Backend("flash", False, f"this version does not call FlashAttention (flash_attn {package})"),
     )
 

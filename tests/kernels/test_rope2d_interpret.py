@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -78,6 +78,7 @@ def test_ten_million_values_of_any_bits_turn_as_in_pytorch(dtype: torch.dtype) -
 
 @packs.draws(100)
 @given(packs.grids(max_tokens=12), HEADS, packs.head_dims(), TYPES, st.booleans(), packs.seeds())
+@example([(1, 2)], 3, 72, torch.float32, False, 1)  # 216 channels: the tile of the last of them is wider than they are
 def test_rotation_bits_on_ragged_packs(
     grids: list[tuple[int, int]], heads: int, dim: int, dtype: torch.dtype, conjugate: bool, seed: int
 ) -> None:

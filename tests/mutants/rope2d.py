@@ -6,7 +6,7 @@ from .mutant import Mutant
 
 FILE = "rope2d/kernels.py"
 TESTS = "tests/kernels/test_rope2d_interpret.py"
-FORWARD = (TESTS, "-k", "rotation_bits_on or forward_on")
+FORWARD = (TESTS, "-k", "rotation_bits_on or forward_on or one_pass_rounds")
 BACKWARD = (TESTS, "-k", "backward_on or same_bits_every")
 
 MUTANTS = (
