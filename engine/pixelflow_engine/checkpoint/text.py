@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,8 @@ from pixelflow_engine.errors import CheckpointError
 from .problems import about
 
 LARGEST_CONFIG = 64 * 1024
+DEEPEST_CONFIG = 32
+"""Levels of nesting. Python's own limit is no rule: libraries raise it."""
 
 
 def read_config_bytes(path: Path) -> bytes:
@@ -55,6 +58,7 @@ def parse_json(data: bytes, path: Path) -> object:
         CheckpointError: it is not such a text.
     """
     with about(path, ValueError):
+        _check_depth(data)
         return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
@@ -74,6 +78,14 @@ def parse_yaml(data: bytes, path: Path) -> object:
         return yaml.load(data.decode("utf-8"), Loader=_StrictLoader)
 
 
+def _check_depth(data: bytes) -> None:
+    depth = 0
+    for byte in re.sub(rb'"(?:[^"\\]|\\.)*"', b"", data, flags=re.DOTALL):
+        depth += (byte in b"[{") - (byte in b"]}")
+        if depth > DEEPEST_CONFIG:
+            raise ValueError(f"nested too deeply: more than {DEEPEST_CONFIG} levels")
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     mapping: dict[str, object] = {}
     for key, value in pairs:
@@ -90,12 +102,20 @@ def _refuse_constant(name: str) -> NoReturn:
 class _StrictLoader(yaml.SafeLoader):
     """The safe loader without aliases, which unfold exponentially, and without the last of equal keys winning."""
 
+    depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         events: Any = self  # its stubs give this method no types
         event = events.peek_event()
         if getattr(event, "anchor", None) is not None:  # an alias carries its anchor's name here too
             raise yaml.MarkedYAMLError(problem="anchors and aliases are not accepted", problem_mark=event.start_mark)
-        return super().compose_node(parent, index)
+        self.depth += 1
+        if self.depth > DEEPEST_CONFIG:
+            problem = f"nested too deeply: more than {DEEPEST_CONFIG} levels"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Hashable] = set()

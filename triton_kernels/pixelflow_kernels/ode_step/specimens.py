@@ -113,7 +113,9 @@ def _pointwise(
 ) -> Specimen:
     """``reads`` fp32 tensors and the velocity, all of which are read 16 bytes at a time."""
     config = launch_config(f"ode_step.{config_name}", "large", arch)
-    num_warps = config.pop("num_warps")
+    # Upper-case names are the kernel's constants, the others are the compiler's options.
+    options = {key: config.pop(key) for key in list(config) if not key.isupper()}
+    num_warps = options["num_warps"]
     constants = {
         **constants,
         **config,
@@ -134,7 +136,7 @@ def _pointwise(
         kernel=kernel,
         types={n: _type(n, dtype or "fp32") for n in kernel.arg_names if n not in constants},
         constants=constants,
-        options={"num_warps": num_warps, "enable_fp_fusion": False},
+        options={**options, "enable_fp_fusion": False},
         promises=Promises(wide_loads=wide, narrow=0, ffma=0, shared=4 * config["BLOCK"]),
     )
 
