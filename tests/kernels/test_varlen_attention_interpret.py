@@ -75,7 +75,7 @@ def check(of: Pack, config: dict[str, int] = TINY, multiple_of: int = 1) -> None
 # --- any packs ---------------------------------------------------------------------------------------------
 
 
-@packs.draws(24)
+@packs.draws(240)
 @given(
     q_lengths=packs.lengths(max_tokens=200, min_length=0),
     cross=st.booleans(),
