@@ -2,6 +2,7 @@
 #
 #   make test ARGS="tests/engine -k noise"     hand arguments to pytest
 #   make setup PYTHON=/path/to/python3         choose the interpreter of a new .venv
+#   make aot TRITON=3.6.0                      compile with another Triton than the pinned one (also: promises)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -11,6 +12,7 @@ PY := $(VENV)/bin/python
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
 ARGS ?=
+TRITON ?=
 
 # --- the environment ---------------------------------------------------------------------------------------
 
@@ -67,7 +69,7 @@ $(DEV): $(PY) pyproject.toml constraints.txt
 
 # --- targets -----------------------------------------------------------------------------------------------
 
-.PHONY: help setup quickstart test fuzz mutants aot lint types check clean
+.PHONY: help setup quickstart test fuzz mutants aot promises lint types check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -96,8 +98,19 @@ fuzz: $(DEV) ## run the kernels' tests on PIXELFLOW_FUZZ (20) times as many pack
 mutants: $(DEV) ## break the kernels in every way that we thought of, and see that the tests notice
 	cd tests && ../$(PY) -m mutants $(ARGS)
 
-aot: $(DEV) ## compile every kernel for GPUs that are not there; cubins and figures in build/aot
+# Another Triton stands in a folder of its own, before the environment's on the path.
+OTHER := $(if $(TRITON),build/triton-$(TRITON))
+build/triton-%: $(DEV)
+	rm -rf $@.part
+	$(PY) -m pip install --quiet --no-deps --target $@.part triton==$*
+	mv $@.part $@
+aot promises: export PYTHONPATH = $(OTHER)
+
+aot: $(DEV) $(OTHER) ## compile every kernel for GPUs that are not there; cubins and figures in build/aot
 	$(PY) -m pixelflow_kernels.aot --json build/aot/report.json --cubins build/aot/cubins $(ARGS)
+
+promises: $(DEV) $(OTHER) ## compile a sample of them and hold it to what it promises
+	$(PY) -m pytest tests/kernels/test_machine_code.py $(ARGS)
 
 lint: $(DEV) ## ruff: rules and format
 	$(PY) -m ruff check .
