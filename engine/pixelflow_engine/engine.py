@@ -19,8 +19,9 @@ from . import arguments, backends
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import PixelFlowConfig
 from .layers import patchify, unpatchify
-from .model import PackedTransformer, Text
+from .model import PackedTransformer
 from .noise import CounterNoise, NoiseSource, PublicNoise
+from .operations import Text
 from .sampler import (
     Callbacks,
     Condition,

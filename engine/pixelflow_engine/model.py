@@ -7,6 +7,7 @@ Parameters have the published names; ``load_state_dict(..., strict=True)`` takes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +18,57 @@ from pixelflow_kernels import PackedLayout
 from . import layers
 from .config import SINUSOID_CHANNELS, ModelConfig
 from .layers import at_least_fp32
+from .operations import Operations, PlainOperations, Rotation, Text, TextTokens
+
+__all__ = ["PackedTransformer", "Prompts", "Text"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Text:
-    """Encoded prompts, one per image.
+class Surroundings:
+    """What all blocks of one evaluation share.
 
     Attributes:
-        states: ``[n, L, E]``.
-        mask: ``[n, L]``, 1 for a token and 0 for padding, or None where nothing is padded.
+        layout: who the tokens belong to.
+        rotation: the layout's places, as the operations want them.
+        text: the prompts, for a model with cross-attention.
     """
 
-    states: Tensor
-    mask: Tensor | None = None
+    layout: PackedLayout
+    rotation: Rotation
+    text: TextTokens | None
+
+
+TextKeys = tuple[Tensor, Tensor]
+"""Normed keys and values of all prompts for one block, ``[..., H, D]`` each."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Prompts:
+    """What the blocks need of the prompts: the same in every step.
+
+    Attributes:
+        text: the prompts' tokens.
+        keys: keys and values for each block.
+    """
+
+    text: TextTokens
+    keys: tuple[TextKeys, ...]
+
+
+class SideBySide(nn.Module):
+    """Linear maps of one input as one product. Its tensors stay out of the state dict."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in] -> [..., sum of out]``."""
+        return F.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -72,14 +111,18 @@ class ClassEmbedder(nn.Module):
 
 
 class PatchEmbedder(nn.Module):
-    """The strided convolution of the published model, as the linear map of flattened patches that it equals."""
+    """The strided convolution of the published model, as the linear map of flattened patches that it equals.
+
+    :mod:`pixelflow_engine.fusion` adds ``by_pixel``, the same map for patches in the order of the head's output.
+    """
 
     def __init__(self, in_channels: int, width: int, patch_size: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+        self.by_pixel: SideBySide | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """``[T, c * p * p] -> [T, C]``."""
+        """``[T, c * p * p] -> [T, C]``; a patch is in (channel, row, column) order."""
         return F.linear(tokens, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -90,10 +133,10 @@ class AdaLayerNorm(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, 6 * width)
 
-    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        """``[n, C] ->`` shift1, scale1, gate1, shift2, scale2, gate2, each ``[n, C]`` in at least float32."""
-        modulation = self.linear(F.silu(c))
-        return modulation.to(at_least_fp32(modulation.dtype)).chunk(6, dim=-1)
+    def forward(self, activated: Tensor) -> Tensor:
+        """``SiLU(c) [n, C] -> [n, 6C]``: shift1, scale1, gate1, shift2, scale2, gate2, in at least float32."""
+        modulation = self.linear(activated)
+        return modulation.to(at_least_fp32(modulation.dtype))
 
 
 class Attention(nn.Module):
@@ -109,32 +152,43 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(width)
         self.k_norm = RMSNorm(width)
 
-    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed q of ``x``, normed k and plain v of ``context``, split into heads: ``[..., H, D]`` each."""
-        q = self.q_norm(self.q_proj(x)).unflatten(-1, (self.heads, -1))
-        k = self.k_norm(self.k_proj(context)).unflatten(-1, (self.heads, -1))
-        return q, k, self.v_proj(context).unflatten(-1, (self.heads, -1))
-
 
 class SelfAttention(Attention):
-    """Attention among the tokens of an image, with 2-D RoPE on q and k."""
+    """Attention among the tokens of an image, with 2-D RoPE on q and k.
 
-    def forward(self, x: Tensor, layout: PackedLayout, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    :mod:`pixelflow_engine.fusion` lays the three projections side by side; ``qkv`` is then their one product.
+    """
+
+    def __init__(self, width: int, context_width: int, heads: int, bias: bool) -> None:
+        super().__init__(width, context_width, heads, bias)
+        self.qkv: SideBySide | None = None
+
+    def forward(self, u: Tensor, around: Surroundings, ops: Operations) -> Tensor:
         """``[T, C] -> [T, C]``."""
-        q, k, v = self.project(x, x)
-        out = layers.self_attention(layers.rotate(q, rotary), layers.rotate(k, rotary), v, layout)
+        if self.qkv is None:
+            q, k, v = self.q_proj(u), self.k_proj(u), self.v_proj(u)
+        else:
+            q, k, v = self.qkv(u).chunk(3, dim=-1)
+        weights = (self.q_norm.weight, self.k_norm.weight)
+        q, k = ops.norm_rotate_qk(q, k, *weights, around.layout, around.rotation, self.heads)
+        out = ops.self_attention(q, k, v.unflatten(-1, (self.heads, -1)), around.layout)
         return self.o_proj(out.flatten(-2))
 
 
 class CrossAttention(Attention):
     """Attention from an image's tokens to its text, with 2-D RoPE on q alone."""
 
-    def forward(self, x: Tensor, layout: PackedLayout, rotary: tuple[Tensor, Tensor], text: Text) -> Tensor:
-        """``[T, C] -> [T, C]``; a padded text token's logits get -10000."""
-        q, k, v = self.project(x, text.states)
-        bias = None if text.mask is None else (1 - text.mask.to(x.dtype)) * layers.PADDING_BIAS
-        out = layers.cross_attention(layers.rotate(q, rotary), k, v, bias, layout)
-        return self.o_proj(out.flatten(-2))
+    def text_keys(self, text: TextTokens, ops: Operations) -> TextKeys:
+        """Keys and values of the prompts: the same in every step."""
+        k = ops.norm_heads(self.k_proj(text.states), self.k_norm.weight, self.heads)
+        return k, self.v_proj(text.states).unflatten(-1, (self.heads, -1))
+
+    def forward(self, u: Tensor, keys: TextKeys, around: Surroundings, ops: Operations) -> Tensor:
+        """``[T, C] -> [T, C]``."""
+        if around.text is None:
+            raise ValueError("text: got None, expected prompts for a model with cross-attention")
+        q = ops.norm_rotate(self.q_proj(u), self.q_norm.weight, around.layout, around.rotation, self.heads)
+        return self.o_proj(ops.cross_attention(q, *keys, around.text, around.layout).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -145,9 +199,9 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, v: Tensor, ops: Operations) -> Tensor:
         """``[T, C] -> [T, C]``."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(ops.linear_gelu(v, self.fc1.weight, self.fc1.bias))
 
 
 class TransformerBlock(nn.Module):
@@ -166,16 +220,39 @@ class TransformerBlock(nn.Module):
         self.mlp = MLP(C)
 
     def forward(
-        self, x: Tensor, c: Tensor, layout: PackedLayout, rotary: tuple[Tensor, Tensor], text: Text | None
-    ) -> Tensor:
-        """``x [T, C]``, ``c [n, C]``, ``rotary`` two of ``[T, D / 2]``."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.norm1(c)
-        u = layers.modulate(layers.layer_norm(x), shift1, scale1, layout)
-        x = layers.add_gated(x, self.attn1(u, layout, rotary), gate1, layout)
-        if self.norm2 is not None and self.attn2 is not None and text is not None:
-            x = x + self.attn2(self.norm2(x), layout, rotary, text)
-        v = layers.modulate(self.norm3(x), shift2, scale2, layout)
-        return layers.add_gated(x, self.mlp(v), gate2, layout)
+        self,
+        x: Tensor,
+        u: Tensor,
+        rows: Tensor,
+        following: tuple[Tensor, Tensor],
+        keys: TextKeys | None,
+        around: Surroundings,
+        ops: Operations,
+    ) -> tuple[Tensor, Tensor]:
+        """One block, up to and including the norm that the next one, or the head, begins with.
+
+        Args:
+            x: the residual stream ``[T, C]``.
+            u: its norm, modulated, ``[T, C]``.
+            rows: this block's modulation, ``[n, 6C]``.
+            following: shift and scale that the next one, or the head, begins with, ``[n, C]`` each.
+            keys: of the prompts, for a model with cross-attention.
+            around: what all blocks share.
+            ops: who computes.
+
+        Returns:
+            x and u after the block.
+        """
+        layout = around.layout
+        _, _, gate1, shift2, scale2, gate2 = rows.chunk(6, dim=-1)
+        y = self.attn1(u, around, ops)
+        if self.norm2 is None or self.attn2 is None or keys is None:
+            x, v = ops.add_gated_rms_norm_modulate(x, y, gate1, self.norm3.weight, shift2, scale2, layout)
+        else:
+            x, w = ops.add_gated_rms_norm(x, y, gate1, self.norm2.weight, layout)
+            y = self.attn2(w, keys, around, ops)
+            x, v = ops.add_rms_norm_modulate(x, y, self.norm3.weight, shift2, scale2, layout)
+        return ops.add_gated_layer_norm_modulate(x, self.mlp(v, ops), gate2, *following, layout)
 
 
 class PackedTransformer(nn.Module):
@@ -183,12 +260,14 @@ class PackedTransformer(nn.Module):
 
     Args:
         config: the model's shape.
+        operations: who computes; plain PyTorch where it is not given. It may be replaced at any time.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, operations: Operations | None = None) -> None:
         super().__init__()
         C, p = config.width, config.patch_size
         self.config = config
+        self.operations: Operations = PlainOperations() if operations is None else operations
         self.patch_embed = PatchEmbedder(config.in_channels, C, p)
         self.timestep_embedder = ConditioningMLP(C)
         self.latent_size_embedder = ConditioningMLP(C)
@@ -196,6 +275,12 @@ class PackedTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.depth))
         self.proj_out_1 = nn.Linear(C, 2 * C)
         self.proj_out_2 = nn.Linear(C, p * p * config.out_channels)
+        self.all_modulations: SideBySide | None = None
+
+    @property
+    def blocks(self) -> list[TransformerBlock]:
+        """The transformer blocks in order."""
+        return cast("list[TransformerBlock]", list(self.transformer_blocks))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,13 +291,6 @@ class PackedTransformer(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters live."""
         return self.proj_out_2.weight.device
-
-    def conditioning(self, t_model: Tensor, latent_size: Tensor, class_labels: Tensor | None) -> Tensor:
-        """``c [n, C]``, the sum of the time, class and size embeddings."""
-        c = self.timestep_embedder(t_model)
-        if self.class_embedder is not None:
-            c = c + self.class_embedder(class_labels)
-        return c + self.latent_size_embedder(latent_size)
 
     def forward(
         self,
@@ -238,16 +316,64 @@ class PackedTransformer(nn.Module):
 
         Source: arXiv 2504.07963, section 3.3.
         """
-        rotary = layers.rotary_tables(layout, self.config.attention_head_dim, at_least_fp32(self.dtype))
-        c = self.conditioning(t_model, latent_size, class_labels)
-        x = self.patch_embed(tokens.to(self.dtype))
-        for block in self.transformer_blocks:
-            x = block(x, c, layout, rotary, text)
-        out = self.proj_out_1(F.silu(c))
-        shift, scale = out.to(at_least_fp32(out.dtype)).chunk(2, dim=-1)
-        x = self.proj_out_2(layers.modulate(layers.layer_norm(x), shift, scale, layout))
+        modulations = self.modulations(self.conditioning(t_model, latent_size, class_labels))
+        prompts = None if text is None else self.prompts(text)
+        out = self.trunk(self.patch_embed(tokens.to(self.dtype)), modulations, layout, prompts)
         p = self.config.patch_size
-        return x.view(-1, p, p, self.config.out_channels).permute(0, 3, 1, 2).flatten(1)
+        return out.view(-1, p, p, self.config.out_channels).permute(0, 3, 1, 2).flatten(1)
+
+    def conditioning(self, t_model: Tensor, latent_size: Tensor, class_labels: Tensor | None) -> Tensor:
+        """``c [n, C]``, the sum of the time, class and size embeddings."""
+        c = self.timestep_embedder(t_model)
+        if self.class_embedder is not None:
+            c = c + self.class_embedder(class_labels)
+        return c + self.latent_size_embedder(latent_size)
+
+    def modulations(self, c: Tensor) -> tuple[Tensor, ...]:
+        """Rows of every block, ``[n, 6C]``, and of the head, ``[n, 2C]`` (shift and scale), in at least float32."""
+        activated = F.silu(c)
+        if self.all_modulations is not None:
+            rows = self.all_modulations(activated)
+            return self.split_modulations(rows.to(at_least_fp32(rows.dtype)))
+        head = self.proj_out_1(activated)
+        blocks = [block.norm1(activated) for block in self.blocks]
+        return *blocks, head.to(at_least_fp32(head.dtype))
+
+    def split_modulations(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """``[n, (6 depth + 2) C]`` as :meth:`modulations` gives them."""
+        C = self.config.width
+        return rows.split([6 * C] * self.config.depth + [2 * C], dim=-1)
+
+    def prompts(self, text: Text) -> Prompts:
+        """Project the prompts for every block."""
+        tokens = self.operations.text_tokens(text)
+        attentions = [block.attn2 for block in self.blocks if block.attn2 is not None]
+        return Prompts(tokens, tuple(attention.text_keys(tokens, self.operations) for attention in attentions))
+
+    def trunk(
+        self, x: Tensor, modulations: tuple[Tensor, ...], layout: PackedLayout, prompts: Prompts | None
+    ) -> Tensor:
+        """All blocks and the head.
+
+        Args:
+            x: embedded patches ``[T, C]``.
+            modulations: as :meth:`modulations` gives them, a row per image of the layout.
+            layout: who the tokens belong to.
+            prompts: for a model with cross-attention.
+
+        Returns:
+            ``[T, p * p * c]`` in (row, column, channel) order.
+        """
+        ops = self.operations
+        rotation = ops.rotation(layout, self.config.attention_head_dim, at_least_fp32(self.dtype))
+        around = Surroundings(layout, rotation, None if prompts is None else prompts.text)
+        C = self.config.width
+        firsts = [(rows[:, :C], rows[:, C : 2 * C]) for rows in modulations]  # shift and scale of each first norm
+        u = ops.layer_norm_modulate(x, *firsts[0], layout)
+        for i, block in enumerate(self.blocks):
+            keys = None if prompts is None else prompts.keys[i]
+            x, u = block(x, u, modulations[i], firsts[i + 1], keys, around, ops)
+        return self.proj_out_2(u)
 
     @torch.no_grad()
     def initialize(self) -> None:

@@ -15,8 +15,9 @@ from pixelflow_kernels import PackedLayout
 from . import guidance
 from .config import PixelFlowConfig
 from .layers import at_least_fp32, patchify, unpatchify
-from .model import PackedTransformer, Text
+from .model import PackedTransformer
 from .noise import NoiseSource, Shape, upsample_renoise
+from .operations import Text
 from .schedule import Stage, euler_times, make_stages
 from .solvers import AdaptiveState, Tolerance, euler_update, integrate_adaptive
 from .tableaus import DOPRI5

@@ -1,0 +1,105 @@
+"""The operations of a block by fused kernels (``backend="triton"`` and ``"flash"``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pixelflow_kernels import PackedLayout, modulate, rope2d
+from pixelflow_kernels.varlen_attention import varlen_attention
+
+from .operations import PlainOperations, Rotation, Text, TextTokens
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PackedText:
+    """The tokens of all prompts one after another, padding dropped.
+
+    Attributes:
+        states: ``[L, E]``.
+        cu_seqlens: ``[n + 1]`` int32, where each image's prompt starts.
+        max_seqlen: tokens of the longest.
+    """
+
+    states: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+
+class FusedOperations:
+    """The operations as kernels, see :class:`pixelflow_engine.operations.Operations`.
+
+    Args:
+        attention: whose kernels attend: ``triton`` (ours) or ``flash`` (FlashAttention).
+    """
+
+    layer_norm_modulate = staticmethod(modulate.layer_norm_modulate)
+    add_gated_layer_norm_modulate = staticmethod(modulate.add_gated_layer_norm_modulate)
+    add_gated_rms_norm_modulate = staticmethod(modulate.add_gated_rms_norm_modulate)
+    add_gated_rms_norm = staticmethod(modulate.add_gated_rms_norm)
+    add_rms_norm_modulate = staticmethod(modulate.add_rms_norm_modulate)
+
+    def __init__(self, attention: Literal["triton", "flash"]) -> None:
+        self.attention = attention
+
+    def rotation(self, layout: PackedLayout, head_dim: int, dtype: torch.dtype) -> Rotation:
+        """One table for all places that the largest grid has."""
+        return (rope2d.rotation_table(layout, head_dim, dtype),)
+
+    def norm_rotate_qk(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        layout: PackedLayout,
+        rotation: Rotation,
+        heads: int,
+    ) -> tuple[Tensor, Tensor]:
+        """One pass over both, also where they are slices of one product."""
+        return rope2d.qk_norm_rope2d(q, k, q_weight, k_weight, layout, num_heads=heads, table=rotation[0])
+
+    def norm_rotate(self, q: Tensor, weight: Tensor, layout: PackedLayout, rotation: Rotation, heads: int) -> Tensor:
+        """Queries beside no keys at all: a prompt's keys are normed once, the queries in every step."""
+        table = rotation[0]
+        return rope2d.norm_rope2d_q_norm_k(q, q[:0], weight, weight, layout, num_heads=heads, table=table)[0]
+
+    def norm_heads(self, k: Tensor, weight: Tensor, heads: int) -> Tensor:
+        """Keys beside no queries at all."""
+        nowhere = PackedLayout.from_grids([], k.device)
+        return rope2d.norm_rope2d_q_norm_k(k[:0], k, weight, weight, nowhere, num_heads=heads)[1]
+
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+        """One call for the whole pack, whatever sizes its images have."""
+        ends, longest = layout.cu_seqlens, layout.max_seqlen
+        return varlen_attention(
+            q, k, v, ends, ends, longest, longest, backend=self.attention, multiple_of=layout.multiple_of
+        )
+
+    def text_tokens(self, text: Text) -> PackedText:
+        """Drop the padding; reads the mask on the host, once per call of the engine."""
+        prompts, tokens, _ = text.states.shape
+        mask = text.states.new_ones(prompts, tokens) if text.mask is None else text.mask
+        keep = mask > 0.5
+        lengths = keep.sum(1).tolist()
+        ends = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
+        return PackedText(text.states[keep], ends.to(text.states.device), max([0, *lengths]))
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, text: TextTokens, layout: PackedLayout) -> Tensor:
+        """``k``, ``v [L, H, D]`` of the packed prompts."""
+        if not isinstance(text, PackedText):
+            raise TypeError(f"text: got {type(text).__name__}, expected PackedText, as text_tokens gives it")
+        return varlen_attention(
+            q, k, v, layout.cu_seqlens, text.cu_seqlens, layout.max_seqlen, text.max_seqlen, backend=self.attention
+        )
+
+    def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The activation in the epilogue of the product, where the library has one and no gradient is needed."""
+        if x.device.type == "cuda" and not torch.is_grad_enabled():
+            # cuBLASLt's epilogue is the tanh form. On a CPU the same call computes the erf form, and it has no
+            # derivative anywhere.
+            return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+        return PlainOperations().linear_gelu(x, weight, bias)

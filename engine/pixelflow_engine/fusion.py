@@ -1,0 +1,45 @@
+"""Lay weights that multiply one input side by side in memory, so that one product does for several.
+
+Names, shapes and values of the parameters stay: they become views of the wider tensors, and a state dict is what it
+was. A wider product may round otherwise, so strict mode goes without.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .model import PackedTransformer, SideBySide
+
+
+@torch.no_grad()
+def fuse(model: PackedTransformer) -> None:
+    """Make the products of a model for sampling, in place.
+
+    Queries, keys and values of each self-attention; the modulations of all blocks and of the head; and a patch
+    embedding whose input is in the order of the head's output, so that a state can stay in that order between steps.
+
+    Args:
+        model: without gradients, on its device, in its type.
+    """
+    for block in model.blocks:
+        block.attn1.qkv = side_by_side(block.attn1.q_proj, block.attn1.k_proj, block.attn1.v_proj)
+    linears = [block.norm1.linear for block in model.blocks]
+    model.all_modulations = side_by_side(*linears, model.proj_out_1)
+    patch = model.patch_embed.proj
+    model.patch_embed.by_pixel = SideBySide(patch.weight.permute(0, 2, 3, 1).flatten(1).contiguous(), patch.bias)
+
+
+def side_by_side(*linears: nn.Linear) -> SideBySide:
+    """One product for all of them, whose tensors theirs become views of."""
+    weights: list[Tensor] = [linear.weight for linear in linears]
+    weight = torch.cat(weights)
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    sizes = [linear.out_features for linear in linears]
+    for linear, rows in zip(linears, weight.split(sizes), strict=True):
+        linear.weight = nn.Parameter(rows, requires_grad=False)
+    if bias is not None:
+        for linear, part in zip(linears, bias.split(sizes), strict=True):
+            linear.bias = nn.Parameter(part, requires_grad=False)
+    return SideBySide(weight, bias)

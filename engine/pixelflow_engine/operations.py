@@ -1,0 +1,200 @@
+"""What a transformer block is made of, as one interface with two implementations: plain PyTorch, fused kernels.
+
+Shapes: ``T`` packed tokens of ``n`` images, ``C = H * D`` width. A row per image (``[n, C]``, at least float32) reaches
+the tokens through the :class:`PackedLayout`. The implementations agree within level D.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixelflow_kernels import PackedLayout
+
+from . import layers
+
+Rotation = tuple[Tensor, ...]
+"""Cosines and sines of a layout's places, in the form that an implementation wants."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Text:
+    """Encoded prompts, one per image.
+
+    Attributes:
+        states: ``[n, L, E]``.
+        mask: ``[n, L]``, 1 for a token and 0 for padding, or None where nothing is padded.
+    """
+
+    states: Tensor
+    mask: Tensor | None = None
+
+
+class TextTokens(Protocol):
+    """Prompts in the form that an implementation's cross-attention wants.
+
+    Attributes:
+        states: what keys and values are projected from, ``[..., E]``.
+    """
+
+    @property
+    def states(self) -> Tensor: ...  # noqa: D102
+
+
+class Operations(Protocol):
+    """The operations of a block. ``x`` is the residual stream ``[T, C]``, ``y`` what a branch computed beside it."""
+
+    def layer_norm_modulate(self, x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout) -> Tensor:
+        """``LN(x) (1 + scale) + shift``."""
+        ...
+
+    def add_gated_layer_norm_modulate(
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout
+    ) -> tuple[Tensor, Tensor]:
+        """``r = x + gate y`` and ``LN(r) (1 + scale) + shift``."""
+        ...
+
+    def add_gated_rms_norm_modulate(
+        self, x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout
+    ) -> tuple[Tensor, Tensor]:
+        """``r = x + gate y`` and ``RMS(r) weight (1 + scale) + shift``."""
+        ...
+
+    def add_gated_rms_norm(
+        self, x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, layout: PackedLayout
+    ) -> tuple[Tensor, Tensor]:
+        """``r = x + gate y`` and ``RMS(r) weight``."""
+        ...
+
+    def add_rms_norm_modulate(
+        self, x: Tensor, y: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout
+    ) -> tuple[Tensor, Tensor]:
+        """``r = x + y`` and ``RMS(r) weight (1 + scale) + shift``."""
+        ...
+
+    def rotation(self, layout: PackedLayout, head_dim: int, dtype: torch.dtype) -> Rotation:
+        """What :meth:`norm_rotate` needs to know of places, made once for all blocks."""
+        ...
+
+    def norm_rotate_qk(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        layout: PackedLayout,
+        rotation: Rotation,
+        heads: int,
+    ) -> tuple[Tensor, Tensor]:
+        """RMSNorm over the full width, then 2-D RoPE: ``q``, ``k [T, C] -> [T, H, D]``."""
+        ...
+
+    def norm_rotate(self, q: Tensor, weight: Tensor, layout: PackedLayout, rotation: Rotation, heads: int) -> Tensor:
+        """The same of queries alone: ``[T, C] -> [T, H, D]``."""
+        ...
+
+    def norm_heads(self, k: Tensor, weight: Tensor, heads: int) -> Tensor:
+        """RMSNorm over the full width of keys that have no place: ``[..., C] -> [..., H, D]``."""
+        ...
+
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+        """Attention of each image's tokens among themselves: ``[T, H, D]``."""
+        ...
+
+    def text_tokens(self, text: Text) -> TextTokens:
+        """Prompts in the form that :meth:`cross_attention` wants."""
+        ...
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, text: TextTokens, layout: PackedLayout) -> Tensor:
+        """Attention of each image's tokens ``q [T, H, D]`` to its own prompt."""
+        ...
+
+    def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """``GELU(x weight^T + bias)``, tanh form."""
+        ...
+
+
+class PlainOperations:
+    """The operations in plain PyTorch (``backend="torch"``), differentiable, on any device."""
+
+    def layer_norm_modulate(self, x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout) -> Tensor:
+        """See :class:`Operations`."""
+        return layers.modulate(layers.layer_norm(x), shift, scale, layout)
+
+    def add_gated_layer_norm_modulate(
+        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Operations`."""
+        x = layers.add_gated(x, y, gate, layout)
+        return x, layers.modulate(layers.layer_norm(x), shift, scale, layout)
+
+    def add_gated_rms_norm_modulate(
+        self, x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Operations`."""
+        x = layers.add_gated(x, y, gate, layout)
+        return x, layers.modulate(layers.rms_norm(x, weight), shift, scale, layout)
+
+    def add_gated_rms_norm(
+        self, x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, layout: PackedLayout
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Operations`."""
+        x = layers.add_gated(x, y, gate, layout)
+        return x, layers.rms_norm(x, weight)
+
+    def add_rms_norm_modulate(
+        self, x: Tensor, y: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Operations`."""
+        x = x + y
+        return x, layers.modulate(layers.rms_norm(x, weight), shift, scale, layout)
+
+    def rotation(self, layout: PackedLayout, head_dim: int, dtype: torch.dtype) -> Rotation:
+        """Cosine and sine of every token: two of ``[T, D / 2]``."""
+        return layers.rotary_tables(layout, head_dim, dtype)
+
+    def norm_rotate_qk(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        layout: PackedLayout,
+        rotation: Rotation,
+        heads: int,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`Operations`."""
+        return (
+            self.norm_rotate(q, q_weight, layout, rotation, heads),
+            self.norm_rotate(k, k_weight, layout, rotation, heads),
+        )
+
+    def norm_rotate(self, q: Tensor, weight: Tensor, layout: PackedLayout, rotation: Rotation, heads: int) -> Tensor:
+        """See :class:`Operations`."""
+        return layers.rotate(self.norm_heads(q, weight, heads), (rotation[0], rotation[1]))
+
+    def norm_heads(self, k: Tensor, weight: Tensor, heads: int) -> Tensor:
+        """See :class:`Operations`."""
+        return layers.rms_norm(k, weight).unflatten(-1, (heads, -1))
+
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+        """One batched call per run of images of one size."""
+        return layers.self_attention(q, k, v, layout)
+
+    def text_tokens(self, text: Text) -> Text:
+        """Padded prompts as they came."""
+        return text
+
+    def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, text: TextTokens, layout: PackedLayout) -> Tensor:
+        """A padded text token's logits get -10000: ``k``, ``v [n, L, H, D]``."""
+        mask = text.mask if isinstance(text, Text) else None
+        bias = None if mask is None else (1 - mask.to(q.dtype)) * layers.PADDING_BIAS
+        return layers.cross_attention(q, k, v, bias, layout)
+
+    def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """See :class:`Operations`."""
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
