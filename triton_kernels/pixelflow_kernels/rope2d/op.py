@@ -1,7 +1,7 @@
 """The public functions: what they accept, which implementation runs, how gradients flow.
 
-Each call is one custom operation with a CPU implementation (``reference``) and a CUDA one (``kernels``, imported when
-it first runs: Triton is not installed everywhere).
+Each call is one custom operation with a CPU implementation (``reference``) and a CUDA one (``rotation``, ``forward``,
+``backward``, imported when they first run: Triton is not installed everywhere).
 """
 
 from __future__ import annotations
@@ -205,10 +205,10 @@ def _rope2d(x: Tensor, row: Tensor, column: Tensor, table: Tensor, conjugate: bo
 
 @_rope2d.register_kernel("cuda")
 def _launch_rope2d(x: Tensor, row: Tensor, column: Tensor, table: Tensor, conjugate: bool) -> Tensor:
-    from . import kernels
+    from .rotation import launch_rotate
 
     out = x.new_empty(x.shape)
-    kernels.launch_rotate(_dense(x.flatten(1)), row, column, table, out.flatten(1), x.shape[2], conjugate)
+    launch_rotate(_dense(x.flatten(1)), row, column, table, out.flatten(1), x.shape[2], conjugate)
     return out
 
 
@@ -265,11 +265,11 @@ def _launch_norm_rope2d(
     eps: float,
     rotate_k: bool,
 ) -> tuple[Tensor, Tensor]:
-    from . import kernels
+    from .forward import launch_forward
 
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     head_dim = q.shape[1] // num_heads
-    kernels.launch_forward(q, k, q_weight, k_weight, row, column, table, q_out, k_out, head_dim, eps, rotate_k)
+    launch_forward(q, k, q_weight, k_weight, row, column, table, q_out, k_out, head_dim, eps, rotate_k)
     return q_out.unflatten(-1, (num_heads, -1)), k_out.unflatten(-1, (num_heads, -1))
 
 
@@ -327,10 +327,10 @@ def _launch_norm_rope2d_backward(
     eps: float,
     rotate_k: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from . import kernels
+    from .backward import launch_backward
 
     grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)
-    grad_q_weight, grad_k_weight = kernels.launch_backward(
+    grad_q_weight, grad_k_weight = launch_backward(
         _dense(grad_q_out.flatten(1)),
         _dense(grad_k_out.flatten(1)),
         q,
