@@ -31,6 +31,9 @@ SOURCE_ROOTS = {
 FLOORS = {package: floor for floor, package in enumerate(SOURCE_ROOTS)}
 REFERENCE = "pixelflow_engine.reference"
 
+# A module of an operation that computes by other means than plain PyTorch.
+FAST = re.compile(r"\.(\w*kernels|forward|backward|rotation|blocks|tiles|normals|pairs|flash|sdpa)$")
+
 # Slow to import or often absent: the two lower floors import them inside functions only.
 HEAVY = {
     "diffusers", "flash_attn", "matplotlib", "scipy", "sklearn", "torchdiffeq", "torchvision", "transformers",
@@ -90,8 +93,7 @@ def import_complaint(module: str, name: str, deferred: bool) -> str | None:
         allowed = {"torch", "triton", "numpy", "flash_attn", own}
         if not standard and root not in allowed:
             return "floor 0 stands on torch, triton and numpy alone"
-        backend = module.rpartition(".")[2] in {"kernels", "forward", "backward", "flash"}
-        if backend and root == own and "reference" in name.split("."):
+        if FAST.search(module) and root == own and "reference" in name.split("."):
             return "a fast backend never imports the reference"
     if within(module, REFERENCE):
         if not standard and root != "torch" and not within(name, REFERENCE):
@@ -141,6 +143,7 @@ def test_floors_sees_the_sources() -> None:
         ("pixelflow_training.loop", "import pixelflow_benchmarks.timing as t", "higher floor"),
         ("pixelflow_kernels.packing", "import yaml", "torch, triton and numpy alone"),
         ("pixelflow_kernels.ode_step.kernels", "from .reference import euler", "never imports the reference"),
+        ("pixelflow_kernels.ode_step.norm_kernels", "from . import reference", "never imports the reference"),
         ("pixelflow_kernels.attention.flash", "from flash_attn import flash_attn_func", "only functions"),
         ("pixelflow_engine.hub", "try:\n    import diffusers\nexcept ImportError: ...", "only functions"),
         ("pixelflow_engine.reference.model", "import numpy", "stands on torch alone"),

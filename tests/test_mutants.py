@@ -29,8 +29,8 @@ def test_every_mutant_changes_what_is_there(tmp_path: Path) -> None:
 
 def test_a_mutant_that_is_out_of_date_is_refused(tmp_path: Path) -> None:
     shutil.copytree(KERNELS / "pixelflow_kernels" / "rope2d", tmp_path / "rope2d")
-    stale = Mutant("rope2d: stale", "rope2d/kernels.py", "no such text", "", ())
-    with pytest.raises(ValueError, match=r"got 0 times 'no such text' in rope2d/kernels\.py, expected 1"):
+    stale = Mutant("rope2d: stale", "rope2d/forward.py", "no such text", "", ())
+    with pytest.raises(ValueError, match=r"got 0 times 'no such text' in rope2d/forward\.py, expected 1"):
         stale.apply(tmp_path)
 
 

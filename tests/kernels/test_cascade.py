@@ -19,7 +19,7 @@ from pixelflow_engine.config import SchedulerConfig
 from pixelflow_engine.layers import patchify
 from pixelflow_engine.noise import CounterNoise
 from pixelflow_engine.reference import make_stages, training_pair
-from pixelflow_kernels import PackedLayout
+from pixelflow_kernels import PackedLayout, checks
 from pixelflow_kernels.cascade import (
     initial_normals,
     law,
@@ -217,7 +217,7 @@ def small_pack(draw: bool, uint8: bool = True) -> cascade.Pack:
 def test_opcheck() -> None:
     x, noise, seeds = torch.randn(2, 3, 2, 4), torch.randn(2, 3, 4, 8), seed_tensor([1, 2**64 - 1])
     torch.library.opcheck(op._initial_normals, (seeds, 3, 4, 6))
-    for dtype in op.DTYPES:
+    for dtype in checks.DTYPES:
         torch.library.opcheck(op._renoise, (x.to(dtype), noise, None, 0, ALPHA, BETA))
         torch.library.opcheck(op._renoise, (x.to(dtype), None, seeds, 1, ALPHA, BETA))
     across = torch.randn(2, 3, 4, 2).transpose(2, 3)

@@ -24,15 +24,16 @@ from pixelflow_kernels.ode_step import (
     RUNNING,
     UNDERFLOW,
     Adaptive,
-    adaptive,
     attempt_,
     begin_attempt_,
     control,
+    control_kernels,
     end_attempt_,
     error_norm_,
     euler_step,
     euler_step_,
     first_slope_,
+    norms,
     op,
     slope_change,
     stage_state_,
@@ -186,7 +187,7 @@ def test_controller_agrees_with_one_image_at_a_time(data: st.DataObject) -> None
 
 def test_statuses_are_the_same_in_the_kernels() -> None:
     names = ("RUNNING", "ARRIVED", "MAX_ATTEMPTS", "UNDERFLOW", "NONFINITE")
-    assert [getattr(control, n).value for n in names] == [RUNNING, ARRIVED, MAX_ATTEMPTS, UNDERFLOW, NONFINITE]
+    assert [getattr(control_kernels, n).value for n in names] == [RUNNING, ARRIVED, MAX_ATTEMPTS, UNDERFLOW, NONFINITE]
 
 
 def test_accepted_images_move_and_the_others_do_not() -> None:
@@ -367,15 +368,15 @@ def test_opcheck() -> None:
         check(op._euler_step_in_place, (x.clone(), velocity, h, weight, 2))
         check(op._stage_state, (torch.empty_like(x), slopes.clone(), x, h, [0.5, 0.0, 1.5], velocity, weight, 2))
         rows = (list(DOPRI5.coupling[6]), list(DOPRI5.error))
-        check(adaptive._error_norm, (slopes.clone(), x, h, *rows, tol, velocity, weight, True))
-        check(adaptive._first_slope, (torch.empty_like(x), x, velocity, tol, weight, 2, False))
-        check(adaptive._slope_change, (slopes[0], x, velocity, tol, weight, 2, False))
+        check(norms._error_norm, (slopes.clone(), x, h, *rows, tol, velocity, weight, True))
+        check(norms._first_slope, (torch.empty_like(x), x, velocity, tol, weight, 2, False))
+        check(norms._slope_change, (slopes[0], x, velocity, tol, weight, 2, False))
     check(op._stage_state, (torch.empty_like(x), slopes.clone(), x, h, [0.5], None, None, 2))
     tau, status, counts, accept, times = h.clone(), o["status"], o["counts"], o["accept"], o["times"]
-    check(adaptive._begin_attempt, (h.clone(), times, tau, h, status, list(DOPRI5.nodes)))
+    check(control._begin_attempt, (h.clone(), times, tau, h, status, list(DOPRI5.nodes)))
     updated = (tau, h.clone(), status, counts, counts.clone(), accept)
-    check(adaptive._end_attempt, (*updated, h, times, ode.numbers(2, 9), 5, 100))
-    check(adaptive._take_accepted, (x.clone(), slopes.clone(), slopes[3].clone(), accept))
+    check(control._end_attempt, (*updated, h, times, ode.numbers(2, 9), 5, 100))
+    check(control._take_accepted, (x.clone(), slopes.clone(), slopes[3].clone(), accept))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])

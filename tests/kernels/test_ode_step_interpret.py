@@ -22,8 +22,9 @@ from pixelflow_kernels.ode_step import (
     RUNNING,
     UNDERFLOW,
     Adaptive,
-    adaptive,
     attempt_,
+    control,
+    norms,
     op,
     reference,
     start_,
@@ -46,10 +47,10 @@ MILLION = {"BLOCK": 1 << 20}
 @pytest.fixture(params=[False, True], ids=["", "apart"])
 def apart(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of keeping products from being fused."""
-    from pixelflow_kernels.ode_step import kernels
+    from pixelflow_kernels.ode_step import blocks
 
     if request.param:
-        monkeypatch.setattr(kernels, "arch_of", lambda device: 100)
+        monkeypatch.setattr(blocks, "arch_of", lambda device: 100)
 
 
 def halves(velocity: Tensor, guidance: Tensor | None) -> Tensor:
@@ -198,7 +199,7 @@ def test_only_accepted_images_move(data: st.DataObject) -> None:
 @given(data=st.data())
 def test_norms(data: st.DataObject) -> None:
     """The error's, and those that the first step needs; slopes are stored on the way, to the bit."""
-    from pixelflow_kernels.ode_step import kernels
+    from pixelflow_kernels.ode_step import norm_kernels
 
     dtype, seed = data.draw(packs.interpreted_types()), data.draw(packs.seeds())
     images, width = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 12, 16]))
@@ -218,7 +219,7 @@ def test_norms(data: st.DataObject) -> None:
         before[6] = slope
     buffer, out = poisoned_like(step, dense=True)
     tableau = (DOPRI5.coupling[6], DOPRI5.error)
-    kernels.launch_error(
+    norm_kernels.launch_error(
         x, slopes, step, *tableau, tolerance, taken if fresh else None, guidance if fresh else None, out, batch_wide,
         config=SMALL,
     )  # fmt: skip
@@ -231,7 +232,7 @@ def test_norms(data: st.DataObject) -> None:
     scale = atol + rtol * x.double().abs().view(images, -1).numpy()
     v, first = (y.double().view(images, -1).numpy() for y in (slope, slopes[1]))
     (buffer, out), (slope_buffer, stored) = (poisoned_like(y, dense=True) for y in (step.expand(2, -1), x))
-    kernels.launch_start(x, stored, taken, guidance, tolerance, out, False, batch_wide, config=SMALL)
+    norm_kernels.launch_start(x, stored, taken, guidance, tolerance, out, False, batch_wide, config=SMALL)
     assert_filled(buffer, out)
     assert_filled(slope_buffer, stored)
     assert_same_bits(stored, slope, "slope")
@@ -240,7 +241,7 @@ def test_norms(data: st.DataObject) -> None:
         ode.assert_norms(a, b, ode.rms64(y, scale, batch_wide), dtype)
 
     (buffer, out), kept = poisoned_like(step[None], dense=True), slopes[1].clone()
-    kernels.launch_start(x, slopes[1], taken, guidance, tolerance, out, True, batch_wide, config=SMALL)
+    norm_kernels.launch_start(x, slopes[1], taken, guidance, tolerance, out, True, batch_wide, config=SMALL)
     assert_filled(buffer, out)
     assert_same_bits(slopes[1], kept, "slope")
     plain = reference.start_norms(x, slopes[1], slope, tolerance, images, batch_wide)
@@ -249,7 +250,7 @@ def test_norms(data: st.DataObject) -> None:
 
 def test_an_image_beside_others_has_the_norm_that_it_has_alone() -> None:
     """Level C: with as many blocks and chunks of partial sums as a large image has; not so batch-wide."""
-    from pixelflow_kernels.ode_step import kernels
+    from pixelflow_kernels.ode_step import norm_kernels
 
     x, slopes, step = ode.normal(3, 1001), ode.normal(7, 3, 1001, seed=1), ode.numbers(3)
     tableau = (DOPRI5.coupling[6], DOPRI5.error)
@@ -257,7 +258,7 @@ def test_an_image_beside_others_has_the_norm_that_it_has_alone() -> None:
     def norm(images: slice, batch_wide: bool) -> Tensor:
         some, out = slopes[:, images].contiguous(), step[images].clone()
         arguments = (x[images], some, step[images], *tableau, ode.tolerance(), None, None, out, batch_wide)
-        kernels.launch_error(*arguments, config={"BLOCK": 256})
+        norm_kernels.launch_error(*arguments, config={"BLOCK": 256})
         return out
 
     together = norm(slice(0, 3), False)
@@ -271,11 +272,11 @@ def test_an_image_beside_others_has_the_norm_that_it_has_alone() -> None:
 @pytest.mark.parametrize("blocks", [1, 3, 4, 9])
 @pytest.mark.parametrize("batch_wide", [False, True])
 def test_partial_sums_are_all_added(blocks: int, batch_wide: bool) -> None:
-    from pixelflow_kernels.ode_step import kernels
+    from pixelflow_kernels.ode_step import norm_kernels
 
     partial = 2.0 ** torch.arange(2 * 3 * blocks, dtype=F64).view(2, 3, blocks)
     buffer, out = poisoned_like(partial[..., 0], dense=True)
-    kernels.launch_finish(partial, 7, out, batch_wide, config={"BLOCK": 4})
+    norm_kernels.launch_finish(partial, 7, out, batch_wide, config={"BLOCK": 4})
     assert_filled(buffer, out)
     expected = (
         partial.sum((1, 2), keepdim=True).expand(2, 3, 1) / 21 if batch_wide else partial.sum(2, keepdim=True) / 7
@@ -285,23 +286,23 @@ def test_partial_sums_are_all_added(blocks: int, batch_wide: bool) -> None:
 
 def test_zero_tolerances_at_zero_states_and_nan() -> None:
     """Lanes beyond the image divide 0 by 0 when atol is 0, and must not show; a NaN in the solution must."""
-    from pixelflow_kernels.ode_step import kernels
+    from pixelflow_kernels.ode_step import norm_kernels
 
     x, slopes, step = 1 + ode.numbers(2)[:, None].expand(2, 5).float().contiguous(), ode.normal(7, 2, 5), ode.numbers(2)
     relative, tableau = torch.tensor([1e-3, 0.0], dtype=F64), (DOPRI5.coupling[6], DOPRI5.error)
     out = torch.empty(2, dtype=F64)
-    kernels.launch_error(x, slopes, step, *tableau, relative, None, None, out, False, config=SMALL)
+    norm_kernels.launch_error(x, slopes, step, *tableau, relative, None, None, out, False, config=SMALL)
     plain = reference.error_norm(x, slopes, step, *tableau, relative, False)
     torch.testing.assert_close(out, plain, rtol=1e-6, atol=0)
     norms = torch.empty(2, 2, dtype=F64)
-    kernels.launch_start(x, torch.empty_like(x), x, None, relative, norms, False, False, config=SMALL)
+    norm_kernels.launch_start(x, torch.empty_like(x), x, None, relative, norms, False, False, config=SMALL)
     assert norms.isfinite().all()
     x[1, 2] = torch.nan
-    kernels.launch_error(x, slopes, step, *tableau, relative, None, None, out, False, config=SMALL)
+    norm_kernels.launch_error(x, slopes, step, *tableau, relative, None, None, out, False, config=SMALL)
     assert out.isnan().tolist() == [False, True]
     # Where only the solution is broken, and not the error.
     slopes[0, 0, 3] = torch.nan
-    kernels.launch_error(
+    norm_kernels.launch_error(
         x[:1],
         slopes[:2, :1].contiguous(),
         step[:1],
@@ -326,7 +327,7 @@ RATIOS = [0.0, 1e-300, 1e-9, 0.3, 1 - 2.0**-53, 1.0, 1 + 2.0**-52, 1.5, 1e5, 1e3
 @given(data=st.data())
 def test_controller(data: st.DataObject) -> None:
     """Bits of the plain controller, but for the next step, whose root is taken otherwise: 1e-14."""
-    from pixelflow_kernels.ode_step import control
+    from pixelflow_kernels.ode_step import control_kernels
 
     images = data.draw(st.integers(0, 6))
 
@@ -347,7 +348,7 @@ def test_controller(data: st.DataObject) -> None:
     limit, block = data.draw(st.integers(1, 12)), {"BLOCK": 4}
     tau, step, status, accepted, rejected = (y for _, y in state)
     (h_buffer, h), (times_buffer, times) = (poisoned_like(y, dense=True) for y in (tau, tau.expand(7, images)))
-    control.launch_begin(tau, step, status, DOPRI5.nodes, h, times, config=block)
+    control_kernels.launch_begin(tau, step, status, DOPRI5.nodes, h, times, config=block)
     for buffer, out, expected in zip(
         (h_buffer, times_buffer), (h, times), reference.begin_attempt(tau, step, status, DOPRI5.nodes), strict=True
     ):
@@ -359,7 +360,7 @@ def test_controller(data: st.DataObject) -> None:
     accept_bytes[:images] = 0
     accept = accept_bytes[:images].view(torch.bool)
     factors = (reference.SAFETY, reference.SMALLEST_FACTOR, reference.LARGEST_FACTOR)
-    control.launch_end(
+    control_kernels.launch_end(
         tau, step, status, accepted, rejected, accept, h, times[-1], ratio, 5, limit, factors, config=block
     )
     for i, ((buffer, out), expected) in enumerate(zip(state, expected_state, strict=False)):
@@ -435,13 +436,13 @@ def test_an_image_integrates_beside_others_as_it_does_alone(kernels_run: None) -
 
 def test_every_implementation_for_cuda_runs() -> None:
     """With the frozen configurations, odd shapes and no images at all."""
-    pairs: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
-        (getattr(module, name), getattr(module, name.removeprefix("_launch")))
-        for module in (op, adaptive)
+    implementations: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        (plain := name.removeprefix("_launch")): (getattr(module, plain), getattr(module, name))
+        for module in (op, norms, control)
         for name in dir(module)
         if name.startswith("_launch_")
-    ]
-    assert len(pairs) == 9
+    }
+    assert len(implementations) == 9
     for images in (0, 1, 2):
         for plain_or_kernel in (0, 1):
             results = []
@@ -469,9 +470,7 @@ def test_every_implementation_for_cuda_runs() -> None:
                 "_euler_step_in_place": (o["x"], o["velocity"], o["step"], w, images),
             }
             for name, values in arguments.items():
-                call = getattr(op, name, None) or getattr(adaptive, name)
-                kernel = getattr(op, "_launch" + name, None) or getattr(adaptive, "_launch" + name)
-                results.append((kernel if plain_or_kernel else call)(*values))
+                results.append(implementations[name][plain_or_kernel](*values))
             results += [out, slope, o["slopes"], h, times, tau, o["step"], status, counts, accept, o["x"]]
             if plain_or_kernel == 0:
                 expected = results

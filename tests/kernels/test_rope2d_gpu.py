@@ -44,7 +44,7 @@ def places(layout: PackedLayout, dim: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 def check_rotation(grids: list[tuple[int, int]], heads: int, dim: int, dtype: torch.dtype, seed: int) -> int:
     """Both ways; returns the number of values compared."""
-    from pixelflow_kernels.rope2d import kernels
+    from pixelflow_kernels.rope2d.rotation import launch_rotate
 
     layout = PackedLayout.from_grids(grids, device="cuda")
     generator = torch.Generator("cuda").manual_seed(seed)
@@ -54,7 +54,7 @@ def check_rotation(grids: list[tuple[int, int]], heads: int, dim: int, dtype: to
         expected = reference.rotate(x.unflatten(-1, (heads, dim)), *at, conjugate)
         assert_same_bits(op._rope2d(x.unflatten(-1, (heads, dim)), *at, conjugate), expected)
         buffer, out = poisoned_like(x)
-        kernels.launch_rotate(x, *at, out, dim, conjugate)
+        launch_rotate(x, *at, out, dim, conjugate)
         assert_filled(buffer, out)
         assert_same_bits(out, expected.flatten(1))
     return 2 * x.numel()
@@ -91,7 +91,7 @@ def check_norm(
     grids: list[tuple[int, int]], heads: int, dim: int, dtype: torch.dtype, text: int | None, std: float, seed: int
 ) -> None:
     """Forward and backward against the CPU's float64; the same bits twice, and into strided outputs."""
-    from pixelflow_kernels.rope2d import kernels
+    from pixelflow_kernels.rope2d.forward import launch_forward
 
     width, rotate_k = heads * dim, text is None
     layout, on_cpu = PackedLayout.from_grids(grids, device="cuda"), PackedLayout.from_grids(grids)
@@ -117,7 +117,7 @@ def check_norm(
         assert_same_bits(a, b, name)
         assert_level_d(a.cpu(), c, d, name)
     outputs = [poisoned_like(x) for x in there[:2]]
-    kernels.launch_forward(*there, *at, outputs[0].out, outputs[1].out, dim, EPS, rotate_k)
+    launch_forward(*there, *at, outputs[0].out, outputs[1].out, dim, EPS, rotate_k)
     for (buffer, out), a in zip(outputs, got[:2], strict=True):
         assert_filled(buffer, out)
         assert_same_bits(out, a.flatten(1), "strided output")
@@ -143,17 +143,18 @@ def test_sixteen_thousand_tokens(dtype: torch.dtype, text: int | None) -> None:
 @pytest.mark.parametrize("dtype", TYPES)
 def test_tokens_at_odd_addresses(dtype: torch.dtype) -> None:
     """Nothing is known to be a multiple of 16 bytes."""
-    from pixelflow_kernels.rope2d import kernels
+    from pixelflow_kernels.rope2d.forward import launch_forward
+    from pixelflow_kernels.rope2d.rotation import launch_rotate
 
     layout = PackedLayout.from_grids([(7, 9), (1, 1)], device="cuda")
     buffer = rope.fused_qkv(64, 1152 + 1, dtype, 1.0)[0].cuda()
     x, at = buffer[:, 1:], places(layout, 72, dtype)
     out = torch.empty_like(buffer)[:, 1:]
-    kernels.launch_rotate(x, *at, out, 72, False)
+    launch_rotate(x, *at, out, 72, False)
     assert_same_bits(out, reference.rotate(x.unflatten(-1, (16, 72)), *at).flatten(1))
     weights = [w.cuda() for w in rope.weights(1153, rope.high_type(dtype))]
     outputs = torch.empty_like(buffer)[:, 1:], torch.empty_like(buffer)[:, 1:]
-    kernels.launch_forward(x, x, *(w[1:] for w in weights), *at, *outputs, 72, EPS, True)
+    launch_forward(x, x, *(w[1:] for w in weights), *at, *outputs, 72, EPS, True)
     aligned = op._norm_rope2d(x.contiguous(), x.contiguous(), *(w[1:].clone() for w in weights), *at, 16, EPS, True)
     for name, a, b, w in zip(("q", "k"), outputs, aligned, weights, strict=True):
         truth = rope.norm_and_turn(

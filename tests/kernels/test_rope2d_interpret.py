@@ -52,12 +52,12 @@ def places(layout: PackedLayout, dim: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def check_rotation(x: Tensor, layout: PackedLayout, dim: int, conjugate: bool) -> None:
-    from pixelflow_kernels.rope2d import kernels
+    from pixelflow_kernels.rope2d.rotation import launch_rotate
 
     at = places(layout, dim, x.dtype)
     expected = reference.rotate(x.unflatten(-1, (-1, dim)), *at, conjugate).flatten(1)
     buffer, out = poisoned_like(x)
-    kernels.launch_rotate(x, *at, out, dim, conjugate)
+    launch_rotate(x, *at, out, dim, conjugate)
     assert_filled(buffer, out)
     assert_same_bits(out, expected)
 
@@ -102,13 +102,13 @@ def operands(
 
 
 def check_forward(tensors: list[Tensor], layout: PackedLayout, heads: int, rotate_k: bool) -> None:
-    from pixelflow_kernels.rope2d import kernels
+    from pixelflow_kernels.rope2d.forward import launch_forward
 
     q, k = tensors[:2]
     dim = q.shape[1] // heads
     at = places(layout, dim, q.dtype)
     outputs = [poisoned_like(x) for x in (q, k)]
-    kernels.launch_forward(*tensors, *at, outputs[0].out, outputs[1].out, dim, EPS, rotate_k)
+    launch_forward(*tensors, *at, outputs[0].out, outputs[1].out, dim, EPS, rotate_k)
     plain = op._norm_rope2d(*tensors, *at, heads, EPS, rotate_k)
     truth = rope.norm_and_turn(tensors, layout, heads, rotate_k)
     for name, (buffer, out), a, b in zip(("q", "k"), outputs, plain, truth, strict=True):
@@ -119,13 +119,13 @@ def check_forward(tensors: list[Tensor], layout: PackedLayout, heads: int, rotat
 def check_backward(
     tensors: list[Tensor], grads: list[Tensor], layout: PackedLayout, heads: int, rotate_k: bool
 ) -> None:
-    from pixelflow_kernels.rope2d import kernels
+    from pixelflow_kernels.rope2d.backward import launch_backward
 
     q, k = tensors[:2]
     dim = q.shape[1] // heads
     at = places(layout, dim, q.dtype)
     outputs = [poisoned_like(x) for x in (q, k)]
-    of_weights = kernels.launch_backward(*grads, *tensors, *at, outputs[0].out, outputs[1].out, dim, EPS, rotate_k)
+    of_weights = launch_backward(*grads, *tensors, *at, outputs[0].out, outputs[1].out, dim, EPS, rotate_k)
     by_heads = [g.unflatten(-1, (heads, dim)) for g in grads]
     plain = op._norm_rope2d_backward(*by_heads, *tensors, *at, EPS, rotate_k)
     truth = rope.gradients(by_heads, tensors, layout, heads, rotate_k)
@@ -169,19 +169,19 @@ def test_backward_on_ragged_packs(
     partials: int,
 ) -> None:
     """Few partial sums make programs with several tokens, and a last program with fewer."""
-    from pixelflow_kernels.rope2d import kernels
+    from pixelflow_kernels.rope2d import backward
 
     layout = PackedLayout.from_grids(grids)
     tensors, grads = operands(layout, text, heads * dim, dtype, std, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "MAX_PARTIALS", partials)
+        patch.setattr(backward, "MAX_PARTIALS", partials)
         check_backward(tensors, grads, layout, heads, rotate_k=text is None)
 
 
 def test_corner_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pixelflow_kernels.rope2d import kernels
+    from pixelflow_kernels.rope2d import backward
 
-    monkeypatch.setattr(kernels, "MAX_PARTIALS", 50)
+    monkeypatch.setattr(backward, "MAX_PARTIALS", 50)
     layout = PackedLayout.from_grids([(1, 1), (7, 9), (8, 8), (5, 13)])
     tensors, grads = operands(layout, 0, 24, torch.float32, 1.0, 3)
     check_forward(tensors, layout, 3, rotate_k=False)
@@ -207,9 +207,9 @@ def test_one_pass_rounds_where_two_would() -> None:
 
 
 def test_weight_gradients_have_the_same_bits_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pixelflow_kernels.rope2d import kernels
+    from pixelflow_kernels.rope2d import backward
 
-    monkeypatch.setattr(kernels, "MAX_PARTIALS", 16)
+    monkeypatch.setattr(backward, "MAX_PARTIALS", 16)
     layout = PackedLayout.from_grids([(5, 7)])
     tensors, (grad, _) = operands(layout, None, 24, torch.float32, 1.0, 4)
     grad = grad.unflatten(-1, (3, 8))

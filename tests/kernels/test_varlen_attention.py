@@ -12,7 +12,7 @@ from hypothesis import given
 from torch import Tensor
 
 from pixelflow_engine import layers
-from pixelflow_kernels import PackedLayout
+from pixelflow_kernels import PackedLayout, checks
 from pixelflow_kernels.varlen_attention import BackendUnavailableError, backends, flash, op, varlen_attention
 from support import attention, packs
 from support.attention import Pack, pack
@@ -170,7 +170,7 @@ def test_why_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends.why_not("triton", CUDA, torch.bfloat16) is None
     assert backends.why_not("triton", CUDA, torch.float64) == "its kernels take no float64"
     assert "not torch.float32" in (backends.why_not("flash", CUDA, torch.float32) or "")
-    for dtype in op.DTYPES:
+    for dtype in checks.DTYPES:
         assert backends.why_not("torch", CPU, dtype) is None
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     assert backends.why_not("triton", CUDA, torch.bfloat16) == "the package triton is not installed"

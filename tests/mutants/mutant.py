@@ -30,7 +30,7 @@ class Mutant:
 
     Attributes:
         name: ``"op: what is wrong"``, unique.
-        file: relative to the package of kernels, ``"rope2d/kernels.py"``.
+        file: relative to the package of kernels, ``"rope2d/forward.py"``.
         before: text that occurs in the file ``times`` times.
         after: what takes its place, everywhere.
         tests: the tests that must notice, as pytest's arguments.

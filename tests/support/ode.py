@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pixelflow_engine import guidance as engine_guidance
 from pixelflow_engine.tableaus import DOPRI5
-from pixelflow_kernels.ode_step import ARRIVED, MAX_ATTEMPTS, NONFINITE, RUNNING, UNDERFLOW, adaptive, op
+from pixelflow_kernels.ode_step import ARRIVED, MAX_ATTEMPTS, NONFINITE, RUNNING, UNDERFLOW, control, norms, op
 
 F64 = torch.float64
 SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-42, -1e-42, 3e38, -3e38, 1.0, 2.0**-149)
@@ -95,7 +95,7 @@ class Field:
 def kernels_on_cpu() -> Iterator[None]:
     """Public functions run what they would run on CUDA: the kernels, under the interpreter."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (op, adaptive):
+        for module in (op, norms, control):
             for name in [n for n in dir(module) if n.startswith("_launch_")]:
                 patch.setattr(module, name.removeprefix("_launch"), getattr(module, name))
         yield

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from pixelflow_kernels.checks import check_device, check_dtype
 from pixelflow_kernels.packing import PackedLayout
 
 from . import reference
 from .law import MAX_STAGES
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 TOKEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -67,11 +67,10 @@ def upsample_renoise(x: Tensor, noise: Tensor, *, alpha: float, beta: float) -> 
     Source: arXiv 2504.07963, section 3.4.
     """
     twice = _check_state(x)
-    if noise.dtype not in DTYPES:
-        raise ValueError(f"noise: got {noise.dtype}, expected one of {', '.join(str(t) for t in DTYPES)}")
+    check_dtype("noise", noise.dtype)
     if tuple(noise.shape) != twice:
         raise ValueError(f"noise: got shape {tuple(noise.shape)}, expected {twice}: that of x, twice as high and wide")
-    _check_device("noise", noise, "x", x)
+    check_device("noise", noise, "x", x)
     return _renoise(x, noise, None, 0, alpha, beta)
 
 
@@ -164,20 +163,14 @@ def training_pairs(
         if noise.dtype != torch.float32 or tuple(noise.shape) != (layout.num_tokens, width):
             expected = f"torch.float32 ({layout.num_tokens}, {width})"
             raise ValueError(f"noise: got {noise.dtype} {tuple(noise.shape)}, expected {expected}")
-        _check_device("noise", noise, "images", images)
-    if token_dtype not in TOKEN_DTYPES:
-        raise ValueError(f"token_dtype: got {token_dtype}, expected one of {', '.join(str(t) for t in TOKEN_DTYPES)}")
+        check_device("noise", noise, "images", images)
+    check_dtype("token_dtype", token_dtype, TOKEN_DTYPES)
     return _training_pairs(
         images, index, flip, layout.cu_seqlens, spans, tau, seeds, noise, layout.num_tokens, patch_size, token_dtype
     )
 
 
 # --- validation --------------------------------------------------------------------------------------------
-
-
-def _check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if x.device != other.device:
-        raise ValueError(f"{name}: got device {x.device}, expected that of {other_name} ({other.device})")
 
 
 def _check_size(name: str, shape: tuple[int, ...]) -> None:
@@ -193,15 +186,14 @@ def _check_seeds(seeds: Tensor, x: Tensor | None) -> None:
         expected = "one dimension [B]" if x is None else f"({x.shape[0]},): one for each image of x"
         raise ValueError(f"seeds: got shape {tuple(seeds.shape)}, expected {expected}")
     if x is not None:
-        _check_device("seeds", seeds, "x", x)
+        check_device("seeds", seeds, "x", x)
 
 
 def _check_state(x: Tensor) -> tuple[int, ...]:
     """Check ``x``; return the shape of what it is upsampled to."""
     if x.ndim != 4 or min(x.shape[1:]) < 1:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, c, h, w] with positive c, h and w")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x: got {x.dtype}, expected one of {', '.join(str(t) for t in DTYPES)}")
+    check_dtype("x", x.dtype)
     batch, channels, height, width = x.shape
     _check_size("x", (channels, 2 * height, 2 * width))
     return batch, channels, 2 * height, 2 * width
@@ -212,7 +204,7 @@ def _check_vector(name: str, x: Tensor, length: int, dtypes: tuple[torch.dtype, 
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected ({length},): one for each image of the layout")
     if x.dtype not in dtypes:
         raise ValueError(f"{name}: got {x.dtype}, expected {' or '.join(str(t) for t in dtypes)}")
-    _check_device(name, x, "images", images)
+    check_device(name, x, "images", images)
 
 
 def _check_images(images: Tensor, layout: PackedLayout, spans: Tensor, patch_size: int) -> None:
@@ -226,10 +218,10 @@ def _check_images(images: Tensor, layout: PackedLayout, spans: Tensor, patch_siz
         raise ValueError(f"spans: got shape {tuple(spans.shape)}, expected [S, 2] with S from 1 to {MAX_STAGES}")
     if spans.dtype != torch.float64:
         raise ValueError(f"spans: got {spans.dtype}, expected torch.float64")
-    _check_device("spans", spans, "images", images)
+    check_device("spans", spans, "images", images)
     if patch_size < 1:
         raise ValueError(f"patch_size: got {patch_size}, expected 1 or more")
-    _check_device("layout", layout.cu_seqlens, "images", images)
+    check_device("layout", layout.cu_seqlens, "images", images)
     sizes = [(height >> d, width >> d) for d in range(spans.shape[0]) if height % (2 << d) == width % (2 << d) == 0]
     fitting = {(h // patch_size, w // patch_size) for h, w in sizes if h % patch_size == w % patch_size == 0}
     for i, grid in enumerate(layout.grids):

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from pixelflow_kernels.checks import check_dense, check_device, check_eps, check_num_tokens, check_weight
 from pixelflow_kernels.packing import PackedLayout
 
 from . import reference
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
 
 # --- public functions --------------------------------------------------------------------------------------
 
@@ -143,15 +141,12 @@ def add_rms_norm_modulate(
 def _check_tokens(x: Tensor, layout: PackedLayout, eps: float) -> None:
     if x.ndim != 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected two dimensions [T, C]")
-    _check_dense("x", x)
+    check_dense("x", x)
     if x.shape[1] == 0 or x.shape[1] % 8 != 0:
         raise ValueError(f"x: got width {x.shape[1]}, expected a positive multiple of 8")
-    if x.shape[0] != layout.num_tokens:
-        raise ValueError(f"x: got {x.shape[0]} tokens, expected the layout's {layout.num_tokens}")
-    if layout.image_index.device != x.device:
-        raise ValueError(f"layout: got device {layout.image_index.device}, expected that of x ({x.device})")
-    if not eps >= 0:
-        raise ValueError(f"eps: got {eps}, expected 0 or more")
+    check_num_tokens("x", x, layout)
+    check_device("layout", layout.image_index, "x", x)
+    check_eps(eps)
 
 
 def _check_beside(x: Tensor, y: Tensor) -> None:
@@ -159,15 +154,13 @@ def _check_beside(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"y: got shape {tuple(y.shape)}, expected that of x {tuple(x.shape)}")
     if y.dtype != x.dtype:
         raise ValueError(f"y: got {y.dtype}, expected the type of x ({x.dtype})")
-    _check_dense("y", y)
-    _check_device("y", y, x)
+    check_dense("y", y)
+    check_device("y", y, "x", x)
 
 
 def _check_weight(x: Tensor, weight: Tensor) -> None:
-    if tuple(weight.shape) != (x.shape[1],):
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected ({x.shape[1]},)")
-    _check_dense("weight", weight)
-    _check_device("weight", weight, x)
+    check_weight("weight", weight, x.shape[1])
+    check_device("weight", weight, "x", x)
 
 
 def _check_rows(x: Tensor, layout: PackedLayout, **rows: Tensor) -> None:
@@ -178,20 +171,8 @@ def _check_rows(x: Tensor, layout: PackedLayout, **rows: Tensor) -> None:
             raise ValueError(f"{name}: got shape {tuple(row.shape)}, expected {expected}")
         if row.dtype != high_type:
             raise ValueError(f"{name}: got {row.dtype}, expected {high_type} beside {x.dtype} tokens")
-        _check_dense(name, row)
-        _check_device(name, row, x)
-
-
-def _check_dense(name: str, x: Tensor) -> None:
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{name}: got {x.dtype}, expected one of {', '.join(str(t) for t in DTYPES)}")
-    if x.shape[0] > 0 and x.stride(-1) != 1:
-        raise ValueError(f"{name}: got channel stride {x.stride(-1)}, expected dense channels (1)")
-
-
-def _check_device(name: str, x: Tensor, beside: Tensor) -> None:
-    if x.device != beside.device:
-        raise ValueError(f"{name}: got device {x.device}, expected that of x ({beside.device})")
+        check_dense(name, row)
+        check_device(name, row, "x", x)
 
 
 # --- norm and modulation -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Steps of an ODE solver: guidance and Euler, Runge-Kutta stages, error norms, step-size control on the device."""
 
-from .adaptive import begin_attempt_, end_attempt_, error_norm_, first_slope_, slope_change, take_accepted_
+from .control import begin_attempt_, end_attempt_, take_accepted_
+from .norms import error_norm_, first_slope_, slope_change
 from .op import euler_step, euler_step_, stage_state_
 from .reference import ARRIVED, MAX_ATTEMPTS, NONFINITE, RUNNING, UNDERFLOW
 from .stepping import Adaptive, EmbeddedPair, attempt_, start_

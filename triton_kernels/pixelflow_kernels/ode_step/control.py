@@ -1,146 +1,47 @@
-"""The step-size controller on the device: which step to try, whether it was good, and which to try next.
+"""An attempt of an adaptive Runge-Kutta step: its step size and times, the verdict, and what is taken over.
 
-All of it is float64 arithmetic on a few numbers per image, written as the plain PyTorch solver writes it; only the root
-is ``exp(log)``. Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4.
+Each call is one custom operation with a plain implementation (``reference``) and a kernel (``control_kernels``; what
+moves whole states is in ``kernels``). None waits for the device.
 """
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from torch.library import custom_op
 
-from pixelflow_kernels.configs import arch_of, launch_config
+from . import checks, reference
 
-# What ``status`` says of an image; the values are those of the plain implementation, and a test compares them.
-RUNNING = tl.constexpr(0)
-ARRIVED = tl.constexpr(1)
-MAX_ATTEMPTS = tl.constexpr(2)
-UNDERFLOW = tl.constexpr(3)
-NONFINITE = tl.constexpr(4)
+# --- public functions --------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _begin_kernel(
-    tau_ptr,
-    step_ptr,
-    status_ptr,
-    h_ptr,
-    times_ptr,
-    images,
-    NODES: tl.constexpr,
-    COUNT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """``h = min(step, 1 - tau)``, 0 for an image that stands still, and the times ``[S, B]`` of the slopes."""
-    image = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = image < images
-    tau = tl.load(tau_ptr + image, mask=mask, other=1.0)
-    step = tl.load(step_ptr + image, mask=mask, other=0.0)
-    active = (tau < 1.0) & (tl.load(status_ptr + image, mask=mask, other=0) == RUNNING)
-    remaining = 1.0 - tau
-    # A step that is NaN stays NaN, as in torch.minimum; the norm of its error says so later.
-    h = tl.where(active, tl.minimum(step, remaining, propagate_nan=tl.PropagateNan.ALL), 0.0)
-    tl.store(h_ptr + image, h, mask=mask)
-    for i in tl.static_range(COUNT):
-        # Node 1 is exactly on the end of the stage.
-        time = tl.where(active & (step >= remaining), 1.0, tau + h) if NODES[i] == 1.0 else tau + NODES[i] * h
-        tl.store(times_ptr + i * images.to(tl.int64) + image, time, mask=mask)
+def begin_attempt_(h: Tensor, times: Tensor, tau: Tensor, step: Tensor, status: Tensor, nodes: Sequence[float]) -> None:
+    """The step that each image will try, cut to end at 1, and the times at which its slopes are taken. Level A.
+
+    An image that has arrived or failed gets ``h = 0`` and stands still in the batch.
+
+    Args:
+        h: ``[B]`` float64, filled.
+        times: ``[S, B]`` float64, filled; where ``h`` reaches the end, the times of nodes 1 are exactly 1.
+        tau: where each image is, ``[B]`` float64.
+        step: the step proposed, ``[B]`` float64.
+        status: ``[B]`` int32; only those RUNNING are moved.
+        nodes: of the tableau, ``S``, the last one 1.
+
+    Raises:
+        ValueError: a shape, type or device is not as said; the message names it.
+    """
+    images, device = tau.shape[0], tau.device
+    for name, y in (("tau", tau), ("h", h), ("step", step)):
+        checks.check_per_image(name, y, torch.float64, images, device)
+    checks.check_per_image("status", status, torch.int32, images, device)
+    _check_times(times, images, device, nodes)
+    _begin_attempt(h, times, tau, step, status, [float(c) for c in nodes])
 
 
-@triton.jit
-def _end_kernel(
-    tau_ptr,
-    step_ptr,
-    status_ptr,
-    accepted_ptr,
-    rejected_ptr,
-    accept_ptr,
-    h_ptr,
-    after_ptr,
-    ratio_ptr,
-    images,
-    max_attempts,
-    EXPONENT: tl.constexpr,
-    SAFETY: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    LARGEST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Accept or reject, count, and choose the next step."""
-    image = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = image < images
-    tau = tl.load(tau_ptr + image, mask=mask, other=1.0)
-    step = tl.load(step_ptr + image, mask=mask, other=0.0)
-    status = tl.load(status_ptr + image, mask=mask, other=0)
-    accepted = tl.load(accepted_ptr + image, mask=mask, other=0)
-    rejected = tl.load(rejected_ptr + image, mask=mask, other=0)
-    h = tl.load(h_ptr + image, mask=mask, other=0.0)
-    after = tl.load(after_ptr + image, mask=mask, other=1.0)
-    ratio = tl.load(ratio_ptr + image, mask=mask, other=1.0)
-
-    active = (tau < 1.0) & (status == RUNNING)
-    finite = ratio < float("inf")  # false of NaN; a norm is not negative
-    stuck = active & finite & (after <= tau)  # h vanishes beside tau
-    tried = active & finite & (after > tau)
-    accept = tried & (ratio <= 1.0)
-    accepted += accept.to(tl.int64)
-    rejected += (tried & (ratio > 1.0)).to(tl.int64)
-
-    positive = tl.where(finite & (ratio > 0.0), ratio, 1.0)  # the logarithm's argument
-    factor = SAFETY * tl.exp(EXPONENT * tl.log(positive))
-    # As arguments of a function numbers would be rounded to float32 first; as operands they are not.
-    one = tl.full([BLOCK], 1.0, tl.float64)
-    factor = tl.minimum(tl.maximum(factor, tl.where(ratio < 1.0, one, one * SMALLEST)), one * LARGEST)
-    factor = tl.where(ratio == 0.0, one * LARGEST, factor)
-
-    tau = tl.where(accept, after, tau)
-    status = tl.where(tried & (accepted + rejected >= max_attempts), MAX_ATTEMPTS, status)
-    status = tl.where(accept & (tau >= 1.0), ARRIVED, status)
-    status = tl.where(stuck, UNDERFLOW, status)
-    status = tl.where(active & (finite == 0), NONFINITE, status)
-    tl.store(tau_ptr + image, tau, mask=mask)
-    tl.store(step_ptr + image, tl.where(tried, h * factor, step), mask=mask)
-    tl.store(status_ptr + image, status, mask=mask)
-    tl.store(accepted_ptr + image, accepted, mask=mask)
-    tl.store(rejected_ptr + image, rejected, mask=mask)
-    tl.store(accept_ptr + image, accept.to(tl.int8), mask=mask)
-
-
-def launch_begin(
-    tau: Tensor,
-    step: Tensor,
-    status: Tensor,
-    nodes: Sequence[float],
-    h: Tensor,
-    times: Tensor,
-    config: Mapping[str, int] | None = None,
-) -> None:
-    """Fill ``h [B]`` and ``times [S, B]``."""
-    images = tau.shape[0]
-    if images == 0:
-        return
-    config = launch_config("ode_step.control", "any", arch_of(tau.device)) if config is None else config
-    with torch.cuda.device_of(tau):
-        _begin_kernel[(triton.cdiv(images, config["BLOCK"]),)](
-            tau_ptr=tau,
-            step_ptr=step,
-            status_ptr=status,
-            h_ptr=h,
-            times_ptr=times,
-            images=images,
-            NODES=tuple(nodes),
-            COUNT=len(nodes),
-            enable_fp_fusion=False,  # level A
-            **config,
-        )
-
-
-def launch_end(
+def end_attempt_(
     tau: Tensor,
     step: Tensor,
     status: Tensor,
@@ -148,36 +49,183 @@ def launch_end(
     rejected: Tensor,
     accept: Tensor,
     h: Tensor,
-    after: Tensor,
+    times: Tensor,
+    ratio: Tensor,
+    *,
+    order: int,
+    max_attempts: int,
+) -> None:
+    """Accept or reject the attempt of each image that is under way, count it, and choose the next step.
+
+    Accepted where ``ratio <= 1``. The next step is ``h clamp(0.9 ratio^(-1/order), 0.2, 10)``, never less than ``h``
+    where ``ratio < 1``. An image stops with the status ARRIVED (``tau = 1``), MAX_ATTEMPTS, UNDERFLOW (``tau + h`` is
+    ``tau``) or NONFINITE (so is the ratio); the attempts that found the latter two are not counted.
+
+    Args:
+        tau, step: ``[B]`` float64, updated.
+        status: ``[B]`` int32, updated.
+        accepted, rejected: ``[B]`` int64, updated.
+        accept: ``[B]`` bool, filled: this attempt was accepted.
+        h, times: as filled by :func:`begin_attempt_`.
+        ratio: the error's norm, ``[B]`` float64.
+        order: of the solution.
+        max_attempts: accepted and rejected ones together.
+
+    Raises:
+        ValueError: a shape, type or device is not as said; the message names it.
+
+    Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, equation II.4.13.
+    """
+    images, device = tau.shape[0], tau.device
+    for name, y in (("tau", tau), ("step", step), ("h", h), ("ratio", ratio)):
+        checks.check_per_image(name, y, torch.float64, images, device)
+    for name, y in (("accepted", accepted), ("rejected", rejected)):
+        checks.check_per_image(name, y, torch.int64, images, device)
+    checks.check_per_image("status", status, torch.int32, images, device)
+    checks.check_per_image("accept", accept, torch.bool, images, device)
+    _check_times(times, images, device, None)
+    if order < 1:
+        raise ValueError(f"order: got {order}, expected 1 or more")
+    if max_attempts < 1:
+        raise ValueError(f"max_attempts: got {max_attempts}, expected 1 or more")
+    _end_attempt(tau, step, status, accepted, rejected, accept, h, times, ratio, order, max_attempts)
+
+
+def take_accepted_(x: Tensor, slopes: Tensor, solution: Tensor, accept: Tensor) -> None:
+    """Where ``accept``, the solution becomes the state, and the last slope the first (FSAL); bits are copied.
+
+    Args:
+        x: ``B`` images in float32 or float64, contiguous, of any shape; updated.
+        slopes: ``[S, *x.shape]``, contiguous; the first is updated.
+        solution: like ``x``.
+        accept: ``[B]`` bool.
+
+    Raises:
+        ValueError: a shape, type, device or stride is not as said; the message names it.
+    """
+    checks.check_state(x)
+    checks.check_slopes(slopes, x, 1)
+    checks.check_like("solution", solution, x)
+    checks.check_numbers("accept", accept, (torch.bool,), x.device)
+    checks.check_images(x, accept.shape[0], "accept")
+    _take_accepted(x, slopes, solution, accept)
+
+
+def _check_times(times: Tensor, images: int, device: torch.device, nodes: Sequence[float] | None) -> None:
+    if nodes is not None and (len(nodes) < 2 or nodes[-1] != 1):
+        raise ValueError(f"nodes: got {tuple(nodes)}, expected two or more that end with 1")
+    stages = times.shape[0] if nodes is None else len(nodes)
+    if times.ndim != 2 or tuple(times.shape) != (stages, images) or stages == 0:
+        raise ValueError(f"times: got shape {tuple(times.shape)}, expected one row of {images} per slope")
+    if times.dtype != torch.float64:
+        raise ValueError(f"times: got {times.dtype}, expected torch.float64")
+    checks.check_device("times", times, device)
+    checks.check_contiguous("times", times)
+
+
+# --- operations --------------------------------------------------------------------------------------------
+
+
+@custom_op("pixelflow::begin_attempt", mutates_args=("h", "times"), device_types="cpu")
+def _begin_attempt(h: Tensor, times: Tensor, tau: Tensor, step: Tensor, status: Tensor, nodes: Sequence[float]) -> None:
+    for out, y in zip((h, times), reference.begin_attempt(tau, step, status, nodes), strict=True):
+        out.copy_(y)
+
+
+@_begin_attempt.register_kernel("cuda")
+def _launch_begin_attempt(
+    h: Tensor, times: Tensor, tau: Tensor, step: Tensor, status: Tensor, nodes: Sequence[float]
+) -> None:
+    from . import control_kernels
+
+    control_kernels.launch_begin(tau, step, status, nodes, h, times)
+
+
+@_begin_attempt.register_fake
+def _fake_begin_attempt(
+    h: Tensor, times: Tensor, tau: Tensor, step: Tensor, status: Tensor, nodes: Sequence[float]
+) -> None:
+    return None
+
+
+_CONTROLLED = ("tau", "step", "status", "accepted", "rejected", "accept")
+
+
+@custom_op("pixelflow::end_attempt", mutates_args=_CONTROLLED, device_types="cpu")
+def _end_attempt(
+    tau: Tensor,
+    step: Tensor,
+    status: Tensor,
+    accepted: Tensor,
+    rejected: Tensor,
+    accept: Tensor,
+    h: Tensor,
+    times: Tensor,
     ratio: Tensor,
     order: int,
     max_attempts: int,
-    factors: tuple[float, float, float],
-    config: Mapping[str, int] | None = None,
 ) -> None:
-    """Update everything before ``h``, all ``[B]``; ``factors`` are safety, smallest and largest."""
-    images = tau.shape[0]
-    if images == 0:
+    now = (tau, step, status, accepted, rejected)
+    for out, y in zip(
+        (*now, accept), reference.end_attempt(*now, h, times[-1], ratio, order, max_attempts), strict=True
+    ):
+        out.copy_(y)
+
+
+@_end_attempt.register_kernel("cuda")
+def _launch_end_attempt(
+    tau: Tensor,
+    step: Tensor,
+    status: Tensor,
+    accepted: Tensor,
+    rejected: Tensor,
+    accept: Tensor,
+    h: Tensor,
+    times: Tensor,
+    ratio: Tensor,
+    order: int,
+    max_attempts: int,
+) -> None:
+    from . import control_kernels
+
+    factors = (reference.SAFETY, reference.SMALLEST_FACTOR, reference.LARGEST_FACTOR)
+    now = (tau, step, status, accepted, rejected, accept)
+    control_kernels.launch_end(*now, h, times[-1], ratio, order, max_attempts, factors)
+
+
+@_end_attempt.register_fake
+def _fake_end_attempt(
+    tau: Tensor,
+    step: Tensor,
+    status: Tensor,
+    accepted: Tensor,
+    rejected: Tensor,
+    accept: Tensor,
+    h: Tensor,
+    times: Tensor,
+    ratio: Tensor,
+    order: int,
+    max_attempts: int,
+) -> None:
+    return None
+
+
+@custom_op("pixelflow::take_accepted", mutates_args=("x", "slopes"), device_types="cpu")
+def _take_accepted(x: Tensor, slopes: Tensor, solution: Tensor, accept: Tensor) -> None:
+    if x.numel() == 0:
         return
-    config = launch_config("ode_step.control", "any", arch_of(tau.device)) if config is None else config
-    safety, smallest, largest = factors
-    with torch.cuda.device_of(tau):
-        _end_kernel[(triton.cdiv(images, config["BLOCK"]),)](
-            tau_ptr=tau,
-            step_ptr=step,
-            status_ptr=status,
-            accepted_ptr=accepted,
-            rejected_ptr=rejected,
-            accept_ptr=accept.view(torch.int8),
-            h_ptr=h,
-            after_ptr=after,
-            ratio_ptr=ratio,
-            images=images,
-            max_attempts=max_attempts,
-            EXPONENT=-1 / order,
-            SAFETY=safety,
-            SMALLEST=smallest,
-            LARGEST=largest,
-            enable_fp_fusion=False,
-            **config,
-        )
+    for old, new in ((x, solution), (slopes[0], slopes[-1])):
+        rows = old.view(accept.shape[0], -1)
+        rows.copy_(torch.where(accept[:, None], new.view(rows.shape), rows))
+
+
+@_take_accepted.register_kernel("cuda")
+def _launch_take_accepted(x: Tensor, slopes: Tensor, solution: Tensor, accept: Tensor) -> None:
+    from . import kernels
+
+    kernels.launch_accept(x, slopes, solution, accept)
+
+
+@_take_accepted.register_fake
+def _fake_take_accepted(x: Tensor, slopes: Tensor, solution: Tensor, accept: Tensor) -> None:
+    return None

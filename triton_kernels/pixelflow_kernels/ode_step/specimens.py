@@ -80,7 +80,7 @@ def _stage(arch: int, dtype: str | None, count: int, guided: bool, width: int) -
 
 
 def _error(arch: int, dtype: str, guided: bool, width: int) -> Specimen:
-    from .kernels import _error_kernel
+    from .norm_kernels import _error_kernel
 
     constants = {
         "SOLUTION": (*STAGES[-1], 0.0),
@@ -94,7 +94,7 @@ def _error(arch: int, dtype: str, guided: bool, width: int) -> Specimen:
 
 
 def _start(arch: int, dtype: str, guided: bool, probe: bool) -> Specimen:
-    from .kernels import _start_kernel
+    from .norm_kernels import _start_kernel
 
     name = "probe" if probe else "start"
     return _pointwise(arch, name, "start", _start_kernel, dtype, guided, 0, {"PROBE": probe}, 1 + probe)
@@ -165,8 +165,8 @@ def _accept(arch: int) -> Specimen:
 
 def _small(arch: int) -> Iterator[Specimen]:
     """Kernels over a few numbers per image: nothing is promised but that they do not spill."""
-    from .control import _begin_kernel, _end_kernel
-    from .kernels import _finish_kernel
+    from .control_kernels import _begin_kernel, _end_kernel
+    from .norm_kernels import _finish_kernel
 
     config = launch_config("ode_step.control", "any", arch)
     options = {"num_warps": config.pop("num_warps"), "enable_fp_fusion": False}

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .adaptive import begin_attempt_, end_attempt_, error_norm_, first_slope_, slope_change, take_accepted_
+from .control import begin_attempt_, end_attempt_, take_accepted_
+from .norms import error_norm_, first_slope_, slope_change
 from .op import stage_state_
 
 Field = Callable[[Tensor, Tensor], Tensor]

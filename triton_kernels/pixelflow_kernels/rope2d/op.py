@@ -1,7 +1,7 @@
 """The public functions: what they accept, which implementation runs, how gradients flow.
 
-Each call is one custom operation with a CPU implementation (``reference``) and a CUDA one (``kernels``, imported when
-it first runs: Triton is not installed everywhere).
+Each call is one custom operation with a CPU implementation (``reference``) and a CUDA one (``rotation``, ``forward``,
+``backward``, imported when they first run: Triton is not installed everywhere).
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from pixelflow_kernels.checks import check_dense, check_device, check_eps, check_num_tokens, check_weight
 from pixelflow_kernels.packing import PackedLayout
 
 from . import reference
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
 
 # --- public functions --------------------------------------------------------------------------------------
 
@@ -143,18 +141,11 @@ def _check_head_dim(head_dim: int) -> None:
         raise ValueError(f"head dim: got {head_dim}, expected a positive multiple of 8")
 
 
-def _check_dense(name: str, x: Tensor) -> None:
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{name}: got {x.dtype}, expected one of {', '.join(str(t) for t in DTYPES)}")
-    if x.shape[0] > 0 and x.stride(-1) != 1:
-        raise ValueError(f"{name}: got channel stride {x.stride(-1)}, expected dense channels (1)")
-
-
 def _check_norm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, num_heads: int, eps: float) -> int:
     for name, x in (("q", q), ("k", k)):
         if x.ndim != 2:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected two dimensions [T, C]")
-        _check_dense(name, x)
+        check_dense(name, x)
     width = q.shape[1]
     if k.shape[1] != width:
         raise ValueError(f"k: got width {k.shape[1]}, expected that of q ({width})")
@@ -163,26 +154,20 @@ def _check_norm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, num_he
     if num_heads <= 0 or width % num_heads != 0:
         raise ValueError(f"num_heads: got {num_heads}, expected a divisor of the width {width}")
     _check_head_dim(width // num_heads)
-    if not eps >= 0:  # nor NaN
-        raise ValueError(f"eps: got {eps}, expected 0 or more")
+    check_eps(eps)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if tuple(weight.shape) != (width,):
-            raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected ({width},)")
-        _check_dense(name, weight)
+        check_weight(name, weight, width)
     for name, x in (("k", k), ("q_weight", q_weight), ("k_weight", k_weight)):
-        if x.device != q.device:
-            raise ValueError(f"{name}: got device {x.device}, expected that of q ({q.device})")
+        check_device(name, x, "q", q)
     return width // num_heads
 
 
 def _check_tokens(name: str, x: Tensor, layout: PackedLayout, head_dim: int, table: Tensor | None) -> Tensor:
     """Check ``x`` against the layout; return the rotation table, made where it is not given."""
     _check_head_dim(head_dim)
-    _check_dense(name, x)
-    if x.shape[0] != layout.num_tokens:
-        raise ValueError(f"{name}: got {x.shape[0]} tokens, expected the layout's {layout.num_tokens}")
-    if layout.row.device != x.device:
-        raise ValueError(f"layout: got device {layout.row.device}, expected that of {name} ({x.device})")
+    check_dense(name, x)
+    check_num_tokens(name, x, layout)
+    check_device("layout", layout.row, name, x)
     high_type = torch.promote_types(x.dtype, torch.float32)
     if table is None:
         return rotation_table(layout, head_dim, high_type)
@@ -205,10 +190,10 @@ def _rope2d(x: Tensor, row: Tensor, column: Tensor, table: Tensor, conjugate: bo
 
 @_rope2d.register_kernel("cuda")
 def _launch_rope2d(x: Tensor, row: Tensor, column: Tensor, table: Tensor, conjugate: bool) -> Tensor:
-    from . import kernels
+    from .rotation import launch_rotate
 
     out = x.new_empty(x.shape)
-    kernels.launch_rotate(_dense(x.flatten(1)), row, column, table, out.flatten(1), x.shape[2], conjugate)
+    launch_rotate(_dense(x.flatten(1)), row, column, table, out.flatten(1), x.shape[2], conjugate)
     return out
 
 
@@ -265,11 +250,11 @@ def _launch_norm_rope2d(
     eps: float,
     rotate_k: bool,
 ) -> tuple[Tensor, Tensor]:
-    from . import kernels
+    from .forward import launch_forward
 
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     head_dim = q.shape[1] // num_heads
-    kernels.launch_forward(q, k, q_weight, k_weight, row, column, table, q_out, k_out, head_dim, eps, rotate_k)
+    launch_forward(q, k, q_weight, k_weight, row, column, table, q_out, k_out, head_dim, eps, rotate_k)
     return q_out.unflatten(-1, (num_heads, -1)), k_out.unflatten(-1, (num_heads, -1))
 
 
@@ -327,10 +312,10 @@ def _launch_norm_rope2d_backward(
     eps: float,
     rotate_k: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from . import kernels
+    from .backward import launch_backward
 
     grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)
-    grad_q_weight, grad_k_weight = kernels.launch_backward(
+    grad_q_weight, grad_k_weight = launch_backward(
         _dense(grad_q_out.flatten(1)),
         _dense(grad_k_out.flatten(1)),
         q,

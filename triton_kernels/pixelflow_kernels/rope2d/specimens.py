@@ -16,9 +16,10 @@ SHAPES = ((1152, 72), (1024, 64), (2048, 128), (64, 16))  # channels, head dim; 
 
 def specimens(arch: int) -> Iterator[Specimen]:
     """Every kernel; every type at the published width, the usual two at the others."""
-    from . import kernels
+    from .backward import _backward_kernel as backward
+    from .forward import _forward_kernel as forward
+    from .rotation import _rotate_kernel as rotate
 
-    rotate, forward, backward = kernels._rotate_kernel, kernels._forward_kernel, kernels._backward_kernel
     for dtype in TYPES:
         for width, head_dim in SHAPES if dtype in ("bf16", "fp32") else SHAPES[:1]:
             shape = (dtype, width, head_dim, arch)
@@ -33,10 +34,10 @@ def specimens(arch: int) -> Iterator[Specimen]:
 def _specimen(
     name: str, kernel: Any, flags: dict[str, Any], dtype: str, width: int, head_dim: int, arch: int, variant: str = ""
 ) -> Specimen:
-    from . import kernels
+    from .rotation import shape_class, tile_of
 
-    tile = kernels.tile_of(width)
-    config = launch_config(f"rope2d.{name}", kernels.shape_class(width, TYPES[dtype]), arch)
+    tile = tile_of(width)
+    config = launch_config(f"rope2d.{name}", shape_class(width, TYPES[dtype]), arch)
     # Of each part of each token only whole rounds of the threads, 16 bytes each, are promised wide: the last 128 of
     # 1152 channels are 8 bytes a lane in a two-byte type, and the small model's 32 are less.
     round_of_threads = 16 * 32 * config["num_warps"]

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from pixelflow_kernels.checks import check_device, check_dtype
+
 from . import backends, flash, reference, sdpa
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 
 
@@ -93,12 +94,10 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected three dimensions [T, H, D]")
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name}: got {x.dtype}, expected one of {', '.join(str(t) for t in DTYPES)}")
+        check_dtype(name, x.dtype)
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: got {x.dtype}, expected the type of q ({q.dtype})")
-        if x.device != q.device:
-            raise ValueError(f"{name}: got device {x.device}, expected that of q ({q.device})")
+        check_device(name, x, "q", q)
         heads, head_dim = x.shape[1:]
         if x.shape[1:] != q.shape[1:]:
             expected = f"those of q ({q.shape[1]}, {q.shape[2]})"
@@ -118,8 +117,7 @@ def _check_members(name: str, cu_seqlens: Tensor, max_name: str, max_seqlen: int
         raise ValueError(f"{name}: got shape {tuple(cu_seqlens.shape)}, expected [n + 1]")
     if cu_seqlens.dtype != torch.int32:
         raise ValueError(f"{name}: got {cu_seqlens.dtype}, expected torch.int32")
-    if cu_seqlens.device != x.device:
-        raise ValueError(f"{name}: got device {cu_seqlens.device}, expected that of q ({x.device})")
+    check_device(name, cu_seqlens, "q", x)
     if cu_seqlens.shape != other.shape:
         raise ValueError(f"{name}: got {cu_seqlens.shape[0]} entries, expected as many as cu_seqlens_q ({len(other)})")
     if cu_seqlens.shape[0] > 1 and cu_seqlens.stride(0) != 1:

@@ -1,0 +1,285 @@
+"""Norms of an adaptive Runge-Kutta step: of its error, and of what the first step's size takes.
+
+As in ``op``: images lie one after another in contiguous tensors, nothing is differentiable, and each call is one custom
+operation with a plain implementation (``reference``) and kernels (``norm_kernels``). None waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import checks, reference
+from .op import store_slope
+
+# --- public functions --------------------------------------------------------------------------------------
+
+
+def error_norm_(
+    slopes: Tensor,
+    x: Tensor,
+    step: Tensor,
+    solution: Sequence[float],
+    error: Sequence[float],
+    tolerance: Tensor,
+    velocity: Tensor | None = None,
+    guidance: Tensor | float | None = None,
+    *,
+    batch_wide: bool = False,
+) -> Tensor:
+    """Solution, embedded error and its norm in one pass: ``rms(error / (atol + rtol max(|x|, |x1|)))`` of each image.
+
+    ``x1 = x + sum_i (step a_i) k_i`` and ``error = sum_i (step e_i) k_i`` have the bits of eager PyTorch (level A),
+    their norm is level D. Its sums run in an order that depends on the number of values per image and on the velocity's
+    type and strides alone, so an image's norm has the same bits whatever its batch mates (level C; not so batch-wide).
+    In image and in token layout it is the norm of the same set of values, but summed in another order.
+
+    Args:
+        slopes: ``[S, *x.shape]`` in the type of ``x``, contiguous. With a velocity, the last is filled from it.
+        x: the state before the step: ``B`` images in float32 or float64, contiguous, of any shape.
+        step: ``[B]`` float64.
+        solution: weights of the solution: the tableau's last row; the last slope's, which is 0, may be left out.
+        error: weights ``[S]`` of the difference to the companion of lower order.
+        tolerance: ``(rtol, atol)``, ``[2]`` float64.
+        velocity, guidance: the newest slope, as in ``euler_step``.
+        batch_wide: the norm of the whole batch, for every image.
+
+    Returns:
+        ``[B]`` float64.
+
+    Raises:
+        ValueError: a shape, type, device or stride is not as said, or a gradient is asked for; the message names it.
+
+    Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, equation II.4.11.
+    """
+    checks.check_state(x)
+    checks.check_numbers("step", step, (torch.float64,), x.device)
+    images = step.shape[0]
+    checks.check_images(x, images, "step")
+    checks.check_slopes(slopes, x, 1)
+    count = slopes.shape[0]
+    error = checks.check_weights("error", error, count)
+    if len(error) != count:
+        raise ValueError(f"error: got {len(error)} weights, expected one for each of {count} slopes")
+    solution = checks.check_weights("solution", solution, count)
+    checks.check_tolerance(tolerance, x.device)
+    weight = checks.check_guidance(guidance, images, x.device)
+    if velocity is not None:
+        checks.check_velocity(velocity, x, images, weight)
+    weight = None if velocity is None else weight
+    return _error_norm(slopes, x, step, solution, error, tolerance, velocity, weight, batch_wide)
+
+
+def first_slope_(
+    slope: Tensor,
+    x: Tensor,
+    velocity: Tensor,
+    tolerance: Tensor,
+    images: int,
+    guidance: Tensor | float | None = None,
+    *,
+    batch_wide: bool = False,
+) -> Tensor:
+    """Store the guided first slope, and measure state and slope relative to ``atol + rtol |x|``.
+
+    Args:
+        slope: like ``x``.
+        x: ``B`` images in float32 or float64, contiguous, of any shape.
+        velocity, guidance: as in ``euler_step``.
+        tolerance: ``(rtol, atol)``, ``[2]`` float64.
+        images: ``B``.
+        batch_wide: norms of the whole batch, for every image.
+
+    Returns:
+        ``[2, B]`` float64: root mean squares of ``x`` and of the slope.
+
+    Raises:
+        ValueError: a shape, type, device or stride is not as said, or a gradient is asked for; the message names it.
+
+    Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4, "starting step size".
+    """
+    weight = _check_start(slope, x, velocity, tolerance, images, guidance)
+    return _first_slope(slope, x, velocity, tolerance, weight, images, batch_wide)
+
+
+def slope_change(
+    slope: Tensor,
+    x: Tensor,
+    velocity: Tensor,
+    tolerance: Tensor,
+    images: int,
+    guidance: Tensor | float | None = None,
+    *,
+    batch_wide: bool = False,
+) -> Tensor:
+    """How far the guided velocity is from ``slope``, relative to ``atol + rtol |x|``: ``[B]`` float64.
+
+    Arguments and errors as in :func:`first_slope_`; ``slope`` is read.
+    """
+    weight = _check_start(slope, x, velocity, tolerance, images, guidance)
+    return _slope_change(slope, x, velocity, tolerance, weight, images, batch_wide)
+
+
+def _check_start(
+    slope: Tensor, x: Tensor, velocity: Tensor, tolerance: Tensor, images: int, guidance: Tensor | float | None
+) -> Tensor | None:
+    checks.check_state(x)
+    checks.check_like("slope", slope, x)
+    checks.check_images(x, images, "images")
+    checks.check_tolerance(tolerance, x.device)
+    weight = checks.check_guidance(guidance, images, x.device)
+    checks.check_velocity(velocity, x, images, weight)
+    return weight
+
+
+# --- error -------------------------------------------------------------------------------------------------
+
+
+@custom_op("pixelflow::error_norm", mutates_args=("slopes",), device_types="cpu")
+def _error_norm(
+    slopes: Tensor,
+    x: Tensor,
+    step: Tensor,
+    solution: Sequence[float],
+    error: Sequence[float],
+    tolerance: Tensor,
+    velocity: Tensor | None,
+    guidance: Tensor | None,
+    batch_wide: bool,
+) -> Tensor:
+    if x.numel() == 0:
+        return step.new_empty(0)
+    store_slope(slopes[-1], velocity, guidance, step.shape[0])
+    return reference.error_norm(x, slopes, step, solution, error, tolerance, batch_wide)
+
+
+@_error_norm.register_kernel("cuda")
+def _launch_error_norm(
+    slopes: Tensor,
+    x: Tensor,
+    step: Tensor,
+    solution: Sequence[float],
+    error: Sequence[float],
+    tolerance: Tensor,
+    velocity: Tensor | None,
+    guidance: Tensor | None,
+    batch_wide: bool,
+) -> Tensor:
+    from . import norm_kernels
+
+    out = torch.empty_like(step)
+    norm_kernels.launch_error(x, slopes, step, solution, error, tolerance, velocity, guidance, out, batch_wide)
+    return out
+
+
+@_error_norm.register_fake
+def _fake_error_norm(
+    slopes: Tensor,
+    x: Tensor,
+    step: Tensor,
+    solution: Sequence[float],
+    error: Sequence[float],
+    tolerance: Tensor,
+    velocity: Tensor | None,
+    guidance: Tensor | None,
+    batch_wide: bool,
+) -> Tensor:
+    return torch.empty_like(step)
+
+
+# --- first step --------------------------------------------------------------------------------------------
+
+
+@custom_op("pixelflow::first_slope", mutates_args=("slope",), device_types="cpu")
+def _first_slope(
+    slope: Tensor,
+    x: Tensor,
+    velocity: Tensor,
+    tolerance: Tensor,
+    guidance: Tensor | None,
+    images: int,
+    batch_wide: bool,
+) -> Tensor:
+    if images == 0:
+        return tolerance.new_empty(2, 0)
+    store_slope(slope, velocity, guidance, images)
+    return reference.start_norms(x, slope, None, tolerance, images, batch_wide)
+
+
+@_first_slope.register_kernel("cuda")
+def _launch_first_slope(
+    slope: Tensor,
+    x: Tensor,
+    velocity: Tensor,
+    tolerance: Tensor,
+    guidance: Tensor | None,
+    images: int,
+    batch_wide: bool,
+) -> Tensor:
+    from . import norm_kernels
+
+    out = tolerance.new_empty(2, images)
+    norm_kernels.launch_start(x, slope, velocity, guidance, tolerance, out, False, batch_wide)
+    return out
+
+
+@_first_slope.register_fake
+def _fake_first_slope(
+    slope: Tensor,
+    x: Tensor,
+    velocity: Tensor,
+    tolerance: Tensor,
+    guidance: Tensor | None,
+    images: int,
+    batch_wide: bool,
+) -> Tensor:
+    return tolerance.new_empty(2, images)
+
+
+@custom_op("pixelflow::slope_change", mutates_args=(), device_types="cpu")
+def _slope_change(
+    slope: Tensor,
+    x: Tensor,
+    velocity: Tensor,
+    tolerance: Tensor,
+    guidance: Tensor | None,
+    images: int,
+    batch_wide: bool,
+) -> Tensor:
+    if images == 0:
+        return tolerance.new_empty(0)
+    probe = reference.guided(velocity, guidance, images, x.dtype)
+    return reference.start_norms(x, slope, probe, tolerance, images, batch_wide)[0]
+
+
+@_slope_change.register_kernel("cuda")
+def _launch_slope_change(
+    slope: Tensor,
+    x: Tensor,
+    velocity: Tensor,
+    tolerance: Tensor,
+    guidance: Tensor | None,
+    images: int,
+    batch_wide: bool,
+) -> Tensor:
+    from . import norm_kernels
+
+    out = tolerance.new_empty(images)
+    norm_kernels.launch_start(x, slope, velocity, guidance, tolerance, out[None], True, batch_wide)
+    return out
+
+
+@_slope_change.register_fake
+def _fake_slope_change(
+    slope: Tensor,
+    x: Tensor,
+    velocity: Tensor,
+    tolerance: Tensor,
+    guidance: Tensor | None,
+    images: int,
+    batch_wide: bool,
+) -> Tensor:
+    return tolerance.new_empty(images)
