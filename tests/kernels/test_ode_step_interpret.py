@@ -5,7 +5,7 @@ Outputs lie in poisoned buffers, so an element left unwritten or written beside 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,7 +30,7 @@ from pixelflow_kernels.ode_step import (
     start_,
 )
 from support import ode, packs
-from support.kernels import assert_filled, assert_same_bits, assert_untouched, differing_bits, poisoned_like
+from support.kernels import assert_filled, assert_same_bits, assert_untouched, differing_bits, plain, poisoned_like
 
 pytestmark = [
     pytest.mark.interpret,
@@ -376,16 +376,10 @@ def test_controller(data: st.DataObject) -> None:
 # --- what a CUDA call runs ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def kernels_run() -> Iterator[None]:
-    with ode.kernels_on_cpu():
-        yield
-
-
 @pytest.mark.parametrize("batch_wide", [False, True])
 @pytest.mark.parametrize(("weight", "dtype"), [(None, torch.float32), (2.4, torch.float32), (2.4, F64)])
 def test_each_attempt_decides_as_the_engines_solver_does(
-    kernels_run: None, batch_wide: bool, weight: float | None, dtype: torch.dtype
+    batch_wide: bool, weight: float | None, dtype: torch.dtype
 ) -> None:
     """From the same state: bits of the new state, slope and time, the same decision; the next step to rounding."""
     x, paces = ode.normal(3, 50, dtype=dtype), (0.5, 4.0, 12.0)
@@ -414,7 +408,7 @@ def test_each_attempt_decides_as_the_engines_solver_does(
     assert int(state.rejected.sum()) > 0
 
 
-def test_an_image_integrates_beside_others_as_it_does_alone(kernels_run: None) -> None:
+def test_an_image_integrates_beside_others_as_it_does_alone() -> None:
     """Level C, whole: bits of state, times and steps."""
     x, paces = ode.normal(3, 40), (0.5, 2.0, 5.0)
 
@@ -437,7 +431,7 @@ def test_an_image_integrates_beside_others_as_it_does_alone(kernels_run: None) -
 def test_every_implementation_for_cuda_runs() -> None:
     """With the frozen configurations, odd shapes and no images at all."""
     implementations: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-        (plain := name.removeprefix("_launch")): (getattr(module, plain), getattr(module, name))
+        (operation := name.removeprefix("_launch")): (plain(getattr(module, operation)), getattr(module, name))
         for module in (op, norms, control)
         for name in dir(module)
         if name.startswith("_launch_")

@@ -22,6 +22,7 @@ from support.kernels import (
     assert_filled,
     assert_level_d,
     assert_same_bits,
+    plain,
     poisoned_like,
     random_bits,
     same_bits,
@@ -109,9 +110,9 @@ def check_forward(tensors: list[Tensor], layout: PackedLayout, heads: int, rotat
     at = places(layout, dim, q.dtype)
     outputs = [poisoned_like(x) for x in (q, k)]
     launch_forward(*tensors, *at, outputs[0].out, outputs[1].out, dim, EPS, rotate_k)
-    plain = op._norm_rope2d(*tensors, *at, heads, EPS, rotate_k)
+    in_torch = plain(op._norm_rope2d)(*tensors, *at, heads, EPS, rotate_k)
     truth = rope.norm_and_turn(tensors, layout, heads, rotate_k)
-    for name, (buffer, out), a, b in zip(("q", "k"), outputs, plain, truth, strict=True):
+    for name, (buffer, out), a, b in zip(("q", "k"), outputs, in_torch, truth, strict=True):
         assert_filled(buffer, out, name)
         assert_level_d(out, a.flatten(1), b.flatten(1), name)
 
@@ -127,12 +128,12 @@ def check_backward(
     outputs = [poisoned_like(x) for x in (q, k)]
     of_weights = launch_backward(*grads, *tensors, *at, outputs[0].out, outputs[1].out, dim, EPS, rotate_k)
     by_heads = [g.unflatten(-1, (heads, dim)) for g in grads]
-    plain = op._norm_rope2d_backward(*by_heads, *tensors, *at, EPS, rotate_k)
+    in_torch = plain(op._norm_rope2d_backward)(*by_heads, *tensors, *at, EPS, rotate_k)
     truth = rope.gradients(by_heads, tensors, layout, heads, rotate_k)
     for buffer, out in outputs:
         assert_filled(buffer, out)
     got = [outputs[0].out, outputs[1].out, *of_weights]
-    for name, a, b, c in zip(("q", "k", "q_weight", "k_weight"), got, plain, truth, strict=True):
+    for name, a, b, c in zip(("q", "k", "q_weight", "k_weight"), got, in_torch, truth, strict=True):
         assert_level_d(a, b, c, name)
 
 
@@ -227,15 +228,15 @@ def test_what_a_cuda_call_runs() -> None:
     for rotate_k in (True, False):
         got = op._launch_norm_rope2d(*tensors, *at, 16, EPS, rotate_k)
         truth = rope.norm_and_turn(tensors, layout, 16, rotate_k)
-        for a, b, c in zip(got, op._norm_rope2d(*tensors, *at, 16, EPS, rotate_k), truth, strict=True):
+        for a, b, c in zip(got, plain(op._norm_rope2d)(*tensors, *at, 16, EPS, rotate_k), truth, strict=True):
             assert a.is_contiguous()
             assert_level_d(a, b, c)
         grads = (torch.ones(1, 1, 1).expand(3, 16, 72), torch.ones(16, 72, 3).permute(2, 0, 1))
         got = op._launch_norm_rope2d_backward(*grads, *tensors, *at, EPS, rotate_k)
-        plain = op._norm_rope2d_backward(*grads, *tensors, *at, EPS, rotate_k)
-        for a, b, c in zip(got, plain, rope.gradients(grads, tensors, layout, 16, rotate_k), strict=True):
+        in_torch = plain(op._norm_rope2d_backward)(*grads, *tensors, *at, EPS, rotate_k)
+        for a, b, c in zip(got, in_torch, rope.gradients(grads, tensors, layout, 16, rotate_k), strict=True):
             assert_level_d(a, b, c)
-        assert_same_bits(op._launch_rope2d(grads[1], *at, rotate_k), op._rope2d(grads[1], *at, rotate_k))
+        assert_same_bits(op._launch_rope2d(grads[1], *at, rotate_k), plain(op._rope2d)(grads[1], *at, rotate_k))
     nothing = q[:0].unflatten(-1, (16, 72))
     empty = (*[x[:0] for x in at[:2]], at[2])
     assert op._launch_rope2d(nothing, *empty, False).shape == (0, 16, 72)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 GUARD = 64  # poisoned elements on either side of every row of an output
 INPUT_GUARD = (
@@ -162,3 +164,8 @@ def assert_level_d(out: Tensor, plain: Tensor, truth: Tensor, name: str = "out",
     bound = 2 * of_plain + 2 * unit * scale
     # A NaN anywhere makes the comparison false.
     assert error <= bound, f"{name}: error {error:.3e}, bound {bound:.3e} (plain {of_plain:.3e}, scale {scale:.3g})"
+
+
+def plain(operation: CustomOpDef) -> Callable[..., Any]:
+    """An operation's plain implementation, also where Triton interprets and a call would run the kernels."""
+    return operation._init_fn

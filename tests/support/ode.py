@@ -6,17 +6,15 @@ The second derivations are NumPy in float64, and for the controller plain Python
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
 from pixelflow_engine import guidance as engine_guidance
 from pixelflow_engine.tableaus import DOPRI5
-from pixelflow_kernels.ode_step import ARRIVED, MAX_ATTEMPTS, NONFINITE, RUNNING, UNDERFLOW, control, norms, op
+from pixelflow_kernels.ode_step import ARRIVED, MAX_ATTEMPTS, NONFINITE, RUNNING, UNDERFLOW
 
 F64 = torch.float64
 SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-42, -1e-42, 3e38, -3e38, 1.0, 2.0**-149)
@@ -89,16 +87,6 @@ class Field:
 
 
 # --- which implementation a call on a CPU runs ---------------------------------------------------------------
-
-
-@contextmanager
-def kernels_on_cpu() -> Iterator[None]:
-    """Public functions run what they would run on CUDA: the kernels, under the interpreter."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (op, norms, control):
-            for name in [n for n in dir(module) if n.startswith("_launch_")]:
-                patch.setattr(module, name.removeprefix("_launch"), getattr(module, name))
-        yield
 
 
 # --- the same mathematics, a second time -----------------------------------------------------------------------

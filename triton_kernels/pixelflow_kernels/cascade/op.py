@@ -13,6 +13,7 @@ from torch.library import custom_op
 
 from pixelflow_kernels.checks import check_device, check_dtype
 from pixelflow_kernels.packing import PackedLayout
+from pixelflow_kernels.registration import launched_by
 
 from . import reference
 from .law import MAX_STAGES
@@ -241,7 +242,7 @@ def _initial_normals(seeds: Tensor, channels: int, height: int, width: int) -> T
     return reference.initial_normals(seeds, (channels, height, width))
 
 
-@_initial_normals.register_kernel("cuda")
+@launched_by(_initial_normals)
 def _launch_initial_normals(seeds: Tensor, channels: int, height: int, width: int) -> Tensor:
     from . import kernels
 
@@ -264,7 +265,7 @@ def _renoise(x: Tensor, noise: Tensor | None, seeds: Tensor | None, stage: int, 
     return reference.upsample_renoise(x.contiguous(), noise, alpha, beta)
 
 
-@_renoise.register_kernel("cuda")
+@launched_by(_renoise)
 def _launch_renoise(
     x: Tensor, noise: Tensor | None, seeds: Tensor | None, stage: int, alpha: float, beta: float
 ) -> Tensor:
@@ -304,7 +305,7 @@ def _training_pairs(
     return tokens.to(token_dtype), targets
 
 
-@_training_pairs.register_kernel("cuda")
+@launched_by(_training_pairs)
 def _launch_training_pairs(
     images: Tensor,
     index: Tensor,

@@ -15,6 +15,7 @@ from torch.library import custom_op
 
 from pixelflow_kernels.checks import check_dense, check_device, check_eps, check_num_tokens, check_weight
 from pixelflow_kernels.packing import PackedLayout
+from pixelflow_kernels.registration import launched_by
 
 from . import reference
 
@@ -185,7 +186,7 @@ def _layer_norm_modulate(
     return reference.modulate(reference.norm(x, None, eps), shift, scale, image_index)
 
 
-@_layer_norm_modulate.register_kernel("cuda")
+@launched_by(_layer_norm_modulate)
 def _launch_layer_norm_modulate(
     x: Tensor, shift: Tensor, scale: Tensor, image_index: Tensor, cu_seqlens: Tensor, eps: float
 ) -> Tensor:
@@ -239,7 +240,7 @@ def _add_norm_modulate(
     return residual, reference.modulate(normed, shift, scale, image_index)
 
 
-@_add_norm_modulate.register_kernel("cuda")
+@launched_by(_add_norm_modulate)
 def _launch_add_norm_modulate(
     x: Tensor,
     y: Tensor,
@@ -321,7 +322,7 @@ def _backward(
     return reference.backward(grad, grad_residual, residual, y, gate, weight, scale, image_index, images, eps)
 
 
-@_backward.register_kernel("cuda")
+@launched_by(_backward)
 def _launch_backward(
     grad: Tensor,
     grad_residual: Tensor | None,

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from pixelflow_kernels.registration import launched_by
+
 from . import checks, reference
 
 # --- public functions --------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ def _begin_attempt(h: Tensor, times: Tensor, tau: Tensor, step: Tensor, status: 
         out.copy_(y)
 
 
-@_begin_attempt.register_kernel("cuda")
+@launched_by(_begin_attempt)
 def _launch_begin_attempt(
     h: Tensor, times: Tensor, tau: Tensor, step: Tensor, status: Tensor, nodes: Sequence[float]
 ) -> None:
@@ -172,7 +174,7 @@ def _end_attempt(
         out.copy_(y)
 
 
-@_end_attempt.register_kernel("cuda")
+@launched_by(_end_attempt)
 def _launch_end_attempt(
     tau: Tensor,
     step: Tensor,
@@ -219,7 +221,7 @@ def _take_accepted(x: Tensor, slopes: Tensor, solution: Tensor, accept: Tensor) 
         rows.copy_(torch.where(accept[:, None], new.view(rows.shape), rows))
 
 
-@_take_accepted.register_kernel("cuda")
+@launched_by(_take_accepted)
 def _launch_take_accepted(x: Tensor, slopes: Tensor, solution: Tensor, accept: Tensor) -> None:
     from . import kernels
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from pixelflow_kernels.registration import launched_by
+
 from . import checks, reference
 from .op import store_slope
 
@@ -156,7 +158,7 @@ def _error_norm(
     return reference.error_norm(x, slopes, step, solution, error, tolerance, batch_wide)
 
 
-@_error_norm.register_kernel("cuda")
+@launched_by(_error_norm)
 def _launch_error_norm(
     slopes: Tensor,
     x: Tensor,
@@ -209,7 +211,7 @@ def _first_slope(
     return reference.start_norms(x, slope, None, tolerance, images, batch_wide)
 
 
-@_first_slope.register_kernel("cuda")
+@launched_by(_first_slope)
 def _launch_first_slope(
     slope: Tensor,
     x: Tensor,
@@ -255,7 +257,7 @@ def _slope_change(
     return reference.start_norms(x, slope, probe, tolerance, images, batch_wide)[0]
 
 
-@_slope_change.register_kernel("cuda")
+@launched_by(_slope_change)
 def _launch_slope_change(
     slope: Tensor,
     x: Tensor,

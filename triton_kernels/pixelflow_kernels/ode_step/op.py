@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from pixelflow_kernels.registration import launched_by
+
 from . import checks, reference
 
 # --- public functions --------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def _euler_step(x: Tensor, velocity: Tensor, step: Tensor, guidance: Tensor | No
     return reference.euler(x, velocity, step, guidance, images) if images > 0 else torch.empty_like(x)
 
 
-@_euler_step.register_kernel("cuda")
+@launched_by(_euler_step)
 def _launch_euler_step(x: Tensor, velocity: Tensor, step: Tensor, guidance: Tensor | None, images: int) -> Tensor:
     from . import kernels
 
@@ -151,7 +153,7 @@ def _euler_step_in_place(x: Tensor, velocity: Tensor, step: Tensor, guidance: Te
         x.copy_(reference.euler(x, velocity, step, guidance, images))
 
 
-@_euler_step_in_place.register_kernel("cuda")
+@launched_by(_euler_step_in_place)
 def _launch_euler_step_in_place(
     x: Tensor, velocity: Tensor, step: Tensor, guidance: Tensor | None, images: int
 ) -> None:
@@ -190,7 +192,7 @@ def store_slope(slope: Tensor, velocity: Tensor | None, guidance: Tensor | None,
         slope.copy_(reference.guided(velocity, guidance, images, slope.dtype).view(slope.shape))
 
 
-@_stage_state.register_kernel("cuda")
+@launched_by(_stage_state)
 def _launch_stage_state(
     out: Tensor,
     slopes: Tensor,

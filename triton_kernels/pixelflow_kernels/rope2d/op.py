@@ -14,6 +14,7 @@ from torch.library import custom_op
 
 from pixelflow_kernels.checks import check_dense, check_device, check_eps, check_num_tokens, check_weight
 from pixelflow_kernels.packing import PackedLayout
+from pixelflow_kernels.registration import launched_by
 
 from . import reference
 
@@ -188,7 +189,7 @@ def _rope2d(x: Tensor, row: Tensor, column: Tensor, table: Tensor, conjugate: bo
     return reference.rotate(x, row, column, table, conjugate)
 
 
-@_rope2d.register_kernel("cuda")
+@launched_by(_rope2d)
 def _launch_rope2d(x: Tensor, row: Tensor, column: Tensor, table: Tensor, conjugate: bool) -> Tensor:
     from .rotation import launch_rotate
 
@@ -237,7 +238,7 @@ def _norm_rope2d(
     return q_out, reference.rotate(k_out, row, column, table) if rotate_k else k_out
 
 
-@_norm_rope2d.register_kernel("cuda")
+@launched_by(_norm_rope2d)
 def _launch_norm_rope2d(
     q: Tensor,
     k: Tensor,
@@ -298,7 +299,7 @@ def _norm_rope2d_backward(
     return grad_q, grad_k, grad_q_weight, grad_k_weight
 
 
-@_norm_rope2d_backward.register_kernel("cuda")
+@launched_by(_norm_rope2d_backward)
 def _launch_norm_rope2d_backward(
     grad_q_out: Tensor,
     grad_k_out: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pixelflow_kernels.errors import BackendUnavailableError
+from pixelflow_kernels.registration import interpreting
 
 from . import flash
 
@@ -23,6 +24,8 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         dtype: of the tensors.
     """
     if name == "torch":
+        return None
+    if name == "triton" and device.type == "cpu" and interpreting():
         return None
     if device.type != "cuda":
         return f"it needs a CUDA device, and the tensors are on {device}"

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from pixelflow_kernels.checks import check_device, check_dtype
+from pixelflow_kernels.registration import launched_by
 
 from . import backends, flash, reference, sdpa
 
@@ -177,7 +178,7 @@ def _varlen_attention(
     return reference.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
 
 
-@_varlen_attention.register_kernel("cuda")
+@launched_by(_varlen_attention)
 def _launch_varlen_attention(
     q: Tensor,
     k: Tensor,
@@ -230,7 +231,7 @@ def _varlen_attention_backward(
     return reference.attention_backward(grad, grad_lse, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
 
 
-@_varlen_attention_backward.register_kernel("cuda")
+@launched_by(_varlen_attention_backward)
 def _launch_varlen_attention_backward(
     grad: Tensor,
     grad_lse: Tensor | None,
