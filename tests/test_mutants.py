@@ -13,6 +13,8 @@ from mutants.mutant import KERNELS, Mutant, Outcome, outcome
 SAMPLE = (
     "rope2d: column and row swapped",
     "rope2d: backward: sum overwritten",
+    "cascade: seed's high word off by a bit",
+    "modulate: residual's tail not stored",
     "varlen_attention: row sum not rescaled",
 )
 

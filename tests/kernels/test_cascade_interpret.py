@@ -209,8 +209,9 @@ def test_what_a_cuda_call_runs(draw: bool) -> None:
     pack.flip[:] = True
     values: list[Any] = [*pack.arguments()]
     for i in range(1, 8):
-        if values[i] is not None:
-            values[i] = torch.stack([values[i], values[i]], -1)[..., 0]
+        if values[i] is not None:  # a mirror lies beside none: what is read in between must show
+            between = ~values[i] if values[i].dtype == torch.bool else values[i]
+            values[i] = torch.stack([values[i], between], -1)[..., 0]
     got = op._launch_training_pairs(*values, pack.shape()[0], 4, torch.float32)
     for a, b in zip(got, plain(op._training_pairs)(*values, pack.shape()[0], 4, torch.float32), strict=True):
         assert_same_bits(a, b)

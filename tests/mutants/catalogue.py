@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from . import ode_step, rope2d, varlen_attention
+from . import cascade, modulate, ode_step, rope2d, varlen_attention
 from .mutant import Mutant
 
-MUTANTS: tuple[Mutant, ...] = (*rope2d.MUTANTS, *varlen_attention.MUTANTS, *ode_step.MUTANTS)
+MUTANTS: tuple[Mutant, ...] = (
+    *rope2d.MUTANTS,
+    *cascade.MUTANTS,
+    *modulate.MUTANTS,
+    *ode_step.MUTANTS,
+    *varlen_attention.MUTANTS,
+)

@@ -1,0 +1,272 @@
+"""Mutants of cascade."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+
+TESTS = "tests/kernels/test_cascade_interpret.py"
+INITIAL = (TESTS, "-k", "test_normals_of_the_first_stage")
+DRAWN = (TESTS, "-k", "test_drawn_noise")
+GIVEN = (TESTS, "-k", "test_given_noise")
+PAIRS = (TESTS, "-k", "tiles_that_end or deep_cascades or special_values_in_images")
+DRAWN_PAIRS = (TESTS, "-k", "pairs_with_drawn_noise")
+MISSING = (TESTS, "-k", "image_that_does_not_exist")
+CALL = (TESTS, "-k", "what_a_cuda_call_runs")
+
+MUTANTS = (
+    Mutant(
+        "cascade: one round of Philox too few",
+        "cascade/normals.py",
+        "for _ in tl.static_range(10)",
+        "for _ in tl.static_range(9)",
+        INITIAL,
+    ),
+    Mutant(
+        "cascade: seed's high word off by a bit",
+        "cascade/normals.py",
+        "(seed >> 32).to(tl.uint32)",
+        "(seed >> 31).to(tl.uint32)",
+        INITIAL,
+    ),
+    Mutant(
+        "cascade: stage left out of the counter",
+        "cascade/normals.py",
+        "c1 = tl.zeros_like(position) + stage",
+        "c1 = tl.zeros_like(position)",
+        DRAWN,
+    ),
+    Mutant(
+        "cascade: logarithm's division rounded twice",
+        "cascade/normals.py",
+        "tl.div_rn(m - 1.0, m + 1.0)",
+        "(m - 1.0) * (1.0 / (m + 1.0))",
+        INITIAL,
+    ),
+    Mutant(
+        "cascade: cosine negative in the wrong quarter",
+        "cascade/normals.py",
+        "(quarter == 1) | (quarter == 2)",
+        "(quarter == 1) | (quarter == 3)",
+        INITIAL,
+    ),
+    Mutant(
+        "cascade: block's mean added up in another order",
+        "cascade/normals.py",
+        "mean = (((z0 + z1) + z2) + z3) * 0.25",
+        "mean = ((z0 + z1) + (z2 + z3)) * 0.25",
+        DRAWN,
+    ),
+    Mutant(
+        "cascade: initial: a counter's four in another order",
+        "cascade/kernels.py",
+        "tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))",
+        "tl.interleave(tl.interleave(z0, z1), tl.interleave(z2, z3))",
+        INITIAL,
+    ),
+    Mutant(
+        "cascade: initial: stores over an image's end",
+        "cascade/kernels.py",
+        "mask=place < stride_out_image",
+        "mask=place < tiles * 4 * BLOCK",
+        INITIAL,
+    ),
+    Mutant(
+        "cascade: initial: last tile missing",
+        "cascade/kernels.py",
+        'tiles = triton.cdiv(count, 4 * config["BLOCK"])',
+        'tiles = max(count // (4 * config["BLOCK"]), 1)',
+        INITIAL,
+    ),
+    Mutant(
+        "cascade: renoise: a column too many",
+        "cascade/kernels.py",
+        "inside = (row < rows) & (twice < stride_out_row)",
+        "inside = (row < rows) & (twice <= stride_out_row)",
+        GIVEN,
+    ),
+    Mutant(
+        "cascade: renoise: steps not rounded to fp16",
+        "cascade/kernels.py",
+        "return x.to(like.dtype).to(x.dtype)",
+        "return x",
+        GIVEN,
+    ),
+    Mutant(
+        "cascade: renoise: image of the first for all",
+        "cascade/kernels.py",
+        "    x_ptr += image * rows * stride_x_row\n",
+        "",
+        GIVEN,
+    ),
+    Mutant(
+        "cascade: renoise: first image's seed for all",
+        "cascade/kernels.py",
+        "normals(position, stage, SAMPLING, tl.load(seeds_ptr + image))",
+        "normals(position, stage, SAMPLING, tl.load(seeds_ptr))",
+        DRAWN,
+    ),
+    Mutant(
+        "cascade: renoise: tile's row counted one too far",
+        "cascade/kernels.py",
+        "program // column_tiles % row_tiles\n",
+        "program // column_tiles % (row_tiles + 1)\n",
+        GIVEN,
+    ),
+    Mutant(
+        "cascade: pairs: uint8's quotient rounded once too early",
+        "cascade/pairs.py",
+        "pixels * _HIGH + pixels * _LOW",
+        "pixels * (_HIGH + _LOW)",
+        PAIRS,
+    ),
+    Mutant(
+        "cascade: pairs: halving adds before it halves",
+        "cascade/pairs.py",
+        "x = tl.reshape(left * 0.5 + right * 0.5, [CELLS, SIDE // 2, 2, SIDE // 2])",
+        "x = tl.reshape((left + right) * 0.5, [CELLS, SIDE // 2, 2, SIDE // 2])",
+        PAIRS,
+    ),
+    Mutant(
+        "cascade: pairs: coarse value takes rows before columns",
+        "cascade/pairs.py",
+        "coarse = (s00 * 0.5 + s01 * 0.5) * 0.5 + (s10 * 0.5 + s11 * 0.5) * 0.5",
+        "coarse = (s00 * 0.5 + s10 * 0.5) * 0.5 + (s01 * 0.5 + s11 * 0.5) * 0.5",
+        PAIRS,
+    ),
+    Mutant(
+        "cascade: pairs: lower pixels of a cell not mirrored",
+        "cascade/pairs.py",
+        "s10, s11 = tl.where(flip, s11, s10), tl.where(flip, s10, s11)",
+        "s10 = s10",
+        PAIRS,
+    ),
+    Mutant(
+        "cascade: pairs: noise mirrored too",
+        "cascade/pairs.py",
+        "normals((channel * rows + y) * columns + x, STAGE, TRAINING, seed)",
+        "normals((channel * rows + y) * columns + source_x, STAGE, TRAINING, seed)",
+        DRAWN_PAIRS,
+    ),
+    Mutant(
+        "cascade: pairs: noise counted in the order of tokens",
+        "cascade/pairs.py",
+        "normals((channel * rows + y) * columns + x, STAGE, TRAINING, seed)",
+        "normals(cell, STAGE, TRAINING, seed)",
+        DRAWN_PAIRS,
+    ),
+    Mutant(
+        "cascade: pairs: sampling's noise",
+        "cascade/pairs.py",
+        "STAGE, TRAINING, seed)",
+        "STAGE, 0, seed)",
+        DRAWN_PAIRS,
+    ),
+    Mutant(
+        "cascade: pairs: start has the end's share of noise",
+        "cascade/pairs.py",
+        "start_pixel = start * coarse + start_rest * eps",
+        "start_pixel = start * coarse + end_rest * eps",
+        PAIRS,
+    ),
+    Mutant(
+        "cascade: pairs: 1 - v taken in float32",
+        "cascade/pairs.py",
+        "return (1.0 - v).to(tl.float32)",
+        "return 1.0 - v.to(tl.float32)",
+        PAIRS,
+    ),
+    Mutant(
+        "cascade: pairs: stores over a sample's end",
+        "cascade/pairs.py",
+        "inside = pixel < length * (WIDE // 2)",
+        "inside = pixel < length * WIDE",
+        PAIRS,
+    ),
+    Mutant(
+        "cascade: pairs: even patches' upper rows too near",
+        "cascade/pairs.py",
+        "place = pixel + pixel // PATCH * PATCH",
+        "place = pixel + pixel // PATCH",
+        PAIRS,
+    ),
+    Mutant(
+        "cascade: pairs: odd patches' rows and columns mixed up",
+        "cascade/pairs.py",
+        "((token * CHANNELS + channel) * PATCH + y % PATCH)",
+        "((token * CHANNELS + channel) * PATCH + x % PATCH)",
+        PAIRS,
+    ),
+    Mutant(
+        "cascade: pairs: one halving too few",
+        "cascade/pairs.py",
+        "full >> 2 * k >= length",
+        "full >> 2 * k > length",
+        PAIRS,
+    ),
+    Mutant(
+        "cascade: pairs: negative image index taken for known",
+        "cascade/pairs.py",
+        "known = (index >= 0) & (index < num_images)",
+        "known = index < num_images",
+        MISSING,
+    ),
+    Mutant(
+        "cascade: pairs: an image that does not exist is black",
+        "cascade/pairs.py",
+        's00 = tl.where(known, s00, float("nan"))',
+        "s00 = s00",
+        MISSING,
+    ),
+    Mutant(
+        "cascade: pairs: tile holds no cell of the smallest stage",
+        "cascade/pairs.py",
+        'max(config["BLOCK"], 4**stages)',
+        'max(config["BLOCK"], 4)',
+        PAIRS,
+    ),
+    Mutant(
+        "cascade: pairs: first sample's noise for all",
+        "cascade/pairs.py",
+        "        noise_ptr += first.to(tl.int64) * WIDE\n",
+        "        noise_ptr += 0\n",
+        PAIRS,
+    ),
+    Mutant(
+        "cascade: pairs: images' columns taken for dense",
+        "cascade/pairs.py",
+        "stride_column=images.stride(3)",
+        "stride_column=1",
+        PAIRS,
+    ),
+    Mutant(
+        "cascade: pairs: mirrors handed over as they lie, with gaps",
+        "cascade/op.py",
+        "        _dense(flip),\n",
+        "        flip,\n",
+        CALL,
+    ),
+    Mutant(
+        "cascade: meaning: halving takes the upper row twice",
+        "cascade/reference.py",
+        "return x[..., 0::2, :] * 0.5 + x[..., 1::2, :] * 0.5",
+        "return x[..., 0::2, :] * 0.5 + x[..., 0::2, :] * 0.5",
+        ("tests/kernels/test_cascade.py", "-k", "test_halving"),
+        interpret=False,
+    ),
+    Mutant(
+        "cascade: meaning: mirrored top to bottom",
+        "cascade/reference.py",
+        "image = image.flip(-1)",
+        "image = image.flip(-2)",
+        ("tests/kernels/test_cascade.py", "-k", "pairs_against_double_precision"),
+        interpret=False,
+    ),
+    Mutant(
+        "cascade: meaning: a seed's top bit lost",
+        "philox.py",
+        "seed - (seed >> 63 << 64)",
+        "seed % 2**63",
+        ("tests/kernels/test_cascade.py", "-k", "philox_in_double_precision"),
+        interpret=False,
+    ),
+)
