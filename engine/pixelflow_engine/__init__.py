@@ -8,12 +8,15 @@ images = engine(class_labels=[3, 7], seed=1).images
 
 from .checkpoint import Checkpoint, convert, load_checkpoint, save_checkpoint
 from .config import ModelConfig, PixelFlowConfig, SchedulerConfig
-from .engine import PixelFlowEngine, SamplingOutput
-from .errors import BackendUnavailableError, CheckpointError, ConfigError, ConvergenceError
-from .sampler import StageEvent, StageReport, StepEvent
+from .engine import PixelFlowEngine
+from .errors import BackendUnavailableError, CaptureError, CheckpointError, ConfigError, ConvergenceError
+from .events import StageEvent, StageReport, StepEvent
+from .output import SamplingOutput
+from .requests import Request
 
 __all__ = [
     "BackendUnavailableError",
+    "CaptureError",
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
@@ -21,6 +24,7 @@ __all__ = [
     "ModelConfig",
     "PixelFlowConfig",
     "PixelFlowEngine",
+    "Request",
     "SamplingOutput",
     "SchedulerConfig",
     "StageEvent",

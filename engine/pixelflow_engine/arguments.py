@@ -6,7 +6,8 @@ import math
 import numbers
 import operator
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from . import guidance
 from .config import ModelConfig, PixelFlowConfig, check_size
-from .model import Text
 from .noise import MAX_SEED
+from .operations import Text
 
 
 def choice(name: str, value: object, options: Sequence[str]) -> str:
@@ -145,7 +146,7 @@ def no_text(model: ModelConfig, **given: object) -> None:
 def per_image_seeds(value: object, batch: int) -> tuple[int, ...]:
     """``seed`` of counter noise: one per image, or a first one from which images count up, or None for fresh ones."""
     if value is None:
-        return tuple(secrets.randbits(64) for _ in range(batch))
+        return tuple(fresh_seed() for _ in range(batch))
     several = sequence(value)
     if several is not None:
         if len(several) != batch:
@@ -194,6 +195,26 @@ def per_image(name: str, value: Any, batch: int, device: torch.device, dtype: to
     if not dtype.is_floating_point and (tensor.dtype.is_floating_point or bool((tensor < 1).any())):
         raise ValueError(f"{name}: got {tensor.tolist()}, expected integers of at least 1")
     return tensor.to(dtype).expand(batch)
+
+
+def same_batch(name: str, got: int, expected: int) -> None:
+    """As many as there are images."""
+    if got != expected:
+        raise ValueError(f"{name}: got {got}, expected {expected}, one per image")
+
+
+def fresh_seed() -> int:
+    """One that nobody knows."""
+    return secrets.randbits(64)
+
+
+@contextmanager
+def inside(name: str) -> Iterator[None]:
+    """Name the whole that a refused argument is a part of."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def place(device: torch.device | str) -> torch.device:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from pixelflow_kernels.registration import interpreting
+from pixelflow_kernels.varlen_attention import backends as attention_backends
+
 from .errors import BackendUnavailableError
+from .fused import FusedOperations
+from .operations import Operations, PlainOperations
 
 BackendName = Literal["torch", "triton", "flash"]
+NAMES: tuple[BackendName, ...] = ("torch", "triton", "flash")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +24,7 @@ class Backend:
 
     Attributes:
         name: what a caller asks for.
-        available: whether this version can run it here.
+        available: whether it can run there.
         reason: why, or why not.
     """
 
@@ -27,30 +32,41 @@ class Backend:
     available: bool
     reason: str
 
-
-def backends() -> tuple[Backend, ...]:
-    """Every backend and whether it can run."""
-    package = "is installed" if importlib.util.find_spec("flash_attn") else "is not installed"
-    return (
-        Backend("torch", True, f"PyTorch {torch.__version__}, on any device"),
-        Backend("triton", False, "this version of the engine does not call the fused kernels yet"),
-        Backend("flash", False, f"this version does not call FlashAttention (flash_attn {package})"),
-    )
+    def operations(self) -> Operations:
+        """Its operations."""
+        return PlainOperations() if self.name == "torch" else FusedOperations(self.name)
 
 
-def choose(name: str) -> Backend:
-    """The backend of that name; ``auto`` is ``torch`` as long as there is no faster one.
+def backends(device: torch.device, dtype: torch.dtype, head_dim: int = 8) -> tuple[Backend, ...]:
+    """Every backend and whether it can run a model of that type and head dim on that device."""
+    return tuple(_examine(name, device, dtype, head_dim) for name in NAMES)
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int = 8) -> Backend:
+    """The backend of that name; ``auto`` is ``triton`` on CUDA where it can run, and ``torch`` elsewhere.
 
     Raises:
         ValueError: no such backend.
-        BackendUnavailableError: it cannot run here; nothing else is taken in its place.
+        BackendUnavailableError: it cannot run there; nothing else is taken in its place.
     """
-    known: dict[str, Backend] = {backend.name: backend for backend in backends()}
+    known = {backend.name: backend for backend in backends(device, dtype, head_dim)}
     if name == "auto":
-        return known["torch"]
-    if name not in known:
-        raise ValueError(f"backend: got {name!r}, expected one of auto, {', '.join(known)}")
-    backend = known[name]
-    if not backend.available:
-        raise BackendUnavailableError(f"backend: {name!r} cannot run: {backend.reason}")
-    return backend
+        return known["triton" if device.type == "cuda" and known["triton"].available else "torch"]
+    for backend in known.values():
+        if backend.name == name:
+            if not backend.available:
+                raise BackendUnavailableError(f"backend: {name!r} cannot run: {backend.reason}")
+            return backend
+    raise ValueError(f"backend: got {name!r}, expected one of auto, {', '.join(NAMES)}")
+
+
+def _examine(name: BackendName, device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+    if name == "torch":
+        return Backend(name, True, f"PyTorch {torch.__version__}, on any device")
+    why_not = attention_backends.why_not(name, device, dtype)
+    if why_not is None and head_dim % 8 != 0:
+        why_not = f"its kernels take head dims that are multiples of 8, and the model's is {head_dim}"
+    if why_not is not None:
+        return Backend(name, False, why_not)
+    attention = "attention by FlashAttention, the rest by our" if name == "flash" else "our"
+    return Backend(name, True, f"{attention} Triton kernels{', interpreted' if interpreting() else ''}")

@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 from . import arguments, backends, pictures
 from .checkpoint import bundled_models, convert
 from .config import ModelConfig
-from .engine import PixelFlowEngine, to_uint8
+from .engine import PixelFlowEngine
 from .errors import BackendUnavailableError, ConvergenceError
-from .sampler import StageReport, StepEvent
+from .events import StageReport, StepEvent
+from .output import to_uint8
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -178,9 +179,11 @@ def doctor() -> None:
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         devices.add_row("cuda", f"not available: torch is {built}, {torch.cuda.device_count()} devices found")
-    chosen = backends.choose("auto").name
-    table = Table("backend", "available", "why", title=f"backends (auto takes {chosen})")
-    for backend in backends.backends():
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    chosen = backends.choose("auto", where, dtype).name
+    table = Table("backend", "available", "why", title=f"backends for {dtype} on {where} (auto takes {chosen})")
+    for backend in backends.backends(where, dtype):
         table.add_row(backend.name, "yes" if backend.available else "no", backend.reason)
     for part in (versions, devices, table):
         console.print(part)

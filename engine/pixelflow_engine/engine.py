@@ -3,55 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from pixelflow_kernels import PackedLayout
 
 from . import arguments, backends
+from .calls import Call, PlannedCall, Run, plan_call
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import PixelFlowConfig
+from .events import Latents, StageEvent, StageReport, Status, StepEvent
+from .fusion import fuse
+from .graphs import CudaCapture
 from .layers import patchify, unpatchify
 from .model import PackedTransformer
-from .noise import CounterNoise, NoiseSource, PublicNoise
-from .operations import Text
-from .sampler import (
-    Callbacks,
-    Condition,
-    SamplingPlan,
-    StageEvent,
-    StageReport,
-    StepEvent,
-    plan_stages,
-    sample,
-)
-from .solvers import Tolerance
-
-Images = list[Image.Image] | NDArray[np.float32] | Tensor
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class SamplingOutput:
-    """What a call made.
-
-    Attributes:
-        images: ``pil``: a list of images; ``np``: ``[B, H, W, c]`` float32 in [0, 1]; ``pt``: ``[B, c, H, W]`` float32
-            in [0, 1] on the engine's device.
-        stages: a report per stage, smallest first.
-        seeds: the seed of each image, whose noise it draws again, bit for bit, in any batch (``noise="counter"``); the
-            stream's one seed, or nothing for torch's global generator (``noise="public"``).
-    """
-
-    images: Images
-    stages: tuple[StageReport, ...]
-    seeds: tuple[int, ...]
+from .output import OutputType, SamplingOutput, to_output
+from .packed_stages import PackedStages, ProgramStore
+from .plain_stages import PlainStages
+from .plan import Solver
+from .requests import Request
+from .sampler import StageEnd, in_order, sample
+from .stages import Stages
 
 
 class PixelFlowEngine:
@@ -59,17 +34,41 @@ class PixelFlowEngine:
 
     Args:
         config: the model's configuration.
-        model: its transformer, already of the wanted type and on the wanted device.
-        backend: ``auto``, ``torch``, ``triton`` or ``flash``.
+        model: its transformer, already of the wanted type and on the wanted device. It belongs to the engine from then
+            on: its weights may be laid out anew, and its operations are the backend's.
+        backend: ``torch``, ``triton``, ``flash``, or ``auto``: ``triton`` on CUDA and ``torch`` elsewhere.
+        compile: compile the transformer's blocks with torch.compile, each shape once.
+        graphs: replay steps from CUDA graphs; ``auto`` does wherever it can, on CUDA.
+
+    With ``backend="torch"`` and without ``compile`` the engine is exact: in float32 it has the bits of the reference
+    model and sampler. Any other combination computes the same up to rounding, faster; see docs/architecture.md.
 
     Raises:
         BackendUnavailableError: the named backend cannot run here.
+        ValueError: graphs are asked for where there are none.
     """
 
-    def __init__(self, config: PixelFlowConfig, model: PackedTransformer, backend: str = "auto") -> None:
-        self.backend = backends.choose(backend)
+    def __init__(
+        self,
+        config: PixelFlowConfig,
+        model: PackedTransformer,
+        backend: str = "auto",
+        *,
+        compile: bool = False,
+        graphs: bool | Literal["auto"] = "auto",
+    ) -> None:
+        self.backend = backends.choose(backend, model.device, model.dtype, config.model.attention_head_dim)
         self.config = config
+        self.compiled = compile
+        self.graphs = _graphs(graphs, model.device, self.exact)
         self.model = model.requires_grad_(False).eval()
+        self.model.operations = self.backend.operations()
+        if not self.exact:
+            fuse(self.model)
+        if compile:
+            for block in self.model.blocks:
+                block.compile(fullgraph=True)
+        self._programs = ProgramStore(CudaCapture(model.device) if self.graphs else None)
 
     @classmethod
     def from_pretrained(
@@ -79,6 +78,9 @@ class PixelFlowEngine:
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
         weights: Literal["auto", "ema", "model"] = "auto",
+        *,
+        compile: bool = False,
+        graphs: bool | Literal["auto"] = "auto",
     ) -> PixelFlowEngine:
         """Load a checkpoint.
 
@@ -88,7 +90,7 @@ class PixelFlowEngine:
                 (``digits``).
             device: where to run.
             dtype: type of weights and matrix products: float32, bfloat16, float16 or float64.
-            backend: see :mod:`pixelflow_engine.backends`.
+            backend, compile, graphs: as above.
             weights: which weights of a training checkpoint; ``auto`` takes the averaged ones where there are any.
 
         Raises:
@@ -96,9 +98,10 @@ class PixelFlowEngine:
             BackendUnavailableError: the named backend cannot run here.
             ValueError: the device is not there, or the type is another.
         """
-        backends.choose(backend)
         device = arguments.place(device)
-        return cls.from_checkpoint(load_checkpoint(path_or_name, weights), device, dtype, backend)
+        backends.choose(backend, device, dtype)  # before a large file is read
+        checkpoint = load_checkpoint(path_or_name, weights)
+        return cls.from_checkpoint(checkpoint, device, dtype, backend, compile=compile, graphs=graphs)
 
     @classmethod
     def from_checkpoint(
@@ -107,6 +110,9 @@ class PixelFlowEngine:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
+        *,
+        compile: bool = False,
+        graphs: bool | Literal["auto"] = "auto",
     ) -> PixelFlowEngine:
         """The same from a checkpoint in memory, whose tensors are copied only where type or device differ."""
         device = arguments.place(device)
@@ -116,7 +122,12 @@ class PixelFlowEngine:
             model = PackedTransformer(checkpoint.config.model)
         state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in checkpoint.state_dict.items()}
         model.load_state_dict(state, strict=True, assign=True)
-        return cls(checkpoint.config, model, backend)
+        return cls(checkpoint.config, model, backend, compile=compile, graphs=graphs)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the engine has, in float32, the bits of the reference."""
+        return self.backend.name == "torch" and not self.compiled
 
     @property
     def device(self) -> torch.device:
@@ -130,24 +141,28 @@ class PixelFlowEngine:
 
     def __call__(
         self,
-        class_labels: Sequence[int] | int | Tensor | None = None,
+        class_labels: Sequence[int] | Sequence[Request] | int | Tensor | None = None,
         *,
         num_inference_steps: int | Sequence[int] = 10,
         guidance_scale: float = 2.4,
         guidance_schedule: Literal["stagewise", "constant"] | Sequence[float] = "stagewise",
-        solver: Literal["euler", "dopri5"] = "euler",
+        solver: Solver = "euler",
         shift: float = 1.0,
         seed: int | Sequence[int] | None = 0,
         noise: Literal["counter", "public"] = "counter",
         state: Literal["fp32", "public"] = "fp32",
         height: int | None = None,
         width: int | None = None,
-        output_type: Literal["pil", "np", "pt"] = "pil",
-        callback_on_step_end: Callable[[StepEvent], None] | None = None,
+        output_type: OutputType = "pil",
+        on_failure: Literal["raise", "report"] = "raise",
+        callback_on_step_end: Callable[[StepEvent], Latents | None] | None = None,
         callback_on_stage_end: Callable[[StageEvent], None] | None = None,
         rtol: float = 1e-3,
         atol: float = 1e-6,
         error_norm: Literal["image", "batch"] = "image",
+        image: object = None,
+        start_stage: int = 0,
+        strength: float = 1.0,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         null_encoder_hidden_states: Tensor | None = None,
@@ -156,13 +171,15 @@ class PixelFlowEngine:
         """Sample a batch of images.
 
         Args:
-            class_labels: one per image, 0 to ``num_classes``, the last being the null class; None for a text model.
-            num_inference_steps: Euler steps, for all stages or for each; Dopri5 chooses its own.
+            class_labels: one per image, 0 to ``num_classes``, the last being the null class; None for a text model. Or
+                a list of :class:`Request`, whose images may differ in size and guidance too.
+            num_inference_steps: steps, for all stages or for each; Dopri5 chooses its own.
             guidance_scale: largest guidance weight; 1 is no guidance. A list in ``guidance_schedule`` takes its place.
             guidance_schedule: ``stagewise`` grows from 1 at the first stage to ``guidance_scale`` at the last,
                 ``constant`` uses it throughout; or a weight for each stage.
-            solver: ``euler`` or ``dopri5``.
-            shift: time shift of Euler's steps; Dopri5 has none.
+            solver: ``euler``; ``heun`` (two evaluations a step) and ``ab2`` (Adams-Bashforth, one), of second order;
+                ``dopri5``, which chooses its own steps.
+            shift: time shift of fixed steps; Dopri5 has none.
             seed: ``noise="counter"``: one per image, or the first image's, from which the others count up, or None for
                 fresh ones. ``noise="public"``: of the one stream, or None for torch's global generator.
             noise: ``counter``: an image's noise depends on its own seed alone. ``public``: the published code's CPU
@@ -170,8 +187,13 @@ class PixelFlowEngine:
             state: ``fp32``, or ``public`` for the published code's state in the velocity's type.
             height, width: in pixels; the model's resolution by default.
             output_type: see :class:`SamplingOutput`.
-            callback_on_step_end, callback_on_stage_end: called as the names say.
-            rtol, atol, error_norm: of Dopri5, without effect on Euler; see :class:`pixelflow_engine.solvers.Tolerance`.
+            on_failure: ``raise``, or ``report`` in ``statuses`` and go on: an image that fails never spoils another.
+            callback_on_step_end, callback_on_stage_end: called as the names say. The former may return other latents
+                to go on with (see :class:`StepEvent`).
+            rtol, atol, error_norm: of Dopri5 alone; see :class:`pixelflow_engine.solvers.Tolerance`.
+            image: images to begin from, one or one per image, in any form that a call returns.
+            start_stage: the stage that begins from ``image``.
+            strength: the share of that stage's steps that are done, above 0; 1 is all of them.
             encoder_hidden_states: encoded prompts ``[B, L, E]``, for a text model.
             encoder_attention_mask: ``[B, L]``, 1 for tokens and 0 for padding.
             null_encoder_hidden_states, null_encoder_attention_mask: the encoded empty prompt, ``[B, L, E]`` or ``[1,
@@ -184,47 +206,106 @@ class PixelFlowEngine:
 
         Source: arXiv 2504.07963, section 3.4.
         """
-        num_stages = self.config.scheduler.num_stages
-        steps = arguments.steps(num_inference_steps, num_stages)
-        weights = arguments.guidance_weights(guidance_scale, guidance_schedule, num_stages)
-        arguments.choice("solver", solver, ("euler", "dopri5"))
-        arguments.choice("state", state, ("fp32", "public"))
-        arguments.choice("output_type", output_type, ("pil", "np", "pt"))
-        if output_type == "pil" and self.config.model.out_channels not in (1, 3):
-            raise ValueError(
-                f"output_type: got 'pil', expected 'np' or 'pt' for images of {self.config.model.out_channels} channels"
-            )
-        tolerance = Tolerance(
-            rtol=arguments.positive_number("rtol", rtol),
-            atol=arguments.positive_number("atol", atol),
-            error_norm="image"
-            if arguments.choice("error_norm", error_norm, ("image", "batch")) == "image"
-            else "batch",
-        )
-        pixel_height = arguments.image_size("height", height, self.config)
-        pixel_width = arguments.image_size("width", width, self.config)
-        shift = arguments.positive_number("shift", shift)
-        if solver == "dopri5" and (state != "fp32" or shift != 1.0):
-            raise ValueError(f"solver: got 'dopri5' with state={state!r} and shift={shift}, which are Euler's alone")
-        condition, batch = self._condition(
-            class_labels,
-            (encoder_hidden_states, encoder_attention_mask),
-            (null_encoder_hidden_states, null_encoder_attention_mask),
-            weights,
-            seed,
-        )
-        source, seeds = self._noise(noise, seed, batch)
-
-        plan = SamplingPlan(
-            stages=plan_stages(self.config, batch, pixel_height, pixel_width, weights, steps),
+        call = Call(
+            class_labels=class_labels,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
             solver=solver,
             shift=shift,
+            seed=seed,
+            noise=noise,
             state=state,
-            tolerance=tolerance,
+            height=height,
+            width=width,
+            output_type=output_type,
+            on_failure=on_failure,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_stage_end=callback_on_stage_end,
+            rtol=rtol,
+            atol=atol,
+            error_norm=error_norm,
+            image=image,
+            start_stage=start_stage,
+            strength=strength,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            null_encoder_hidden_states=null_encoder_hidden_states,
+            null_encoder_attention_mask=null_encoder_attention_mask,
         )
-        callbacks = Callbacks(callback_on_step_end, callback_on_stage_end)
-        x, reports = sample(self.model, self.config, plan, condition, source, callbacks)
-        return SamplingOutput(to_output(x, output_type), tuple(reports), seeds)
+        planned = self._plan(call)
+        images: dict[int, Tensor] = {}
+        statuses: dict[int, Status] = {}
+        reports: list[list[StageReport]] = []
+        for run in planned.runs:
+            ends = list(self._stages_of(run, planned))
+            reports.append([end.report for end in ends])
+            statuses |= zip(run.lot.order, ends[-1].statuses(), strict=True)
+            images |= zip(run.lot.order, (x for group in ends[-1].states for x in group), strict=True)
+            if len(planned.runs) == 1:
+                latents = in_order(ends[-1].states, run.lot.order)
+        if len(planned.runs) > 1:
+            latents = [images[i] for i in range(planned.batch)]
+            if len({image.shape for image in latents}) == 1:
+                latents = torch.stack(latents)
+        return SamplingOutput(
+            images=to_output(latents, planned.output_type),
+            stages=tuple(StageReport.together(stage) for stage in zip(*reports, strict=True)),
+            seeds=planned.seeds,
+            statuses=tuple(statuses[i] for i in range(planned.batch)),
+        )
+
+    def stream(self, class_labels: Any = None, **options: Any) -> Iterator[StageEvent]:
+        """The same call, stage by stage: for previews, or to stop early.
+
+        Args:
+            class_labels, options: as in :meth:`__call__`; images must run as one batch.
+
+        Yields:
+            the end of each stage, smallest first; ``event.images(output_type)`` makes pictures of it.
+
+        Raises:
+            ValueError: as in :meth:`__call__`, before anything runs.
+        """
+        planned = self._plan(Call(class_labels=class_labels, **options))
+        if len(planned.runs) > 1:
+            raise ValueError(
+                f"class_labels: got images that run as {len(planned.runs)} batches here, expected one size and guidance"
+            )
+        (run,) = planned.runs
+        return (
+            StageEvent(report=end.report, latents=in_order(end.states, run.lot.order))
+            for end in self._stages_of(run, planned)
+        )
+
+    def warmup(self, batch_sizes: Sequence[int] = (1,), **options: Any) -> None:
+        """Compile kernels and capture graphs for calls of these sizes, so that the first real call is fast.
+
+        Args:
+            batch_sizes: numbers of images.
+            options: what such calls will have: ``solver``, ``height``, ``guidance_scale``, prompts of the same shape.
+        """
+        for batch in batch_sizes:
+            number = arguments.positive_integer("batch_sizes", batch)
+            labels = [0] * number if self.config.model.num_classes > 0 else None
+            least: dict[str, Any] = {"num_inference_steps": 2, "seed": list(range(number)), "output_type": "pt"}
+            self(labels, **(least | options))
+
+    def close(self) -> None:
+        """Release captured graphs and their memory. The engine can be used again, and captures anew."""
+        self._programs.close()
+
+    def _plan(self, call: Call) -> PlannedCall:
+        return plan_call(call, self.config, self.device, self.dtype, packed=not self.exact)
+
+    def _stages_of(self, run: Run, planned: PlannedCall) -> Iterator[StageEnd]:
+        stages: Stages
+        if self.exact:
+            stages = PlainStages(self.model, self.config, run.plan, run.condition)
+        else:
+            stages = PackedStages(self.model, self.config, run.plan, run.condition, self._programs)
+        patch, order = self.config.model.patch_size, run.lot.order
+        return sample(stages, run.plan, run.start(), run.noise, patch, planned.callbacks, order, planned.raising)
 
     def velocity(
         self,
@@ -258,7 +339,7 @@ class PixelFlowEngine:
         labels, text = None, None
         if config.num_classes > 0:
             labels = arguments.labels(class_labels, config, self.device)
-            _same_batch("class_labels", len(labels), batch)
+            arguments.same_batch("class_labels", len(labels), batch)
         elif class_labels is not None:
             arguments.labels(class_labels, config, self.device)
         if config.cross_attention_dim is None:
@@ -267,7 +348,7 @@ class PixelFlowEngine:
             )
         else:
             text = arguments.text("", encoder_hidden_states, encoder_attention_mask, config, self.device, self.dtype)
-            _same_batch("encoder_hidden_states", len(text.states), batch)
+            arguments.same_batch("encoder_hidden_states", len(text.states), batch)
         size = width // p if latent_size is None else latent_size
         tokens = model(
             patchify(x.to(self.device), p),
@@ -279,88 +360,16 @@ class PixelFlowEngine:
         )
         return unpatchify(tokens, (batch, config.out_channels, height, width), p).to(x.dtype)
 
-    def _condition(
-        self,
-        class_labels: object,
-        text: tuple[Tensor | None, Tensor | None],
-        null_text: tuple[Tensor | None, Tensor | None],
-        weights: tuple[float, ...],
-        seed: object,
-    ) -> tuple[Condition, int]:
-        """What to show, and how many images."""
-        config = self.config.model
-        guided = any(weight != 1 for weight in weights)
-        if config.cross_attention_dim is not None:
-            if class_labels is not None and config.num_classes == 0:
-                arguments.labels(class_labels, config, self.device)
-            prompt = arguments.text("", *text, config, self.device, self.dtype)
-            batch = len(prompt.states)
-            labels = None
-            if config.num_classes > 0:
-                labels = arguments.labels(class_labels, config, self.device)
-                _same_batch("class_labels", len(labels), batch)
-            null = None
-            if guided:
-                null = arguments.text("null_", *null_text, config, self.device, self.dtype)
-                if len(null.states) == 1:
-                    mask = None if null.mask is None else null.mask.expand(batch, -1)
-                    null = Text(null.states.expand(batch, -1, -1), mask)
-                _same_batch("null_encoder_hidden_states", len(null.states), batch)
-                if null.states.shape[1] != prompt.states.shape[1]:
-                    raise ValueError(
-                        f"null_encoder_hidden_states: got {null.states.shape[1]} text tokens, expected "
-                        f"{prompt.states.shape[1]} as in encoder_hidden_states (pad and mask the shorter)"
-                    )
-            return Condition(class_labels=labels, text=prompt, null_text=null), batch
-        arguments.no_text(
-            config,
-            encoder_hidden_states=text[0],
-            encoder_attention_mask=text[1],
-            null_encoder_hidden_states=null_text[0],
-            null_encoder_attention_mask=null_text[1],
-        )
-        if config.num_classes > 0:
-            labels = arguments.labels(class_labels, config, self.device)
-            return Condition(class_labels=labels), len(labels)
-        if class_labels is not None:
-            arguments.labels(class_labels, config, self.device)
-        if guided:
-            raise ValueError(
-                f"guidance_scale: got weights {list(weights)}, expected 1 for a model with neither classes nor text"
-            )
-        seeds = arguments.sequence(seed)
-        if seeds is None:
-            return Condition(), 1
-        if not seeds:
-            raise ValueError(f"seed: got {seed!r}, expected at least one seed")
-        return Condition(), len(seeds)
 
-    def _noise(self, noise: object, seed: object, batch: int) -> tuple[NoiseSource, tuple[int, ...]]:
-        """The source of randomness, and the seeds that repeat it."""
-        if arguments.choice("noise", noise, ("counter", "public")) == "counter":
-            seeds = arguments.per_image_seeds(seed, batch)
-            return CounterNoise(seeds, self.device), seeds
-        stream = arguments.stream_seed(seed)
-        if stream is None:
-            return PublicNoise(None, self.device), ()
-        return PublicNoise(torch.Generator().manual_seed(stream), self.device), (stream,)
-
-
-def to_output(x: Tensor, output_type: Literal["pil", "np", "pt"]) -> Images:
-    """``clamp(x / 2 + 1/2, 0, 1)`` of ``x [B, c, H, W]`` in the asked form."""
-    images = (x / 2 + 0.5).clamp(0, 1).float()
-    if output_type == "pt":
-        return images
-    array: NDArray[np.float32] = images.permute(0, 2, 3, 1).cpu().numpy()
-    return array if output_type == "np" else [Image.fromarray(pixels) for pixels in to_uint8(array)]
-
-
-def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """``[..., H, W, c]`` in [0, 1] to 0..255, rounded; a single channel's axis is dropped, as Pillow wants it."""
-    pixels = (images * 255).round().astype(np.uint8)
-    return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-
-
-def _same_batch(name: str, got: int, expected: int) -> None:
-    if got != expected:
-        raise ValueError(f"{name}: got {got}, expected {expected}, one per image")
+def _graphs(graphs: object, device: torch.device, exact: bool) -> bool:
+    """Whether steps are replayed from graphs."""
+    if graphs not in (True, False, "auto"):
+        raise ValueError(f"graphs: got {graphs!r}, expected True, False or 'auto'")
+    why_not = None
+    if device.type != "cuda":
+        why_not = f"CUDA graphs need a CUDA device, and the model is on {device}"
+    elif exact:
+        why_not = "the exact engine (backend='torch' without compile) steps from the host"
+    if graphs is True and why_not is not None:
+        raise ValueError(f"graphs: got True, but {why_not}")
+    return graphs is not False and why_not is None

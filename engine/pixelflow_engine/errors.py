@@ -2,7 +2,7 @@
 
 from pixelflow_kernels.errors import BackendUnavailableError
 
-__all__ = ["BackendUnavailableError", "CheckpointError", "ConfigError", "ConvergenceError"]
+__all__ = ["BackendUnavailableError", "CaptureError", "CheckpointError", "ConfigError", "ConvergenceError"]
 
 
 class ConfigError(ValueError):
@@ -15,3 +15,7 @@ class CheckpointError(ValueError):
 
 class ConvergenceError(RuntimeError):
     """An adaptive solver used up its attempts; the message says how far it came."""
+
+
+class CaptureError(RuntimeError):
+    """A step could not be captured into a graph; the engine goes on as before, also with ``graphs=False``."""

@@ -23,21 +23,6 @@ from .operations import Operations, PlainOperations, Rotation, Text, TextTokens
 __all__ = ["PackedTransformer", "Prompts", "Text"]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Surroundings:
-    """What all blocks of one evaluation share.
-
-    Attributes:
-        layout: who the tokens belong to.
-        rotation: the layout's places, as the operations want them.
-        text: the prompts, for a model with cross-attention.
-    """
-
-    layout: PackedLayout
-    rotation: Rotation
-    text: TextTokens | None
-
-
 TextKeys = tuple[Tensor, Tensor]
 """Normed keys and values of all prompts for one block, ``[..., H, D]`` each."""
 
@@ -53,6 +38,21 @@ class Prompts:
 
     text: TextTokens
     keys: tuple[TextKeys, ...]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Surroundings:
+    """What all blocks share, evaluation after evaluation.
+
+    Attributes:
+        layout: who the tokens belong to.
+        rotation: the layout's places, as the operations want them.
+        prompts: for a model with cross-attention.
+    """
+
+    layout: PackedLayout
+    rotation: Rotation
+    prompts: Prompts | None
 
 
 class SideBySide(nn.Module):
@@ -81,6 +81,12 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., dim] -> [..., dim]``."""
         return layers.rms_norm(x, self.weight)
+
+
+def _fused(product: SideBySide | None) -> SideBySide:
+    if product is None:
+        raise ValueError("model: its weights do not lie side by side yet, see pixelflow_engine.fusion.fuse")
+    return product
 
 
 class ConditioningMLP(nn.Module):
@@ -124,6 +130,10 @@ class PatchEmbedder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """``[T, c * p * p] -> [T, C]``; a patch is in (channel, row, column) order."""
         return F.linear(tokens, self.proj.weight.flatten(1), self.proj.bias)
+
+    def embed_by_pixel(self, tokens: Tensor) -> Tensor:
+        """``[T, p * p * c] -> [T, C]``; a patch is in (row, column, channel) order."""
+        return _fused(self.by_pixel)(tokens)
 
 
 class AdaLayerNorm(nn.Module):
@@ -185,10 +195,10 @@ class CrossAttention(Attention):
 
     def forward(self, u: Tensor, keys: TextKeys, around: Surroundings, ops: Operations) -> Tensor:
         """``[T, C] -> [T, C]``."""
-        if around.text is None:
+        if around.prompts is None:
             raise ValueError("text: got None, expected prompts for a model with cross-attention")
         q = ops.norm_rotate(self.q_proj(u), self.q_norm.weight, around.layout, around.rotation, self.heads)
-        return self.o_proj(ops.cross_attention(q, *keys, around.text, around.layout).flatten(-2))
+        return self.o_proj(ops.cross_attention(q, *keys, around.prompts.text, around.layout).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -318,7 +328,7 @@ class PackedTransformer(nn.Module):
         """
         modulations = self.modulations(self.conditioning(t_model, latent_size, class_labels))
         prompts = None if text is None else self.prompts(text)
-        out = self.trunk(self.patch_embed(tokens.to(self.dtype)), modulations, layout, prompts)
+        out = self.trunk(self.patch_embed(tokens.to(self.dtype)), modulations, self.surroundings(layout, prompts))
         p = self.config.patch_size
         return out.view(-1, p, p, self.config.out_channels).permute(0, 3, 1, 2).flatten(1)
 
@@ -333,15 +343,19 @@ class PackedTransformer(nn.Module):
         """Rows of every block, ``[n, 6C]``, and of the head, ``[n, 2C]`` (shift and scale), in at least float32."""
         activated = F.silu(c)
         if self.all_modulations is not None:
-            rows = self.all_modulations(activated)
-            return self.split_modulations(rows.to(at_least_fp32(rows.dtype)))
+            return self.split_modulations(self.all_modulations(activated))
         head = self.proj_out_1(activated)
         blocks = [block.norm1(activated) for block in self.blocks]
         return *blocks, head.to(at_least_fp32(head.dtype))
 
+    def all_modulations_of(self, activated: Tensor) -> Tensor:
+        """``SiLU(c) [n, C] -> [n, (6 depth + 2) C]``: the rows of every block and of the head, one after another."""
+        return _fused(self.all_modulations)(activated)
+
     def split_modulations(self, rows: Tensor) -> tuple[Tensor, ...]:
         """``[n, (6 depth + 2) C]`` as :meth:`modulations` gives them."""
         C = self.config.width
+        rows = rows.to(at_least_fp32(rows.dtype))
         return rows.split([6 * C] * self.config.depth + [2 * C], dim=-1)
 
     def prompts(self, text: Text) -> Prompts:
@@ -350,28 +364,27 @@ class PackedTransformer(nn.Module):
         attentions = [block.attn2 for block in self.blocks if block.attn2 is not None]
         return Prompts(tokens, tuple(attention.text_keys(tokens, self.operations) for attention in attentions))
 
-    def trunk(
-        self, x: Tensor, modulations: tuple[Tensor, ...], layout: PackedLayout, prompts: Prompts | None
-    ) -> Tensor:
+    def surroundings(self, layout: PackedLayout, prompts: Prompts | None) -> Surroundings:
+        """What the blocks need besides tokens and modulations; it serves any number of evaluations."""
+        rotation = self.operations.rotation(layout, self.config.attention_head_dim, at_least_fp32(self.dtype))
+        return Surroundings(layout, rotation, prompts)
+
+    def trunk(self, x: Tensor, modulations: tuple[Tensor, ...], around: Surroundings) -> Tensor:
         """All blocks and the head.
 
         Args:
             x: embedded patches ``[T, C]``.
             modulations: as :meth:`modulations` gives them, a row per image of the layout.
-            layout: who the tokens belong to.
-            prompts: for a model with cross-attention.
+            around: layout, places and prompts.
 
         Returns:
             ``[T, p * p * c]`` in (row, column, channel) order.
         """
-        ops = self.operations
-        rotation = ops.rotation(layout, self.config.attention_head_dim, at_least_fp32(self.dtype))
-        around = Surroundings(layout, rotation, None if prompts is None else prompts.text)
-        C = self.config.width
+        ops, C = self.operations, self.config.width
         firsts = [(rows[:, :C], rows[:, C : 2 * C]) for rows in modulations]  # shift and scale of each first norm
-        u = ops.layer_norm_modulate(x, *firsts[0], layout)
+        u = ops.layer_norm_modulate(x, *firsts[0], around.layout)
         for i, block in enumerate(self.blocks):
-            keys = None if prompts is None else prompts.keys[i]
+            keys = None if around.prompts is None else around.prompts.keys[i]
             x, u = block(x, u, modulations[i], firsts[i + 1], keys, around, ops)
         return self.proj_out_2(u)
 

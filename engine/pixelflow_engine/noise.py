@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pixelflow_kernels import philox
+from pixelflow_kernels.cascade import upsample_draw_renoise
 from pixelflow_kernels.cascade.law import BLOCK_JITTER, GAMMA
 from pixelflow_kernels.cascade.reference import (
     block_normals,
@@ -27,6 +28,8 @@ from pixelflow_kernels.cascade.reference import (
     upsample_renoise,
 )
 from pixelflow_kernels.philox import box_muller, philox4x32, seed_tensor
+
+from .schedule import Stage
 
 __all__ = [
     "MAX_SEED",
@@ -58,6 +61,10 @@ class NoiseSource(Protocol):
         """Block-correlated normals ``[B, c, h, w]`` float32, h and w even."""
         ...
 
+    def enter(self, x: Tensor, stage: Stage) -> Tensor:
+        """Enter a stage: ``alpha upsample(x) + beta n``, twice the size of ``x [B, c, h, w]``."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class CounterNoise:
@@ -78,6 +85,11 @@ class CounterNoise:
     def block(self, stage: int, shape: Shape) -> Tensor:
         """Normals of a later stage: the four pixels of a block share a counter."""
         return from_blocks(correlate(block_normals(seed_tensor(self.seeds, self.device), stage, shape[1:])))
+
+    def enter(self, x: Tensor, stage: Stage) -> Tensor:
+        """The same numbers as :meth:`block`, drawn where they are added."""
+        seeds = seed_tensor(self.seeds, self.device)
+        return upsample_draw_renoise(x, seeds, stage=stage.index, alpha=stage.alpha, beta=stage.beta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +121,12 @@ class PublicNoise:
         identity, ones = torch.eye(4), torch.ones(4, 4)
         factor = torch.linalg.cholesky(identity * (1 - GAMMA) + ones * GAMMA + BLOCK_JITTER * identity)
         return from_blocks(torch.matmul(factor, z[..., None])[..., 0]).to(self.device)
+
+    def enter(self, x: Tensor, stage: Stage) -> Tensor:
+        """With the noise of :meth:`block`."""
+        batch, channels, height, width = x.shape
+        noise = self.block(stage.index, (batch, channels, 2 * height, 2 * width))
+        return upsample_renoise(x, noise, stage.alpha, stage.beta)
 
 
 def counter_normals(seeds: Sequence[int], stage: int, count: int, device: torch.device | str = "cpu") -> Tensor:

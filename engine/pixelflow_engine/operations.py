@@ -33,6 +33,19 @@ class Text:
     states: Tensor
     mask: Tensor | None = None
 
+    def first(self, count: int) -> Text:
+        """The first so many prompts."""
+        return Text(self.states[:count], None if self.mask is None else self.mask[:count])
+
+    @staticmethod
+    def concatenate(*texts: Text) -> Text:
+        """Prompts of one padded length as one batch."""
+        states = torch.cat([text.states for text in texts])
+        if all(text.mask is None for text in texts):
+            return Text(states)
+        masks = [states.new_ones(t.states.shape[:2], dtype=torch.float32) if t.mask is None else t.mask for t in texts]
+        return Text(states, torch.cat(masks))
+
 
 class TextTokens(Protocol):
     """Prompts in the form that an implementation's cross-attention wants.

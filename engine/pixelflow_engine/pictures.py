@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from .engine import to_output, to_uint8
-from .sampler import StepEvent
+from .events import StepEvent
+from .output import to_output, to_uint8
 
 Pixels = NDArray[np.uint8]
 
@@ -53,7 +53,9 @@ class CascadeRecorder:
         self.frames: list[Image.Image] = []
 
     def __call__(self, event: StepEvent) -> None:
-        """Record the state of an event."""
+        """Record the state of an event, whose images have one size."""
+        if isinstance(event.latents, list):
+            raise ValueError("latents: got images of several sizes, expected one size for an animation")
         images = pixels(event.latents)
         grown = images.repeat(self.height // images.shape[1], 1).repeat(self.width // images.shape[2], 2)
         self.frames.append(contact_sheet(grown, self.columns, self.zoom))

@@ -3,304 +3,175 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pixelflow_kernels import PackedLayout
+from pixelflow_kernels.ode_step import ARRIVED, MAX_ATTEMPTS, NONFINITE, UNDERFLOW
 
-from . import guidance
-from .config import PixelFlowConfig
-from .layers import at_least_fp32, patchify, unpatchify
-from .model import PackedTransformer
-from .noise import NoiseSource, Shape, upsample_renoise
-from .operations import Text
-from .schedule import Stage, euler_times, make_stages
-from .solvers import AdaptiveState, Tolerance, euler_update, integrate_adaptive
-from .tableaus import DOPRI5
+from .errors import ConvergenceError
+from .events import Callbacks, Latents, StageEvent, StageReport, Status, StepEvent
+from .noise import NoiseSource
+from .plan import SamplingPlan, StagePlan
+from .stages import StageOutcome, Stages, States
+
+REMEMBERING = ("ab2", "dopri5")
+"""Solvers that use slopes of earlier steps."""
+
+STATUSES: dict[int, Status] = {
+    ARRIVED: "ok",
+    MAX_ATTEMPTS: "max_steps",
+    UNDERFLOW: "underflow",
+    NONFINITE: "nonfinite",
+}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Condition:
-    """What the images should show.
+class StageEnd:
+    """Where the cascade is after a stage.
 
     Attributes:
-        class_labels: ``[B]``, for a class-conditional model.
-        text, null_text: encoded prompts and the encoding of the empty prompt, for a text-conditional model.
+        states: of each group.
+        report: of the stage.
+        status: of each image so far, ``[B]`` int32, in the order of the groups.
     """
 
-    class_labels: Tensor | None = None
-    text: Text | None = None
-    null_text: Text | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StagePlan:
-    """What a stage will do.
-
-    Attributes:
-        stage: its place on the noise axis.
-        shape: of its state, ``(B, c, h, w)``.
-        weight: guidance weight; at exactly 1 the null half is not computed.
-        num_steps: of the Euler solver.
-    """
-
-    stage: Stage
-    shape: Shape
-    weight: float
-    num_steps: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingPlan:
-    """A whole sampling, without its randomness and condition.
-
-    Attributes:
-        stages: smallest first.
-        solver: ``euler`` with fixed steps or ``dopri5`` with error control.
-        shift: time shift of Euler's steps; 1 spaces them evenly.
-        state: ``fp32``: guidance, update and state are float32. ``public``: they have the velocity's type from the
-            first Euler step on, and the model time that of the state, as in the published code under autocast.
-        tolerance: of dopri5.
-    """
-
-    stages: tuple[StagePlan, ...]
-    solver: Literal["euler", "dopri5"]
-    shift: float
-    state: Literal["fp32", "public"]
-    tolerance: Tolerance
-
-
-@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
-class StepEvent:
-    """The state after a step (Euler) or an attempt (Dopri5).
-
-    Attributes:
-        stage: index of the stage.
-        step: index of the step within it, from 0.
-        tau: local time reached; of the slowest image, for Dopri5.
-        latents: the state ``[B, c, h, w]``, not to be written to.
-    """
-
-    stage: int
-    step: int
-    tau: float
-    latents: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageReport:
-    """What a stage did.
-
-    Attributes:
-        stage: its index.
-        height, width: of its images, in pixels.
-        tokens: of one image.
-        guidance_weight: the weight it ran with.
-        steps: Euler steps, or Dopri5 attempts of the slowest image.
-        evaluations: calls of the transformer, each for the whole batch and for both guidance halves.
-        seconds: wall time, with entering the stage and the callbacks after its steps.
-    """
-
-    stage: int
-    height: int
-    width: int
-    tokens: int
-    guidance_weight: float
-    steps: int
-    evaluations: int
-    seconds: float
-
-
-@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
-class StageEvent:
-    """The end of a stage: its report and its state ``latents [B, c, h, w]``, not to be written to."""
-
+    states: States
     report: StageReport
-    latents: Tensor
+    status: Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class Callbacks:
-    """Whom to tell."""
-
-    on_step_end: Callable[[StepEvent], None] | None = None
-    on_stage_end: Callable[[StageEvent], None] | None = None
-
-
-def plan_stages(
-    config: PixelFlowConfig, batch: int, height: int, width: int, weights: tuple[float, ...], steps: tuple[int, ...]
-) -> tuple[StagePlan, ...]:
-    """Resolutions, weights and steps of each stage for images of ``height`` x ``width`` pixels."""
-    stages = make_stages(config.scheduler)
-    plans = []
-    for stage, weight, num_steps in zip(stages, weights, steps, strict=True):
-        shrink = 2 ** (len(stages) - 1 - stage.index)
-        shape = (batch, config.model.in_channels, height // shrink, width // shrink)
-        plans.append(StagePlan(stage=stage, shape=shape, weight=weight, num_steps=num_steps))
-    return tuple(plans)
+    def statuses(self) -> list[Status]:
+        """In words."""
+        return [STATUSES[int(number)] for number in self.status.tolist()]
 
 
 @torch.no_grad()
 def sample(
-    model: PackedTransformer,
-    config: PixelFlowConfig,
+    stages: Stages,
     plan: SamplingPlan,
-    condition: Condition,
-    noise: NoiseSource,
+    states: States,
+    noise: Sequence[NoiseSource],
+    patch_size: int,
     callbacks: Callbacks,
-) -> tuple[Tensor, list[StageReport]]:
-    """Run the cascade.
-
-    Returns:
-        the last stage's state ``[B, c, H, W]`` in [-1, 1] or slightly beyond, and a report per stage.
-
-    Raises:
-        FloatingPointError: an image is not finite at the end of a stage, or Dopri5's estimate of its error is not.
-        ConvergenceError: Dopri5 could not meet its tolerance.
-    """
-    public_state = plan.state == "public" and plan.solver == "euler"
-    dtype = None if public_state else at_least_fp32(model.dtype)
-    x = noise.initial(plan.stages[0].shape)
-    reports = []
-    for stage_plan in plan.stages:
-        began = _now(x.device)
-        if stage_plan.stage.index > 0:
-            block_noise = noise.block(stage_plan.stage.index, stage_plan.shape)
-            x = upsample_renoise(x, block_noise, stage_plan.stage.alpha, stage_plan.stage.beta)
-        velocity = CountedVelocity(model, stage_plan, condition, dtype)
-        if plan.solver == "euler":
-            x, steps = _euler(velocity, x, config, plan, stage_plan, callbacks)
-        else:
-            x, steps = _dopri5(velocity, x, plan, stage_plan, callbacks)
-        check_finite(x, stage_plan.stage.index)
-        _, _, height, width = stage_plan.shape
-        report = StageReport(
-            stage=stage_plan.stage.index,
-            height=height,
-            width=width,
-            tokens=(height // config.model.patch_size) * (width // config.model.patch_size),
-            guidance_weight=stage_plan.weight,
-            steps=steps,
-            evaluations=velocity.evaluations,
-            seconds=_now(x.device) - began,
-        )
-        reports.append(report)
-        if callbacks.on_stage_end is not None:
-            callbacks.on_stage_end(StageEvent(report=report, latents=x))
-    return x, reports
-
-
-def check_finite(x: Tensor, stage: int) -> None:
-    """Refuse to go on with, or to return, images that are not finite: ``x [B, c, h, w]``."""
-    finite = x.isfinite().flatten(1).all(1)
-    if not bool(finite.all()):
-        images = (~finite).nonzero().flatten().tolist()
-        raise FloatingPointError(f"stage {stage}: images {images} of the batch are not finite")
-
-
-class CountedVelocity:
-    """The guided velocity of a stage's batch in image layout, counting its evaluations.
-
-    With guidance, the null half comes first and both halves are one pack.
+    order: Sequence[int],
+    raising: bool = True,
+) -> Iterator[StageEnd]:
+    """Run the cascade, stage by stage.
 
     Args:
-        model: the transformer.
-        plan: the stage's shape and weight.
-        condition: what the images should show.
-        dtype: in which the halves are combined and returned; None for the type that the model gives.
+        stages: who runs its stages.
+        plan: of the stages to run, the first of which ``states`` are already in.
+        states: of each group of images.
+        noise: of each group.
+        patch_size: of the model.
+        callbacks: whom to tell.
+        order: place in the call of each image, group after group.
+        raising: images that fail are an error; otherwise they are reported, and the others go on.
+
+    Yields:
+        the end of each stage; the last one's states are in [-1, 1] or slightly beyond.
+
+    Raises:
+        FloatingPointError: an image, or Dopri5's estimate of its error, is not finite.
+        ConvergenceError: Dopri5 could not meet its tolerance.
     """
-
-    def __init__(
-        self, model: PackedTransformer, plan: StagePlan, condition: Condition, dtype: torch.dtype | None
-    ) -> None:
-        batch, _, height, width = plan.shape
-        p = model.config.patch_size
-        guided = plan.weight != 1
-        copies = 2 if guided else 1
-        grid = (height // p, width // p)
-        self.model = model
-        self.weight = plan.weight
-        self.copies = copies
-        self.dtype = dtype
-        self.shape: Shape = (copies * batch, *plan.shape[1:])
-        self.layout = PackedLayout.from_grids([grid] * (copies * batch), model.device)
-        self.latent_size = torch.full((copies * batch,), grid[1], device=model.device)
-        self.class_labels = condition.class_labels
-        self.text = condition.text
-        if guided and condition.class_labels is not None:
-            null_labels = torch.full_like(condition.class_labels, model.config.num_classes)
-            self.class_labels = torch.cat([null_labels, condition.class_labels])
-        if guided and condition.text is not None and condition.null_text is not None:
-            self.text = concatenate(condition.null_text, condition.text)
-        self.evaluations = 0
-
-    def __call__(self, x: Tensor, t_model: Tensor) -> Tensor:
-        """``x [B, c, h, w]``, ``t_model [B]`` float32, velocity ``[B, c, h, w]``."""
-        self.evaluations += 1
-        p = self.model.config.patch_size
-        tokens = patchify(torch.cat([x] * self.copies), p)
-        times = torch.cat([t_model] * self.copies)
-        out = self.model(tokens, times, self.layout, self.latent_size, self.class_labels, self.text)
-        images = unpatchify(out if self.dtype is None else out.to(self.dtype), self.shape, p)
-        return images if self.copies == 1 else guidance.combine(images, self.weight)
+    status = torch.full((len(order),), ARRIVED, dtype=torch.int32, device=states[0].device)
+    for number, stage in enumerate(plan.stages):
+        began = _now(states[0].device)
+        if number > 0:
+            states = [source.enter(x, stage.stage) for x, source in zip(states, noise, strict=True)]
+        outcome = stages.run(states, stage, _step_callback(plan, stage, callbacks, order))
+        states = outcome.states
+        now = torch.where(_finite(states), outcome.status, NONFINITE)
+        if raising:
+            _raise_for(now, stage, outcome, order)
+        status = torch.where(status == ARRIVED, now, status)
+        report = _report(stage, outcome, patch_size, _now(states[0].device) - began)
+        if callbacks.on_stage_end is not None:
+            callbacks.on_stage_end(StageEvent(report=report, latents=in_order(states, order)))
+        yield StageEnd(states, report, status)
 
 
-def concatenate(first: Text, second: Text) -> Text:
-    """Two batches of encoded prompts of one length as one."""
-    if first.mask is None and second.mask is None:
-        return Text(torch.cat([first.states, second.states]))
-    masks = [
-        torch.ones(t.states.shape[:2], device=t.states.device) if t.mask is None else t.mask for t in (first, second)
-    ]
-    return Text(torch.cat([first.states, second.states]), torch.cat(masks))
+def in_order(states: States, order: Sequence[int]) -> Latents:
+    """Images of all groups as the caller numbers them: one tensor where they are one group."""
+    if len(states) == 1:
+        return states[0] if list(order) == sorted(order) else states[0][_inverse(order)]
+    images = [image for x in states for image in x]
+    return [images[place] for place in _inverse(order)]
 
 
-def _euler(
-    velocity: CountedVelocity,
-    x: Tensor,
-    config: PixelFlowConfig,
-    plan: SamplingPlan,
-    stage_plan: StagePlan,
-    callbacks: Callbacks,
-) -> tuple[Tensor, int]:
-    tau, t_model = euler_times(stage_plan.stage, config.scheduler, stage_plan.num_steps, plan.shift)
-    times = torch.from_numpy(t_model).to(x.device)
-    for step in range(stage_plan.num_steps):
-        time_dtype = x.dtype if plan.state == "public" else torch.float32
-        v = velocity(x, times[step].to(time_dtype).expand(x.shape[0]))
-        x = euler_update(x, v, float(tau[step]), float(tau[step + 1]))
-        if plan.state == "public":
-            x = x.to(v.dtype)
-        if callbacks.on_step_end is not None:
-            callbacks.on_step_end(
-                StepEvent(stage=stage_plan.stage.index, step=step, tau=float(tau[step + 1]), latents=x)
+def in_groups(latents: Latents, like: States, order: Sequence[int]) -> States:
+    """The inverse of :func:`in_order`, for states of the shapes of ``like``.
+
+    Raises:
+        ValueError: a shape is another.
+    """
+    images = [latents[i] for i in order]
+    groups, first = [], 0
+    for x in like:
+        part = images[first : first + len(x)]
+        first += len(x)
+        if len(part) != len(x) or any(image.shape != x.shape[1:] for image in part):
+            shapes = [tuple(image.shape) for image in part]
+            raise ValueError(f"callback_on_step_end: got images {shapes}, expected {len(x)} of {tuple(x.shape[1:])}")
+        groups.append(torch.stack(part).to(x))
+    return groups
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return sorted(range(len(order)), key=lambda i: order[i])
+
+
+def _step_callback(
+    plan: SamplingPlan, stage: StagePlan, callbacks: Callbacks, order: Sequence[int]
+) -> Callable[[int, Callable[[], float], Callable[[], States]], States | None]:
+    def tell(step: int, tau: Callable[[], float], states: Callable[[], States]) -> States | None:
+        if callbacks.on_step_end is None:
+            return None
+        now = states()
+        event = StepEvent(stage=stage.stage.index, step=step, tau=tau(), latents=in_order(now, order))
+        replaced = callbacks.on_step_end(event)
+        if replaced is not None and plan.solver in REMEMBERING:
+            raise ValueError(
+                f"callback_on_step_end: got new latents from it with solver={plan.solver!r}, expected None: "
+                "it remembers slopes of the old ones"
             )
-    return x, stage_plan.num_steps
+        return None if replaced is None else in_groups(replaced, now, order)
+
+    return tell
 
 
-def _dopri5(
-    velocity: CountedVelocity, x: Tensor, plan: SamplingPlan, stage_plan: StagePlan, callbacks: Callbacks
-) -> tuple[Tensor, int]:
-    first, last = stage_plan.stage.window
-    high = at_least_fp32(velocity.model.dtype)
-    attempts = 0
+def _finite(states: States) -> Tensor:
+    return torch.cat([x.isfinite().flatten(1).all(1) for x in states])
 
-    def field(y: Tensor, tau: Tensor) -> Tensor:
-        return velocity(y, (first + (last - first) * tau).to(torch.float32))
 
-    def count(state: AdaptiveState) -> None:
-        nonlocal attempts
-        if callbacks.on_step_end is not None:
-            callbacks.on_step_end(
-                StepEvent(stage=stage_plan.stage.index, step=attempts, tau=state.tau.min().item(), latents=state.x)
-            )
-        attempts += 1
+def _raise_for(status: Tensor, stage: StagePlan, outcome: StageOutcome, order: Sequence[int]) -> None:
+    """Refuse to go on with, or to return, images that failed."""
+    found = status.tolist()
+    lost = sorted(order[i] for i, s in enumerate(found) if s == NONFINITE)
+    if lost:
+        raise FloatingPointError(f"stage {stage.stage.index}: images {lost} of the batch are not finite")
+    if outcome.tau is not None and any(s != ARRIVED for s in found):
+        raise ConvergenceError(
+            f"stage {stage.stage.index}: dopri5: {outcome.steps} attempts did not reach tau = 1, the slowest image is "
+            f"at {outcome.tau.min().item():.6f}; a larger rtol or a smaller guidance scale needs fewer"
+        )
 
-    return integrate_adaptive(field, x.to(high), DOPRI5, plan.tolerance, count).x, attempts
+
+def _report(stage: StagePlan, outcome: StageOutcome, patch_size: int, seconds: float) -> StageReport:
+    _, _, height, width = max(stage.shapes, key=lambda shape: shape[2] * shape[3])
+    return StageReport(
+        stage=stage.stage.index,
+        height=height,
+        width=width,
+        tokens=(height // patch_size) * (width // patch_size),
+        guidance_weight=max(stage.weights),
+        steps=outcome.steps,
+        evaluations=outcome.evaluations,
+        seconds=seconds,
+    )
 
 
 def _now(device: torch.device) -> float:

@@ -67,19 +67,20 @@ def make_stages(scheduler: SchedulerConfig) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
-def euler_times(
+def step_times(
     stage: Stage, scheduler: SchedulerConfig, num_steps: int, shift: float
 ) -> tuple[Float64Array, Float64Array]:
-    """Local times ``[n + 1]``, ending at 1, and model times ``[n]`` of ``n`` fixed steps.
+    """Local times ``[n + 1]``, ending at 1, and their model times ``[n + 1]``, of ``n`` fixed steps.
 
     ``tau`` is evenly spaced up to 1 - 1/K and shifted by ``tau / (shift + (1 - shift) tau)``, so the last step has
-    length ``1 - tau_n`` (1/K for shift = 1). Model time is linear in ``tau`` over the stage's window.
+    length ``1 - tau_n`` (1/K for shift = 1). Model time is linear in ``tau`` over the stage's window and stays in it
+    where a slope is taken at the end.
     """
     final = float(stage.local_times(scheduler)[-1])
     tau = np.linspace(0.0, final, num_steps, dtype=np.float64)
     tau = tau / (shift + (1 - shift) * tau)
     first, last = stage.window
-    return np.append(tau, 1.0), (last - first) / final * tau + first
+    return np.append(tau, 1.0), np.append((last - first) / final * tau + first, last)
 
 
 def _rectify(boundary: float) -> float:

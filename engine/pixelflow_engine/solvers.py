@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ConvergenceError
-from .tableaus import EmbeddedTableau
+from pixelflow_kernels.ode_step import ARRIVED, MAX_ATTEMPTS, NONFINITE, RUNNING
+
+from .tableaus import HEUN, EmbeddedTableau
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """``(x [B, c, h, w], tau [B] float64) -> velocity [B, c, h, w]``."""
@@ -24,10 +26,39 @@ ErrorNorm = Literal["image", "batch"]
 SAFETY, SMALLEST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0
 
 
+def heun_update(x: Tensor, slopes: Sequence[Tensor], tau: float, tau_next: float) -> Tensor:
+    """``x + h (k_0 + k_1) / 2``: slopes at both ends of the step, the second at Euler's result; of second order."""
+    h = torch.full((x.shape[0],), step_length(tau, tau_next), dtype=torch.float64, device=x.device)
+    return x + _weighted_sum(slopes, HEUN.coupling[-1], h)
+
+
+def ab2_update(x: Tensor, velocity: Tensor, previous: Tensor, h: float, h_before: float) -> Tensor:
+    """``x + h ((1 + r/2) v - r/2 v_before)``, ``r = h / h_before``: Adams and Bashforth's, of second order.
+
+    Two updates, the new velocity's first, as two fused ones do it.
+    """
+    forward, back = ab2_steps(h, h_before)
+    return x + _as(forward, x) * velocity + _as(back, x) * previous
+
+
+def ab2_steps(h: float, h_before: float) -> tuple[float, float]:
+    """What the new and the previous velocity are multiplied by."""
+    return h * (1 + h / h_before / 2), -h * (h / h_before / 2)
+
+
+def step_length(tau: float, tau_next: float) -> float:
+    """The step between two times that are rounded to float32 first, as the published code does."""
+    return float(np.float32(tau_next) - np.float32(tau))
+
+
 def euler_update(x: Tensor, velocity: Tensor, tau: float, tau_next: float) -> Tensor:
     """``x + (tau_next - tau) * velocity`` in at least float32; both times are rounded to float32 first."""
-    start, end = torch.tensor([tau, tau_next], dtype=torch.float64, device=x.device).float()
-    return x.to(torch.promote_types(x.dtype, torch.float32)) + (end - start) * velocity
+    high = x.to(torch.promote_types(x.dtype, torch.float32))
+    return high + _as(step_length(tau, tau_next), high) * velocity
+
+
+def _as(number: float, x: Tensor) -> Tensor:
+    return torch.tensor(number, dtype=x.dtype, device=x.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +89,7 @@ class AdaptiveState:
         tau: where each image is, ``[B]`` float64; 1 when it has arrived.
         step: the next step each image will try, ``[B]`` float64.
         accepted, rejected: attempts so far, ``[B]`` int64.
+        status: ``[B]`` int32, one of ``pixelflow_kernels.ode_step``'s RUNNING, ARRIVED, MAX_ATTEMPTS, NONFINITE.
     """
 
     x: Tensor
@@ -66,6 +98,7 @@ class AdaptiveState:
     step: Tensor
     accepted: Tensor
     rejected: Tensor
+    status: Tensor
 
 
 def integrate_adaptive(
@@ -85,23 +118,11 @@ def integrate_adaptive(
         on_attempt: called with the state after every attempt.
 
     Returns:
-        the state with ``tau`` = 1 everywhere.
-
-    Raises:
-        FloatingPointError: the error of an image is not finite.
-        ConvergenceError: ``max_attempts`` were not enough.
+        the state in which no image runs any more: ``tau`` = 1 where its status is ARRIVED.
     """
     state = _start(velocity, x, tableau, tolerance)
-    attempts = 0
-    while bool((state.tau < 1).any()):
-        if attempts == tolerance.max_attempts:
-            slowest = state.tau.min().item()
-            raise ConvergenceError(
-                f"dopri5: {attempts} attempts did not reach tau = 1, the slowest image is at {slowest:.6f}; "
-                "a larger rtol or a smaller guidance scale needs fewer"
-            )
+    while bool((state.status == RUNNING).any()):
         state = _attempt(velocity, state, tableau, tolerance)
-        attempts += 1
         if on_attempt is not None:
             on_attempt(state)
     return state
@@ -120,15 +141,16 @@ def _start(velocity: Velocity, x: Tensor, tableau: EmbeddedTableau, tolerance: T
     cautious = (0.01 / largest) ** (1 / tableau.order)
     step = torch.minimum(100 * trial, torch.where(largest <= 1e-15, (trial * 1e-3).clamp(min=1e-6), cautious))
     none = torch.zeros_like(tau, dtype=torch.int64)
-    return AdaptiveState(x, slope, tau, step, none, none)
+    status = torch.full_like(none, RUNNING, dtype=torch.int32).masked_fill_(~step.isfinite(), NONFINITE)
+    return AdaptiveState(x, slope, tau, step, none, none, status)
 
 
 def _attempt(velocity: Velocity, state: AdaptiveState, tableau: EmbeddedTableau, tolerance: Tolerance) -> AdaptiveState:
-    """Try one step of each image that has not arrived; the others stand still in the batch."""
-    active = state.tau < 1
+    """Try one step of each image that is on its way; the others stand still in the batch."""
+    active = (state.tau < 1) & (state.status == RUNNING)
     remaining = 1 - state.tau
     h = torch.where(active, torch.minimum(state.step, remaining), 0.0)
-    tau_next = torch.where(state.step >= remaining, 1.0, state.tau + h)
+    tau_next = torch.where(active & (state.step >= remaining), 1.0, state.tau + h)
 
     slopes = [state.slope]
     x_next = state.x
@@ -138,19 +160,22 @@ def _attempt(velocity: Velocity, state: AdaptiveState, tableau: EmbeddedTableau,
 
     scale = tolerance.atol + tolerance.rtol * torch.maximum(state.x.abs(), x_next.abs())
     ratio = _rms(_weighted_sum(slopes, tableau.error, h) / scale, tolerance)
-    if not bool(ratio.isfinite().all()):
-        images = (~ratio.isfinite()).nonzero().flatten().tolist()
-        raise FloatingPointError(f"the error estimate is not finite for images {images} of the batch")
-
-    accept = active & (ratio <= 1)
+    lost = active & ~ratio.isfinite()
+    tried = active & ~lost
+    accept = tried & (ratio <= 1)
+    accepted, rejected = state.accepted + accept, state.rejected + (tried & ~accept)
+    tau = torch.where(accept, tau_next, state.tau)
+    status = state.status.masked_fill(tried & (accepted + rejected >= tolerance.max_attempts), MAX_ATTEMPTS)
+    status = status.masked_fill(accept & (tau >= 1), ARRIVED).masked_fill(lost, NONFINITE)
     keep = accept[:, None, None, None]
     return AdaptiveState(
         x=torch.where(keep, x_next, state.x),
         slope=torch.where(keep, slopes[-1], state.slope),
-        tau=torch.where(accept, tau_next, state.tau),
-        step=torch.where(active, _next_step(h, ratio, tableau.order), state.step),
-        accepted=state.accepted + accept,
-        rejected=state.rejected + (active & ~accept),
+        tau=tau,
+        step=torch.where(tried, _next_step(h, ratio, tableau.order), state.step),
+        accepted=accepted,
+        rejected=rejected,
+        status=status,
     )
 
 

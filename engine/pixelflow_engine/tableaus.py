@@ -6,6 +6,24 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Tableau:
+    """An explicit Runge-Kutta method.
+
+    Attributes:
+        nodes: times ``c_i`` of the slopes, as fractions of the step.
+        coupling: row i holds the weights of slopes 0..i-1 in the state at which slope i is taken; the last row is the
+            solution.
+    """
+
+    nodes: tuple[float, ...]
+    coupling: tuple[tuple[float, ...], ...]
+
+
+HEUN = Tableau(nodes=(0.0, 1.0), coupling=((), (1.0,), (0.5, 0.5)))
+"""Heun (1900): the trapezoidal rule with Euler's end point, of second order."""
+
+
+@dataclass(frozen=True, slots=True)
 class EmbeddedTableau:
     """An explicit Runge-Kutta pair whose last slope is the next step's first (FSAL).
 

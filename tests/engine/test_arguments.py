@@ -38,6 +38,9 @@ def engines() -> dict[str, PixelFlowEngine]:
     }
 
 
+HERE = (torch.device("cpu"), torch.float32)
+
+
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was done so far: calls of the model and draws of noise."""
@@ -54,7 +57,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for source in (CounterNoise, PublicNoise):
         watch(source, "initial")
-        watch(source, "block")
+        watch(source, "enter")
     watch(PackedTransformer, "forward")
     return done
 
@@ -256,7 +259,7 @@ def test_what_is_right_is_not_refused(
     assert isinstance(images, Tensor)
     assert images.shape[0] == count
     source = "PublicNoise" if arguments.get("noise") == "public" else "CounterNoise"
-    assert {"PackedTransformer.forward", f"{source}.initial", f"{source}.block"} == set(work), "the spy sees nothing"
+    assert {"PackedTransformer.forward", f"{source}.initial", f"{source}.enter"} == set(work), "the spy sees nothing"
 
 
 @pytest.mark.parametrize(
@@ -367,7 +370,7 @@ def test_an_unknown_backend_is_refused(
     assert_refused(lambda: PixelFlowEngine.from_pretrained(nowhere, backend=backend), "backend", repr(backend), work)
 
 
-@pytest.mark.parametrize("backend", [b for b in backends() if not b.available], ids=lambda b: str(b.name))
+@pytest.mark.parametrize("backend", [b for b in backends(*HERE) if not b.available], ids=lambda b: str(b.name))
 def test_a_backend_that_cannot_run_is_not_replaced(backend: Any, engines: dict[str, PixelFlowEngine]) -> None:
     engine = engines["classes"]
     with pytest.raises(BackendUnavailableError) as caught:
@@ -377,7 +380,7 @@ def test_a_backend_that_cannot_run_is_not_replaced(backend: Any, engines: dict[s
 
 
 def test_the_chosen_backend_can_run(engines: dict[str, PixelFlowEngine]) -> None:
-    available = {b.name for b in backends() if b.available}
+    available = {b.name for b in backends(*HERE) if b.available}
     assert "torch" in available
     for name in ("auto", *available):
         engine = PixelFlowEngine(engines["classes"].config, engines["classes"].model, name)

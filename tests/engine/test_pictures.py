@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pixelflow_engine import StepEvent
-from pixelflow_engine.engine import to_uint8
+from pixelflow_engine.output import to_uint8
 from pixelflow_engine.pictures import CascadeRecorder, contact_sheet, pixels, write_atomically, write_images
 from support.engines import tiny_engine
 

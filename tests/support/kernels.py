@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 
 GUARD = 64  # poisoned elements on either side of every row of an output
 INPUT_GUARD = (

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 
 Launch = TypeVar("Launch", bound=Callable[..., Any])
 

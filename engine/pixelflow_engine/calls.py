@@ -1,0 +1,374 @@
+"""A call of the engine: what may be asked, and the plan that comes of it. All is checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from . import arguments
+from .config import PixelFlowConfig
+from .events import Callbacks, Latents, StageEvent, StepEvent
+from .image_to_image import taken_up
+from .noise import CounterNoise, NoiseSource, PublicNoise
+from .operations import Text
+from .output import OutputType, from_images
+from .plan import SOLVERS, Condition, SamplingPlan, Solver, plan_stages
+from .requests import Lot, Request, padded, sort_into_lots
+from .schedule import step_times
+from .solvers import Tolerance
+from .stages import States
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class Call:
+    """What :meth:`pixelflow_engine.PixelFlowEngine.__call__` takes; its documentation says what each argument means."""
+
+    class_labels: Sequence[int] | Sequence[Request] | int | Tensor | None = None
+    num_inference_steps: int | Sequence[int] = 10
+    guidance_scale: float = 2.4
+    guidance_schedule: Literal["stagewise", "constant"] | Sequence[float] = "stagewise"
+    solver: Solver = "euler"
+    shift: float = 1.0
+    seed: int | Sequence[int] | None = 0
+    noise: Literal["counter", "public"] = "counter"
+    state: Literal["fp32", "public"] = "fp32"
+    height: int | None = None
+    width: int | None = None
+    output_type: OutputType = "pil"
+    on_failure: Literal["raise", "report"] = "raise"
+    callback_on_step_end: Callable[[StepEvent], Latents | None] | None = None
+    callback_on_stage_end: Callable[[StageEvent], None] | None = None
+    rtol: float = 1e-3
+    atol: float = 1e-6
+    error_norm: Literal["image", "batch"] = "image"
+    image: object = None
+    start_stage: int = 0
+    strength: float = 1.0
+    encoder_hidden_states: Tensor | None = None
+    encoder_attention_mask: Tensor | None = None
+    null_encoder_hidden_states: Tensor | None = None
+    null_encoder_attention_mask: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Run:
+    """Images that run together, and how.
+
+    Attributes:
+        lot: which images.
+        plan: of their stages.
+        condition: what they should show.
+        noise: of each group.
+        start: makes the states that the first stage begins with.
+    """
+
+    lot: Lot
+    plan: SamplingPlan
+    condition: Condition
+    noise: tuple[NoiseSource, ...]
+    start: Callable[[], States]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PlannedCall:
+    """A call that has passed all checks.
+
+    Attributes:
+        runs: one after another.
+        batch: how many images.
+        seeds: what repeats the noise.
+        output_type: form of the images.
+        raising: images that fail are an error.
+        callbacks: whom to tell.
+    """
+
+    runs: tuple[Run, ...]
+    batch: int
+    seeds: tuple[int, ...]
+    output_type: OutputType
+    raising: bool
+    callbacks: Callbacks
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Asked:
+    """The images of a call, one by one.
+
+    Attributes:
+        condition: what they should show.
+        sizes: height and width in pixels.
+        weights: guidance weights, one per stage.
+        seeds: what the caller gave for ``seed``.
+    """
+
+    condition: Condition
+    sizes: list[tuple[int, int]]
+    weights: list[tuple[float, ...]]
+    seeds: object
+
+
+def plan_call(
+    call: Call, config: PixelFlowConfig, device: torch.device, dtype: torch.dtype, packed: bool
+) -> PlannedCall:
+    """Check a call and plan it.
+
+    Args:
+        call: what was asked.
+        config: of the model.
+        device, dtype: of the model.
+        packed: images of any sizes and weights run as one pack, where steps are fixed.
+
+    Raises:
+        ValueError: naming the argument, what came and what was expected.
+    """
+    _check_words(call, config)
+    asked = _requested(call, config, device, dtype) if _is_mixed(call) else _uniform(call, config, device, dtype)
+    batch = len(asked.sizes)
+    steps = arguments.steps(call.num_inference_steps, config.scheduler.num_stages)
+    tolerance = Tolerance(
+        rtol=arguments.positive_number("rtol", call.rtol),
+        atol=arguments.positive_number("atol", call.atol),
+        error_norm=call.error_norm,
+    )
+    shift = arguments.positive_number("shift", call.shift)
+    if call.state != "fp32" and call.solver != "euler":
+        raise ValueError(f"state: got {call.state!r} with solver={call.solver!r}, expected 'fp32': it is Euler's alone")
+    if call.state != "fp32" and packed:
+        raise ValueError("state: got 'public', expected 'fp32' but for backend='torch' without compile")
+    if call.solver == "dopri5" and shift != 1.0:
+        raise ValueError(f"shift: got {shift} with solver='dopri5', expected 1: its steps are its own")
+    lots = sort_into_lots(asked.sizes, asked.weights, packed and call.solver != "dopri5")
+    callbacks = Callbacks(call.callback_on_step_end, call.callback_on_stage_end)
+    if len(lots) > 1 and callbacks != Callbacks():
+        raise ValueError(
+            f"callback_on_step_end, callback_on_stage_end: got one for images that run as {len(lots)} batches here, "
+            "expected None, or images of one size and guidance"
+        )
+    sources, seeds = _noise(call, asked.seeds, batch, device)
+    first, given = _given_image(call, config, lots, steps)
+    runs = []
+    for lot in lots:
+        noise = tuple(sources(places) for places in _places(lot))
+        stages = plan_stages(config, lot.groups, steps)[first:]
+        if given is not None and call.strength != 1.0:
+            kept = max(1, round(call.strength * stages[0].num_steps))
+            stages = (replace(stages[0], first_step=stages[0].num_steps - kept), *stages[1:])
+        plan = SamplingPlan(stages=stages, solver=call.solver, shift=shift, state=call.state, tolerance=tolerance)
+        runs.append(Run(lot, plan, lot.of(asked.condition), noise, _start(plan, config, noise, given, lot, device)))
+    return PlannedCall(tuple(runs), batch, seeds, call.output_type, call.on_failure == "raise", callbacks)
+
+
+# --- what is asked of each image ---------------------------------------------------------------------------
+
+
+def _check_words(call: Call, config: PixelFlowConfig) -> None:
+    arguments.choice("solver", call.solver, SOLVERS)
+    arguments.choice("state", call.state, ("fp32", "public"))
+    arguments.choice("output_type", call.output_type, ("pil", "np", "pt"))
+    arguments.choice("on_failure", call.on_failure, ("raise", "report"))
+    arguments.choice("error_norm", call.error_norm, ("image", "batch"))
+    arguments.choice("noise", call.noise, ("counter", "public"))
+    if call.output_type == "pil" and config.model.out_channels not in (1, 3):
+        raise ValueError(
+            f"output_type: got 'pil', expected 'np' or 'pt' for images of {config.model.out_channels} channels"
+        )
+
+
+def _is_mixed(call: Call) -> bool:
+    several = call.class_labels
+    return isinstance(several, Sequence) and len(several) > 0 and any(isinstance(r, Request) for r in several)
+
+
+def _uniform(call: Call, config: PixelFlowConfig, device: torch.device, dtype: torch.dtype) -> Asked:
+    """Images that differ in what they show and in their seeds alone."""
+    num_stages = config.scheduler.num_stages
+    weights = arguments.guidance_weights(call.guidance_scale, call.guidance_schedule, num_stages)
+    size = (
+        arguments.image_size("height", call.height, config),
+        arguments.image_size("width", call.width, config),
+    )
+    condition, batch = _condition(call, config, device, dtype, weights)
+    return Asked(condition, [size] * batch, [weights] * batch, call.seed)
+
+
+def _requested(call: Call, config: PixelFlowConfig, device: torch.device, dtype: torch.dtype) -> Asked:
+    """Images that differ in anything that a :class:`Request` says."""
+    requests = cast("Sequence[Request]", call.class_labels)
+    for i, request in enumerate(requests):
+        if not isinstance(request, Request):
+            raise ValueError(f"class_labels[{i}]: got {request!r}, expected a Request like the others")
+    if call.noise != "counter":
+        raise ValueError(f"noise: got {call.noise!r}, expected 'counter' for requests: each image has its own stream")
+    if call.seed not in (0, None):
+        raise ValueError(f"seed: got {call.seed!r}, expected none beside requests, which have their own")
+    if call.image is not None:
+        raise ValueError("image: got one beside requests, expected None")
+    num_stages = config.scheduler.num_stages
+    sizes, weights = [], []
+    for i, r in enumerate(requests):
+        with arguments.inside(f"requests[{i}]"):
+            scale = call.guidance_scale if r.guidance_scale is None else r.guidance_scale
+            weights.append(arguments.guidance_weights(scale, call.guidance_schedule, num_stages))
+            sizes.append(
+                (
+                    arguments.image_size("height", call.height if r.height is None else r.height, config),
+                    arguments.image_size("width", call.width if r.width is None else r.width, config),
+                )
+            )
+    labels = [r.class_label for r in requests]
+    prompts = [r.encoder_hidden_states for r in requests]
+    plain = replace(call, class_labels=None if all(label is None for label in labels) else cast("list[int]", labels))
+    given = [prompt for prompt in prompts if prompt is not None]
+    if given:
+        if len(given) < len(prompts):
+            raise ValueError("requests: got prompts for some of them, expected encoder_hidden_states for all or none")
+        states, mask = padded(given)
+        plain = replace(plain, encoder_hidden_states=states, encoder_attention_mask=mask)
+    seeds = [arguments.fresh_seed() if r.seed is None else r.seed for r in requests]
+    condition, _ = _condition(replace(plain, seed=seeds), config, device, dtype, [w for several in weights for w in several])
+    return Asked(condition, sizes, weights, seeds)
+
+
+def _condition(
+    call: Call, config: PixelFlowConfig, device: torch.device, dtype: torch.dtype, weights: Sequence[float]
+) -> tuple[Condition, int]:
+    """What to show, and how many images; ``weights`` are all that any image has."""
+    model = config.model
+    guided = any(weight != 1 for weight in weights)
+    if model.cross_attention_dim is not None:
+        return _text_condition(call, config, device, dtype, guided)
+    arguments.no_text(
+        model,
+        encoder_hidden_states=call.encoder_hidden_states,
+        encoder_attention_mask=call.encoder_attention_mask,
+        null_encoder_hidden_states=call.null_encoder_hidden_states,
+        null_encoder_attention_mask=call.null_encoder_attention_mask,
+    )
+    if model.num_classes > 0:
+        labels = arguments.labels(call.class_labels, model, device)
+        return Condition(class_labels=labels), len(labels)
+    if call.class_labels is not None:
+        arguments.labels(call.class_labels, model, device)
+    if guided:
+        raise ValueError(
+            f"guidance_scale: got weights {list(weights)}, expected 1 for a model with neither classes nor text"
+        )
+    seeds = arguments.sequence(call.seed)
+    if seeds is None:
+        return Condition(), 1
+    if not seeds:
+        raise ValueError(f"seed: got {call.seed!r}, expected at least one seed")
+    return Condition(), len(seeds)
+
+
+def _text_condition(
+    call: Call, config: PixelFlowConfig, device: torch.device, dtype: torch.dtype, guided: bool
+) -> tuple[Condition, int]:
+    model = config.model
+    if call.class_labels is not None and model.num_classes == 0:
+        arguments.labels(call.class_labels, model, device)
+    prompt = arguments.text("", call.encoder_hidden_states, call.encoder_attention_mask, model, device, dtype)
+    batch = len(prompt.states)
+    labels = None
+    if model.num_classes > 0:
+        labels = arguments.labels(call.class_labels, model, device)
+        arguments.same_batch("class_labels", len(labels), batch)
+    null = None
+    if guided:
+        null = arguments.text(
+            "null_", call.null_encoder_hidden_states, call.null_encoder_attention_mask, model, device, dtype
+        )
+        if len(null.states) == 1:
+            mask = None if null.mask is None else null.mask.expand(batch, -1)
+            null = Text(null.states.expand(batch, -1, -1), mask)
+        arguments.same_batch("null_encoder_hidden_states", len(null.states), batch)
+        if null.states.shape[1] != prompt.states.shape[1]:
+            raise ValueError(
+                f"null_encoder_hidden_states: got {null.states.shape[1]} text tokens, expected "
+                f"{prompt.states.shape[1]} as in encoder_hidden_states (pad and mask the shorter)"
+            )
+    return Condition(class_labels=labels, text=prompt, null_text=null), batch
+
+
+# --- randomness and the beginning --------------------------------------------------------------------------
+
+
+def _noise(
+    call: Call, seed: object, batch: int, device: torch.device
+) -> tuple[Callable[[Sequence[int]], NoiseSource], tuple[int, ...]]:
+    """The source of randomness for some of the images, and the seeds that repeat it."""
+    if call.noise == "counter":
+        seeds = arguments.per_image_seeds(seed, batch)
+        return lambda places: CounterNoise(tuple(seeds[i] for i in places), device), seeds
+    stream = arguments.stream_seed(seed)
+    source = PublicNoise(None if stream is None else torch.Generator().manual_seed(stream), device)
+    return lambda places: source, () if stream is None else (stream,)
+
+
+def _places(lot: Lot) -> list[tuple[int, ...]]:
+    """Places in the call of each group's images."""
+    found, first = [], 0
+    for group in lot.groups:
+        found.append(lot.order[first : first + len(group.weights)])
+        first += len(group.weights)
+    return found
+
+
+def _given_image(
+    call: Call, config: PixelFlowConfig, lots: Sequence[Lot], steps: Sequence[int]
+) -> tuple[int, Tensor | None]:
+    """The stage to begin with, and the image to begin from."""
+    first = arguments.integer(call.start_stage)
+    if first is None or not 0 <= first < config.scheduler.num_stages:
+        last = config.scheduler.num_stages - 1
+        raise ValueError(f"start_stage: got {call.start_stage!r}, expected an integer from 0 to {last}")
+    strength = arguments.finite_number("strength", call.strength)
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength: got {call.strength!r}, expected a number above 0, at most 1")
+    if call.image is None:
+        if first != 0 or strength != 1:
+            raise ValueError(
+                f"image: got None with start_stage={first} and strength={strength}, expected an image to begin from"
+            )
+        return 0, None
+    if call.solver == "dopri5" and strength != 1:
+        raise ValueError(f"strength: got {strength} with solver='dopri5', expected 1: it integrates whole stages")
+    if call.noise != "counter":
+        raise ValueError(f"noise: got {call.noise!r}, expected 'counter' to begin from an image")
+    image = from_images(call.image, config.model.in_channels)
+    (lot,) = lots
+    (group,) = lot.groups
+    if image.shape[2:] != (group.height, group.width):
+        raise ValueError(
+            f"image: got {image.shape[2]} x {image.shape[3]} pixels, expected {group.height} x {group.width}"
+        )
+    if len(image) not in (1, len(lot.order)):
+        raise ValueError(f"image: got {len(image)}, expected 1 or {len(lot.order)}, one per image")
+    return first, image
+
+
+def _start(
+    plan: SamplingPlan,
+    config: PixelFlowConfig,
+    noise: Sequence[NoiseSource],
+    given: Tensor | None,
+    lot: Lot,
+    device: torch.device,
+) -> Callable[[], States]:
+    """Noise, or a given image as training shows it to the first stage."""
+    first = plan.stages[0]
+
+    def start() -> States:
+        normals = [source.initial(shape) for source, shape in zip(noise, first.shapes, strict=True)]
+        if given is None:
+            return normals
+        tau, _ = step_times(first.stage, config.scheduler, first.num_steps, plan.shift)
+        images = given.to(device).expand(len(lot.order), -1, -1, -1)
+        num_stages = config.scheduler.num_stages
+        return [taken_up(images, normals[0], first.stage, num_stages, float(tau[first.first_step]))]
+
+    return start

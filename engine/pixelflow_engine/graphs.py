@@ -1,0 +1,85 @@
+"""Capture of launches into CUDA graphs, and the contract of the tensors that a graph reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import CaptureError
+
+Launch = Callable[[], None]
+"""A fixed list of launches over tensors that stay where they are; it waits for nothing and decides nothing."""
+
+
+class Capture(Protocol):
+    """Makes graphs that share one pool of memory."""
+
+    def capture(self, launch: Launch) -> Launch:
+        """Run ``launch`` to warm up, record it, and return what replays it on the caller's stream.
+
+        What it reads and writes changes by the warm-up, so values are loaded afterwards.
+
+        Raises:
+            CaptureError: it cannot be recorded; nothing is left behind.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release all graphs and their memory; replaying one is an error from then on."""
+        ...
+
+
+class CudaCapture:
+    """CUDA graphs on one device.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+
+    def capture(self, launch: Launch) -> Launch:
+        """See :class:`Capture`. Kernels compile and libraries make their handles while warming up."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.device(self.device):
+                side = torch.cuda.Stream()
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    for _ in range(2):
+                        launch()
+                torch.cuda.current_stream().wait_stream(side)
+                # Other threads may go on using the device: their calls do not end this capture.
+                with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
+                    launch()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CaptureError(f"graphs: a step could not be captured: {str(error).splitlines()[0]}") from error
+        self.graphs.append(graph)
+        return graph.replay
+
+    def close(self) -> None:
+        """See :class:`Capture`."""
+        for graph in self.graphs:
+            graph.reset()
+        self.graphs.clear()
+
+
+def load_(buffer: Tensor, value: Tensor, name: str) -> None:
+    """Copy a value into a tensor that a graph reads.
+
+    Raises:
+        ValueError: its shape or device is another; the message names both.
+    """
+    if value.shape != buffer.shape:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {tuple(buffer.shape)} as captured")
+    if value.device != buffer.device:
+        raise ValueError(f"{name}: got device {value.device}, expected {buffer.device} as captured")
+    buffer.copy_(value)

@@ -1,0 +1,32 @@
+"""Taking a given image up on its way through the cascade."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .schedule import Stage
+
+
+def taken_up(images: Tensor, noise: Tensor, stage: Stage, num_stages: int, tau: float) -> Tensor:
+    """The state that training shows a stage: ``tau end + (1 - tau) start`` of images and one noise.
+
+    ``end = end_s down(x, d) + (1 - end_s) eps`` and ``start = start_s up(down(x, d + 1)) + (1 - start_s) eps``, where
+    ``down`` halves d times and ``up`` doubles.
+
+    Args:
+        images: ``[B, c, H, W]`` in [-1, 1], of the last stage's size.
+        noise: standard normals ``[B, c, h, w]`` of the stage's size.
+        stage: at which the image is taken up.
+        num_stages: of the cascade.
+        tau: local time, from 0 to 1.
+
+    Source: arXiv 2504.07963, section 3.2.
+    """
+    here = images
+    for _ in range(num_stages - 1 - stage.index):
+        here = F.avg_pool2d(here, 2)
+    before = F.interpolate(F.avg_pool2d(here, 2), scale_factor=2, mode="nearest")
+    end = stage.end * here + (1 - stage.end) * noise
+    start = stage.start * before + (1 - stage.start) * noise
+    return tau * end + (1 - tau) * start

@@ -1,0 +1,95 @@
+"""What a call returns, and images in the forms that it takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from .events import Latents, StageReport, Status
+
+OutputType = Literal["pil", "np", "pt"]
+Images = list[Image.Image] | NDArray[np.float32] | Tensor | list[NDArray[np.float32]] | list[Tensor]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SamplingOutput:
+    """What a call made.
+
+    Attributes:
+        images: ``pil``: a list of images; ``np``: ``[B, H, W, c]`` float32 in [0, 1]; ``pt``: ``[B, c, H, W]`` float32
+            in [0, 1] on the engine's device. Where sizes differ, ``np`` and ``pt`` are lists of ``[H, W, c]`` and ``[c,
+            H, W]``.
+        stages: a report per stage, smallest first.
+        seeds: the seed of each image, whose noise it draws again, bit for bit, in any batch (``noise="counter"``); the
+            stream's one seed, or nothing for torch's global generator (``noise="public"``).
+        statuses: what became of each image; all ``ok`` unless ``on_failure="report"``.
+    """
+
+    images: Images
+    stages: tuple[StageReport, ...]
+    seeds: tuple[int, ...]
+    statuses: tuple[Status, ...]
+
+
+def to_output(x: Latents, output_type: OutputType) -> Images:
+    """``clamp(x / 2 + 1/2, 0, 1)`` of ``x [B, c, H, W]``, or of a list of ``[c, H, W]``, in the asked form."""
+    if isinstance(x, list):
+        several = [_shown(image) for image in x]
+        if output_type == "pt":
+            return several
+        arrays = [_channels_last(image) for image in several]
+        return arrays if output_type == "np" else [Image.fromarray(to_uint8(array)) for array in arrays]
+    images = _shown(x)
+    if output_type == "pt":
+        return images
+    array = _channels_last(images)
+    return array if output_type == "np" else [Image.fromarray(pixels) for pixels in to_uint8(array)]
+
+
+def _shown(x: Tensor) -> Tensor:
+    return (x / 2 + 0.5).clamp(0, 1).float()
+
+
+def _channels_last(images: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = images.movedim(-3, -1).cpu().numpy()
+    return array
+
+
+def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """``[..., H, W, c]`` in [0, 1] to 0..255, rounded; a single channel's axis is dropped, as Pillow wants it."""
+    pixels = (images * 255).round().astype(np.uint8)
+    return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+
+
+def from_images(images: object, channels: int) -> Tensor:
+    """Images in any of the forms of :func:`to_output` as ``[B, c, H, W]`` float32 in [-1, 1].
+
+    Raises:
+        ValueError: naming what came and what was expected.
+    """
+    expected = f"expected PIL images, an array [B, H, W, {channels}] or a tensor [B, {channels}, H, W] in [0, 1]"
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, Sequence) and images and all(isinstance(image, Image.Image) for image in images):
+        mode = {1: "L", 3: "RGB"}.get(channels)
+        if mode is None or len({image.size for image in images}) > 1:
+            raise ValueError(f"image: got PIL images, expected an array: {channels} channels, or sizes that differ")
+        pixels = np.stack([np.asarray(image.convert(mode), dtype=np.float32) / 255 for image in images])
+        images = pixels if pixels.ndim == 4 else pixels[..., None]
+    if isinstance(images, np.ndarray):
+        if images.ndim != 4:
+            raise ValueError(f"image: got an array of shape {images.shape}, {expected}")
+        images = torch.from_numpy(np.ascontiguousarray(images)).movedim(-1, 1)
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != channels:
+        got = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"image: got {got}, {expected}")
+    if not images.dtype.is_floating_point or not bool(((images >= 0) & (images <= 1)).all()):
+        raise ValueError(f"image: got {images.dtype} outside of [0, 1], {expected}")
+    return images.float() * 2 - 1

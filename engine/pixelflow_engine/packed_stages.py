@@ -1,0 +1,189 @@
+"""A stage on the model's operations: all its images one pack, its state in tokens, its steps programs."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from pixelflow_kernels.ode_step import ARRIVED, RUNNING, Adaptive
+
+from .config import PixelFlowConfig
+from .graphs import Capture
+from .model import PackedTransformer, Prompts
+from .plan import Condition, SamplingPlan, StagePlan
+from .programs import AdaptiveSteps, FixedSteps, Program, labels_of, program_key
+from .schedule import step_times
+from .solvers import ab2_steps, step_length
+from .stage_pack import ModulationTable, StagePack
+from .stages import OnStep, StageOutcome, States
+
+
+class ProgramStore:
+    """Programs that were made, to be used again; without capture none is kept.
+
+    Args:
+        capture: makes their graphs.
+    """
+
+    def __init__(self, capture: Capture | None) -> None:
+        self.capture = capture
+        self.programs: dict[tuple[object, ...], Program] = {}
+
+    def close(self) -> None:
+        """Forget all of them and release their graphs."""
+        self.programs.clear()
+        if self.capture is not None:
+            self.capture.close()
+
+
+class PackedStages:
+    """Runs stages on the model's operations, see :class:`pixelflow_engine.stages.Stages`.
+
+    Args:
+        model: the transformer, its weights side by side.
+        config: of the cascade.
+        plan: of the whole sampling.
+        condition: what the images should show.
+        store: of programs.
+    """
+
+    def __init__(
+        self,
+        model: PackedTransformer,
+        config: PixelFlowConfig,
+        plan: SamplingPlan,
+        condition: Condition,
+        store: ProgramStore,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.plan = plan
+        self.condition = condition
+        self.store = store
+        self._prompts: dict[int, Prompts | None] = {}
+
+    def run(self, states: States, stage: StagePlan, on_step: OnStep) -> StageOutcome:
+        """All groups of images in one pack."""
+        pack = StagePack(self.model, stage)
+        if stage.guided not in self._prompts:
+            self._prompts[stage.guided] = pack.prompts(self.condition)
+        prompts = self._prompts[stage.guided]
+        if self.plan.solver == "dopri5":
+            return self._adaptive(pack, prompts, pack.pack(states), on_step)
+        return self._fixed(pack, prompts, pack.pack(states), on_step)
+
+    # --- fixed steps ---------------------------------------------------------------------------------------
+
+    def _fixed(self, pack: StagePack, prompts: Prompts | None, x: Tensor, on_step: OnStep) -> StageOutcome:
+        stage, solver = pack.plan, self.plan.solver
+        tau, t_model = step_times(stage.stage, self.config.scheduler, stage.num_steps, self.plan.shift)
+        lengths = [step_length(a, b) for a, b in pairwise(tau.tolist())]
+        table = ModulationTable(pack, self.condition, t_model.tolist())
+        key = program_key(pack, prompts, "fixed")
+        program = self.store.programs.get(key)
+        if not isinstance(program, FixedSteps):
+            program = FixedSteps(pack, prompts, self.store.capture)
+        program.prepare(*({"ab2": ("heun", "ab2")}.get(solver, (solver,))))
+        if self.store.capture is not None:
+            self.store.programs[key] = program
+        program.load(pack, x, prompts)
+        evaluations = 0
+        for step in range(stage.first_step, stage.num_steps):
+            h = lengths[step]
+            if solver == "euler":
+                program.load_step(table.at(step), steps=(h,))
+                program.play("euler")
+            elif solver == "heun" or step == stage.first_step:
+                program.load_step(table.at(step), table.at(step + 1), steps=(h,))
+                program.play("heun")
+                evaluations += 1
+            else:
+                program.load_step(table.at(step), steps=ab2_steps(h, lengths[step - 1]))
+                program.play("ab2")
+            evaluations += 1
+            replaced = on_step(step, partial(float, tau[step + 1]), partial(pack.unpack, program.x))
+            if replaced is not None:
+                program.load(pack, pack.pack(replaced), None)
+        end = pack.unpack(program.x)
+        status = torch.full((len(pack.sizes),), ARRIVED, dtype=torch.int32, device=x.device)
+        return StageOutcome(end, status, stage.num_steps - stage.first_step, evaluations, None)
+
+    # --- error control -------------------------------------------------------------------------------------
+
+    def _adaptive(self, pack: StagePack, prompts: Prompts | None, x: Tensor, on_step: OnStep) -> StageOutcome:
+        tolerance = self.plan.tolerance
+        key = program_key(pack, prompts, "adaptive", tolerance.error_norm, tolerance.max_attempts)
+        program = self.store.programs.get(key)
+        labels = labels_of(pack, self.condition)
+        if not isinstance(program, AdaptiveSteps):
+            program = AdaptiveSteps(pack, prompts, self.store.capture, pack.plan.stage, labels, tolerance)
+        program.prepare("start", "attempt")
+        if self.store.capture is not None:
+            self.store.programs[key] = program
+        program.load(pack, x, prompts)
+        program.load_call(labels, tolerance)
+        program.play("start")
+        state, launched = program.state, 0
+        glance = Glance(state)
+        while glance.anybody_runs():
+            program.play("attempt")
+            glance.take()
+            on_step(launched, lambda: glance.slowest, lambda: pack.unpack(state.x))
+            launched += 1
+        tried = int((state.accepted + state.rejected).max())
+        evaluations = 2 + launched * (len(state.slopes) - 1)
+        return StageOutcome(pack.unpack(state.x), state.status.clone(), tried, evaluations, state.tau.clone())
+
+
+class Glance:
+    """Sees whether another attempt is needed without making the device wait.
+
+    While an attempt runs, what the one before it left is read. If some image was further from the end than its next
+    step, it has not arrived now either, and the next attempt is launched at once. Only where all of them may have
+    arrived the answer of the running attempt is waited for. (An image that failed meanwhile costs an attempt that moves
+    nobody.)
+
+    Args:
+        state: of the integration.
+    """
+
+    def __init__(self, state: Adaptive) -> None:
+        on_gpu = state.x.is_cuda
+        self.state = state
+        self.seen = [torch.zeros(3, len(state.tau), dtype=torch.float64, pin_memory=on_gpu) for _ in range(2)]
+        self.events = [torch.cuda.Event() for _ in range(2)] if on_gpu else []
+        self.taken = 0
+
+    def take(self) -> None:
+        """Ask for status, time and next step of every image as they are after what was launched so far."""
+        slot, state = self.taken % 2, self.state
+        now = torch.stack([state.status.double(), state.tau, state.step])
+        self.seen[slot].copy_(now, non_blocking=True)
+        if self.events:
+            self.events[slot].record()
+        self.taken += 1
+
+    def _answer(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        slot = number % 2
+        if self.events:
+            self.events[slot].synchronize()
+        status, tau, step = self.seen[slot]
+        return status == RUNNING, tau, step
+
+    def anybody_runs(self) -> bool:
+        """Whether another attempt is needed."""
+        if self.taken == 0:
+            return True
+        if self.taken > 1:
+            runs, tau, step = self._answer(self.taken - 2)
+            if bool((runs & (step < 1 - tau)).any()):
+                return True
+        return bool(self._answer(self.taken - 1)[0].any())
+
+    @property
+    def slowest(self) -> float:
+        """The time that the slowest image has reached; waits for it."""
+        return float(self._answer(self.taken - 1)[1].min())

@@ -1,0 +1,110 @@
+"""What a sampling will do, decided before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from .config import PixelFlowConfig
+from .noise import Shape
+from .operations import Text
+from .schedule import Stage, make_stages
+from .solvers import Tolerance
+
+Solver = Literal["euler", "heun", "ab2", "dopri5"]
+SOLVERS: tuple[Solver, ...] = ("euler", "heun", "ab2", "dopri5")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Condition:
+    """What the images should show.
+
+    Attributes:
+        class_labels: ``[B]``, for a class-conditional model.
+        text, null_text: encoded prompts and the encoding of the empty prompt, for a text-conditional model.
+    """
+
+    class_labels: Tensor | None = None
+    text: Text | None = None
+    null_text: Text | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """What a stage will do.
+
+    Attributes:
+        stage: its place on the noise axis.
+        shapes: of its states, ``(B_g, c, h, w)`` for each group of images that have one size.
+        weights: guidance weight of each image, group after group; the null half of an image whose weight is exactly
+            1 is not computed.
+        num_steps: of a solver with fixed steps.
+        first_step: the step that it begins with; not 0 only where a given image is taken up on the way.
+    """
+
+    stage: Stage
+    shapes: tuple[Shape, ...]
+    weights: tuple[float, ...]
+    num_steps: int
+    first_step: int = 0
+
+    @property
+    def guided(self) -> int:
+        """How many images have a null half. They come first."""
+        return sum(weight != 1 for weight in self.weights)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingPlan:
+    """A whole sampling, without its randomness and condition.
+
+    Attributes:
+        stages: smallest first.
+        solver: ``euler``, ``heun`` and ``ab2`` with fixed steps, ``dopri5`` with error control.
+        shift: time shift of fixed steps; 1 spaces them evenly.
+        state: ``fp32``: guidance, update and state are float32. ``public``: they have the velocity's type from the
+            first Euler step on, and the model time that of the state, as in the published code under autocast.
+        tolerance: of dopri5.
+    """
+
+    stages: tuple[StagePlan, ...]
+    solver: Solver
+    shift: float
+    state: Literal["fp32", "public"]
+    tolerance: Tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Images of one size whose guidance is alike in having, or not having, a null half.
+
+    Attributes:
+        height, width: in pixels.
+        weights: for each image, its guidance weight at each stage.
+    """
+
+    height: int
+    width: int
+    weights: tuple[tuple[float, ...], ...]
+
+
+def plan_stages(config: PixelFlowConfig, groups: Sequence[Group], steps: Sequence[int]) -> tuple[StagePlan, ...]:
+    """Resolutions, weights and steps of each stage; groups with null halves come first."""
+    stages = make_stages(config.scheduler)
+    plans = []
+    for stage, num_steps in zip(stages, steps, strict=True):
+        shrink = 2 ** (len(stages) - 1 - stage.index)
+        plans.append(
+            StagePlan(
+                stage=stage,
+                shapes=tuple(
+                    (len(g.weights), config.model.in_channels, g.height // shrink, g.width // shrink) for g in groups
+                ),
+                weights=tuple(weights[stage.index] for g in groups for weights in g.weights),
+                num_steps=num_steps,
+            )
+        )
+    return tuple(plans)

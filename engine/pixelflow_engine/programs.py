@@ -1,0 +1,224 @@
+"""Steps of a stage as fixed lists of launches over static tensors: what a graph captures, or is launched one by one.
+
+A program is made for a pack and its solver, then loaded with the values of a call. Nothing in a launch waits for the
+device or depends on what it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pixelflow_kernels import ode_step
+from pixelflow_kernels.ode_step import Adaptive
+
+from .graphs import Capture, Launch, load_
+from .layers import at_least_fp32
+from .model import Prompts, Surroundings
+from .plan import Condition
+from .schedule import Stage
+from .solvers import Tolerance
+from .stage_pack import StagePack
+from .tableaus import DOPRI5, HEUN
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Part:
+    """The guided or the unguided images of a state.
+
+    Attributes:
+        tokens: of the state.
+        velocities: of the pack, null half first.
+        guidance: weights, for the guided ones.
+        slopes: ``[2, t, W]``, for Heun's method.
+    """
+
+    tokens: slice
+    velocities: slice
+    guidance: Tensor | None
+    slopes: Tensor
+
+
+class Program:
+    """Static tensors and the launches over them.
+
+    Args:
+        pack: whose state is moved.
+        prompts: for a model with cross-attention; their tensors become static.
+        capture: makes graphs of the launches; None leaves them as they are.
+    """
+
+    def __init__(self, pack: StagePack, prompts: Prompts | None, capture: Capture | None) -> None:
+        device, model = pack.model.device, pack.model
+        high = at_least_fp32(model.dtype)
+        self.pack = pack
+        self.prompts = prompts
+        self.capture = capture
+        self.around: Surroundings = model.surroundings(pack.layout, prompts)
+        self.x = torch.zeros(pack.tokens, pack.width, dtype=high, device=device)
+        self.guidance = pack.guidance()
+        self._ready: dict[str, Launch] = {}
+
+    def launches(self) -> Mapping[str, Launch]:
+        """The launches by name."""
+        raise NotImplementedError
+
+    def play(self, name: str) -> None:
+        """Launch, or replay; the first time a graph is captured. See :meth:`prepare`."""
+        self._ready[name]()
+
+    def prepare(self, *names: str) -> None:
+        """Capture these launches, if they are to be captured and are not yet. Static tensors change."""
+        for name in names:
+            if name not in self._ready:
+                launch = self.launches()[name]
+                self._ready[name] = launch if self.capture is None else self.capture.capture(launch)
+
+    def load(self, pack: StagePack, x: Tensor, prompts: Prompts | None) -> None:
+        """Guidance weights, state and prompts of a call whose pack is like this one's."""
+        load_(self.x, x, "x")
+        guidance = pack.guidance()
+        if self.guidance is not None and guidance is not None:
+            load_(self.guidance, guidance, "guidance")
+        if self.prompts is not None and prompts is not None and prompts is not self.prompts:
+            for mine, theirs in zip(self.prompts.keys, prompts.keys, strict=True):
+                for buffer, value in zip(mine, theirs, strict=True):
+                    load_(buffer, value, "text")
+
+
+class FixedSteps(Program):
+    """Euler's, Heun's and Adams-Bashforth's steps.
+
+    Modulations and step lengths are loaded before each step. ``previous`` holds the last step's velocities, as the
+    model gave them, for Adams-Bashforth.
+    """
+
+    def __init__(self, pack: StagePack, prompts: Prompts | None, capture: Capture | None) -> None:
+        super().__init__(pack, prompts, capture)
+        device, model = pack.model.device, pack.model
+        images = pack.layout.num_images
+        columns = (6 * model.config.depth + 2) * model.config.width
+        self.rows = torch.zeros(2, images, columns, dtype=self.x.dtype, device=device)
+        self.steps = torch.zeros(2, dtype=torch.float64, device=device)
+        self.probe = torch.zeros_like(self.x)
+        self.previous = torch.zeros(pack.layout.num_tokens, pack.width, dtype=model.dtype, device=device)
+        self.parts = self._parts()
+
+    def _parts(self) -> list[Part]:
+        guided, total = self.pack.guided_tokens, self.pack.tokens
+        spans = [(slice(0, guided), slice(0, 2 * guided), self.guidance)] if guided else []
+        if guided < total:
+            spans.append((slice(guided, total), slice(2 * guided, guided + total), None))
+        return [
+            Part(tokens, velocities, guidance, self.x.new_zeros(2, *self.x[tokens].shape))
+            for tokens, velocities, guidance in spans
+        ]
+
+    def launches(self) -> Mapping[str, Launch]:
+        """See :class:`Program`."""
+        return {"euler": self._euler, "heun": self._heun, "ab2": self._ab2}
+
+    def load_step(self, *rows: Tensor, steps: tuple[float, ...]) -> None:
+        """Modulations ``[n, (6 depth + 2) C]`` of each slope, and the lengths that slopes are multiplied by."""
+        for buffer, value in zip(self.rows, rows, strict=False):
+            load_(buffer, value, "modulations")
+        self.steps[: len(steps)].copy_(torch.tensor(steps, dtype=torch.float64))
+
+    def _velocity(self, x: Tensor, slope: int) -> Tensor:
+        modulations = self.pack.model.split_modulations(self.rows[slope])
+        return self.pack.velocity(x, modulations, self.around)
+
+    def _update(self, velocity: Tensor, step: Tensor) -> None:
+        for part in self.parts:
+            ode_step.euler_step_(self.x[part.tokens], velocity[part.velocities], step, part.guidance)
+
+    def _euler(self) -> None:
+        self._update(self._velocity(self.x, 0), self.steps[:1])
+
+    def _heun(self) -> None:
+        first = self._velocity(self.x, 0)
+        self._stage(first, HEUN.coupling[1])
+        second = self._velocity(self.probe, 1)
+        self._stage(second, HEUN.coupling[2])
+        self.x.copy_(self.probe)
+        self.previous.copy_(first)
+
+    def _stage(self, velocity: Tensor, weights: tuple[float, ...]) -> None:
+        for part in self.parts:
+            probe, x = self.probe[part.tokens], self.x[part.tokens]
+            new = velocity[part.velocities]
+            ode_step.stage_state_(probe, part.slopes, x, self.steps[:1], weights, new, part.guidance)
+
+    def _ab2(self) -> None:
+        velocity = self._velocity(self.x, 0)
+        self._update(velocity, self.steps[:1])
+        self._update(self.previous, self.steps[1:])
+        self.previous.copy_(velocity)
+
+
+class AdaptiveSteps(Program):
+    """Attempts of Dopri5, decided on the device. All images have one size and are all guided, or none is.
+
+    Args:
+        pack, prompts, capture: as for every program.
+        stage: whose window of model times is passed through.
+        labels: class labels of the pack; they become static.
+        tolerance: when a step is good enough.
+    """
+
+    def __init__(
+        self,
+        pack: StagePack,
+        prompts: Prompts | None,
+        capture: Capture | None,
+        stage: Stage,
+        labels: Tensor | None,
+        tolerance: Tolerance,
+    ) -> None:
+        super().__init__(pack, prompts, capture)
+        self.stage = stage
+        self.labels = labels
+        self.images = len(pack.sizes)
+        self.batch_wide = tolerance.error_norm == "batch"
+        self.max_attempts = tolerance.max_attempts
+        self.state = Adaptive.around(self.x, self.images, len(DOPRI5.nodes))
+
+    def launches(self) -> Mapping[str, Launch]:
+        """See :class:`Program`."""
+        told = (self.state, DOPRI5, self._field, self.guidance)
+        return {
+            "start": partial(ode_step.start_, *told, batch_wide=self.batch_wide),
+            "attempt": partial(ode_step.attempt_, *told, max_attempts=self.max_attempts, batch_wide=self.batch_wide),
+        }
+
+    def load_call(self, labels: Tensor | None, tolerance: Tolerance) -> None:
+        """Class labels and tolerance of a call."""
+        if self.labels is not None and labels is not None:
+            load_(self.labels, labels, "class_labels")
+        self.state.tolerance.copy_(torch.tensor([tolerance.rtol, tolerance.atol], dtype=torch.float64))
+
+    def _field(self, x: Tensor, tau: Tensor) -> Tensor:
+        """Velocities of the pack at a time of its own for each image, ``tau [B]`` float64."""
+        first, last = self.stage.window
+        times = (first + (last - first) * tau).to(torch.float32)
+        if self.pack.plan.guided:
+            times = torch.cat([times, times])
+        c = self.pack.model.conditioning(times, self.pack.latent_size, self.labels)
+        return self.pack.velocity(x, self.pack.model.modulations(c), self.around)
+
+
+def program_key(pack: StagePack, prompts: Prompts | None, kind: str, *more: object) -> tuple[object, ...]:
+    """What a program can be used again for."""
+    text = None if prompts is None else tuple(tuple(k.shape) for k, _ in prompts.keys[:1])
+    per_image = pack.plan.guided > 0 and len({*pack.plan.weights[: pack.plan.guided]}) > 1
+    return kind, pack.plan.stage.index, pack.plan.shapes, pack.plan.guided, per_image, text, *more
+
+
+def labels_of(pack: StagePack, condition: Condition) -> Tensor | None:
+    """Class labels of the pack, in memory of their own."""
+    labels = pack.labels(condition)
+    return None if labels is None else labels.clone()

@@ -1,0 +1,144 @@
+"""One stage's images as a pack of tokens, and the velocity of their state.
+
+The pack of an evaluation holds the null halves of the guided images, then their conditional halves, then the images
+without guidance. The state of a stage stays in the order in which the model's head gives velocities: ``[T, W]``, image
+after image, each token's ``W = p * p * c`` values in (row, column, channel) order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixelflow_kernels import PackedLayout
+
+from .model import PackedTransformer, Prompts, Surroundings
+from .noise import Shape
+from .operations import Text
+from .plan import Condition, StagePlan
+from .stages import States
+
+
+class StagePack:
+    """Who the tokens of a stage belong to.
+
+    Args:
+        model: the transformer, its weights side by side (:mod:`pixelflow_engine.fusion`).
+        plan: the stage's shapes and weights; images with a null half come first.
+
+    Attributes:
+        layout: of an evaluation, null halves included.
+        tokens: of the state.
+        guided_tokens: of the state's images that have a null half.
+        latent_size: ``[n]``, what each image of the pack is told of its resolution.
+    """
+
+    def __init__(self, model: PackedTransformer, plan: StagePlan) -> None:
+        p, device = model.config.patch_size, model.device
+        grids = [(h // p, w // p) for count, _, h, w in plan.shapes for _ in range(count)]
+        pack = grids[: plan.guided] + grids
+        self.model = model
+        self.plan = plan
+        self.sizes = [rows * columns for rows, columns in grids]
+        self.layout = PackedLayout.from_grids(pack, device)
+        self.tokens = sum(self.sizes)
+        self.guided_tokens = sum(self.sizes[: plan.guided])
+        self.latent_size = torch.tensor([columns for _, columns in pack], device=device)
+        self.width = p * p * model.config.in_channels
+
+    def guidance(self) -> Tensor | None:
+        """Weights of the guided images, float64: one for all, ``[1]``, or one for each of their tokens."""
+        weights = self.plan.weights[: self.plan.guided]
+        if not weights:
+            return None
+        device = self.model.device
+        if len({*weights}) == 1:
+            return torch.tensor(weights[:1], dtype=torch.float64, device=device)
+        sizes = torch.tensor(self.sizes[: self.plan.guided])
+        return torch.tensor(weights, dtype=torch.float64).repeat_interleave(sizes).to(device)
+
+    def labels(self, condition: Condition) -> Tensor | None:
+        """Class labels of the pack, ``[n]``."""
+        labels = condition.class_labels
+        if labels is None:
+            return None
+        return torch.cat([labels.new_full((self.plan.guided,), self.model.config.num_classes), labels])
+
+    def prompts(self, condition: Condition) -> Prompts | None:
+        """Projected prompts of the pack, for a model with cross-attention."""
+        text, null, guided = condition.text, condition.null_text, self.plan.guided
+        if text is None:
+            return None
+        if guided and null is not None:
+            text = Text.concatenate(null.first(guided), text)
+        return self.model.prompts(text)
+
+    def velocity(self, x: Tensor, modulations: tuple[Tensor, ...], around: Surroundings) -> Tensor:
+        """Velocities of the whole pack in the model's type; patches are embedded once for both halves.
+
+        Args:
+            x: the state ``[T, W]``.
+            modulations: of the pack's images.
+            around: of the pack's layout.
+
+        Returns:
+            ``[guided tokens + T, W]``.
+        """
+        embedded = self.model.patch_embed.embed_by_pixel(x.to(self.model.dtype))
+        if self.guided_tokens:
+            embedded = torch.cat([embedded[: self.guided_tokens], embedded])
+        return self.model.trunk(embedded, modulations, around)
+
+    def pack(self, states: States) -> Tensor:
+        """``[B_g, c, h, w]`` of each group to ``[T, W]``."""
+        p = self.model.config.patch_size
+        return torch.cat([_to_tokens(x, p).reshape(-1, self.width) for x in states])
+
+    def unpack(self, x: Tensor) -> list[Tensor]:
+        """The inverse of :meth:`pack`, in memory of its own."""
+        p = self.model.config.patch_size
+        sizes = [batch * (height // p) * (width // p) for batch, _, height, width in self.plan.shapes]
+        return [_to_images(part, shape, p) for part, shape in zip(x.split(sizes), self.plan.shapes, strict=True)]
+
+
+def _to_tokens(x: Tensor, p: int) -> Tensor:
+    batch, channels, height, width = x.shape
+    return x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 3, 5, 1)
+
+
+def _to_images(tokens: Tensor, shape: Shape, p: int) -> Tensor:
+    batch, channels, height, width = shape
+    grid = tokens.reshape(batch, height // p, width // p, p, p, channels)
+    return grid.permute(0, 5, 1, 3, 2, 4).clone(memory_format=torch.contiguous_format).view(shape)
+
+
+class ModulationTable:
+    """The modulation rows of all steps of a stage, made by one product before the first.
+
+    Images that are told the same (size and class, as all null halves of one size are) share a row.
+
+    Args:
+        pack: the stage.
+        condition: what the images should show.
+        t_model: ``[m]``, the model times at which slopes are taken.
+    """
+
+    def __init__(self, pack: StagePack, condition: Condition, t_model: Sequence[float]) -> None:
+        model, labels = pack.model, pack.labels(condition)
+        told = pack.latent_size[:, None] if labels is None else torch.stack([pack.latent_size, labels], dim=1)
+        unique, self.row = torch.unique(told, dim=0, return_inverse=True)
+        times = torch.tensor(t_model, dtype=torch.float64).to(torch.float32).to(model.device)
+        moments, rows = len(times), len(unique)
+        c = model.conditioning(
+            times.repeat_interleave(rows),
+            unique[:, 0].repeat(moments),
+            None if labels is None else unique[:, 1].repeat(moments),
+        )
+        self.rows = model.all_modulations_of(F.silu(c)).unflatten(0, (moments, rows))
+
+    def at(self, moment: int) -> Tensor:
+        """``[n, (6 depth + 2) C]`` of the pack's images, in the model's type."""
+        return self.rows[moment].index_select(0, self.row)
