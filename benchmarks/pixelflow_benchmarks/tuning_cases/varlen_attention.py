@@ -56,14 +56,17 @@ def _packed(x: Tensor) -> Tensor:
 
 
 def _attended(problem: Problem, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, products and output in ``dtype``.
+    """Output and log-sum-exp, with operands, weights and output in ``dtype``; a row's sum is that of rounded weights.
 
     Image by image: the scores of all of them at once would not fit.
     """
     found = []
     for a, b, c in zip(*(_per_image(problem, x.to(dtype)).unbind(0) for x in (q, k, v)), strict=True):
         scores = (a @ b.mT).to(torch.promote_types(dtype, torch.float32)) * q.shape[-1] ** -0.5
-        found.append((scores.softmax(-1).to(dtype) @ c, scores.logsumexp(-1)))
+        largest = scores.amax(-1, keepdim=True)
+        weights = (scores - largest).exp().to(dtype)
+        total = weights.to(scores.dtype).sum(-1, keepdim=True)
+        found.append((((weights @ c) / total).to(dtype), (largest + total.log()).squeeze(-1)))
     out, lse = zip(*found, strict=True)
     return _packed(torch.stack(out)), torch.cat(lse, dim=-1)
 
