@@ -229,7 +229,9 @@ def _requested(call: Call, config: PixelFlowConfig, device: torch.device, dtype:
         states, mask = padded(given)
         plain = replace(plain, encoder_hidden_states=states, encoder_attention_mask=mask)
     seeds = [arguments.fresh_seed() if r.seed is None else r.seed for r in requests]
-    condition, _ = _condition(replace(plain, seed=seeds), config, device, dtype, [w for several in weights for w in several])
+    condition, _ = _condition(
+        replace(plain, seed=seeds), config, device, dtype, [w for several in weights for w in several]
+    )
     return Asked(condition, sizes, weights, seeds)
 
 

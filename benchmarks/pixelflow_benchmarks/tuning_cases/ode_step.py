@@ -8,7 +8,8 @@ import torch
 
 from pixelflow_benchmarks.kernel_cases.case import PATCH_CHANNELS, Outputs, Problem
 from pixelflow_kernels.configs import arch_of, launch_config
-from pixelflow_kernels.ode_step import kernels, reference
+from pixelflow_kernels.ode_step import kernels, norm_kernels, reference
+from pixelflow_kernels.ode_step.blocks import SMALL_IMAGE
 from pixelflow_kernels.ode_step.specimens import ERROR, STAGES
 
 from .spaces import Config
@@ -39,7 +40,7 @@ def trials(kernel: str, problem: Problem) -> Iterator[Trial]:
         return out, before_last[-1]
 
     def error(config: Config) -> Outputs:
-        kernels.launch_error(
+        norm_kernels.launch_error(
             x, slopes, step, STAGES[-1], ERROR, tolerance, velocity, weight, norm, False, config=config
         )
         return norm, slopes[-1]
@@ -61,7 +62,7 @@ def trials(kernel: str, problem: Problem) -> Iterator[Trial]:
         "error": (norm, slopes[-1]),
         "accept": (out, slopes[0]),
     }
-    name = "small" if values <= kernels.SMALL_IMAGE else "large"
+    name = "small" if values <= SMALL_IMAGE else "large"
     is_norm = kernel == "error"
     yield Trial(
         problem=problem.label,
@@ -72,5 +73,5 @@ def trials(kernel: str, problem: Problem) -> Iterator[Trial]:
         exact=(1,) if is_norm else range(len(buffers[kernel])),
         plain=(lambda: norms(torch.float32)) if is_norm else None,
         truth=(lambda: norms(torch.float64)) if is_norm else None,
-        jit=getattr(kernels, f"_{kernel}_kernel"),
+        jit=norm_kernels._error_kernel if is_norm else getattr(kernels, f"_{kernel}_kernel"),
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pixelflow_benchmarks.kernel_cases.case import HEAD_DIM, HEADS, WIDTH, Outputs, Problem
 from pixelflow_kernels.configs import arch_of, launch_config
-from pixelflow_kernels.rope2d import kernels, reference, rotation_table
+from pixelflow_kernels.rope2d import backward, forward, reference, rotation, rotation_table
 
 from .spaces import Config
 from .trial import Trial
@@ -20,12 +20,16 @@ EPS = 1e-6
 
 def trials(kernel: str, problem: Problem) -> Iterator[Trial]:
     """``forward``, ``backward`` or ``rotate``."""
-    name = kernels.shape_class(WIDTH, problem.dtype)
+    name = rotation.shape_class(WIDTH, problem.dtype)
     shared = {
         "problem": problem.label,
         "shape_class": name,
         "present": launch_config(f"rope2d.{kernel}", name, arch_of(problem.device)),
-        "jit": getattr(kernels, f"_{kernel}_kernel"),
+        "jit": {
+            "rotate": rotation._rotate_kernel,
+            "forward": forward._forward_kernel,
+            "backward": backward._backward_kernel,
+        }[kernel],
     }
     yield (_rotate if kernel == "rotate" else _norm)(kernel, problem, shared)
 
@@ -37,7 +41,7 @@ def _rotate(kernel: str, problem: Problem, shared: dict[str, Any]) -> Trial:
     out = torch.empty_like(x)
 
     def launch(config: Config) -> Outputs:
-        kernels.launch_rotate(x, layout.row, layout.column, table, out, HEAD_DIM, False, config=config)
+        rotation.launch_rotate(x, layout.row, layout.column, table, out, HEAD_DIM, False, config=config)
         return (out,)
 
     return Trial(**shared, launch=launch, buffers=(out,), exact=(0,))
@@ -53,13 +57,13 @@ def _norm(kernel: str, problem: Problem, shared: dict[str, Any]) -> Trial:
     out_q, out_k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
 
     def launch_forward(config: Config) -> Outputs:
-        kernels.launch_forward(
+        forward.launch_forward(
             q, k, q_weight, k_weight, row, column, table, out_q, out_k, HEAD_DIM, EPS, True, config=config
         )  # fmt: skip
         return out_q, out_k
 
     def launch_backward(config: Config) -> Outputs:
-        weights = kernels.launch_backward(
+        weights = backward.launch_backward(
             grad_q, grad_k, q, k, q_weight, k_weight, row, column, table, out_q, out_k, HEAD_DIM, EPS, True,
             config=config,
         )  # fmt: skip
