@@ -25,7 +25,7 @@ def measure(cases: Iterable[Case], ceilings: Ceilings, device: torch.device, rou
         matrix products, ``teraflops``, ``fraction_of_product``. A variant that is not there has ``absent``, the reason.
     """
     for case in cases:
-        wrong = {name: faults(case, name) for name in case.variants}
+        wrong = faults(case)
         right = {name: call for name, call in case.variants.items() if not wrong[name]}
         timings = time_calls(right, device, rounds) if right else {}
         for name in case.variants:

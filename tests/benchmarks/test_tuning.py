@@ -500,7 +500,8 @@ def test_every_candidate_is_accepted_by_its_kernel_and_right(kernel: str, monkey
     from pixelflow_benchmarks.kernel_cases import case
     from pixelflow_benchmarks.tuning_cases import cascade, modulate, rope2d, varlen_attention
 
-    sides = (2, 2, 4, 4)
+    # Among four keys one takes nearly all of a softmax: what is left of a gradient then is less than what is rounded.
+    sides = (4, 4, 4, 4) if kernel.startswith("varlen_attention") else (2, 2, 4, 4)
     for module in (case, cascade):
         monkeypatch.setattr(module, "STAGE_SIDES", sides)
     for module in (rope2d, varlen_attention):

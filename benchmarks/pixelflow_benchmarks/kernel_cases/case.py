@@ -17,6 +17,9 @@ WIDTH, HEADS, HEAD_DIM, PATCH_CHANNELS = 1152, 16, 72, 48
 STAGE_SIDES = (8, 16, 32, 64)
 """Tokens along a side of an image at each stage."""
 
+LOOSEST = 0.1
+"""Of a row's largest value; in bfloat16 level D comes to some 0.03."""
+
 Outputs = tuple[Tensor, ...]
 
 
@@ -78,7 +81,7 @@ class Case:
         plain: the computation in plain PyTorch, in the same type: what level D compares with.
         truth: the same from the same inputs in float64.
         exact: the level A outputs: ``ours`` must have the bits of ``plain``.
-        scale: size of the values that are rounded, for level D; None for the largest true value.
+        growth: roundings at the size of a row's largest true value that level D grants twice (see :func:`level_d`).
         bytes_moved: read and written at least, each tensor once.
         flops: of matrix products; 0 for what is bound by memory.
     """
@@ -89,38 +92,58 @@ class Case:
     plain: Callable[[], Outputs]
     truth: Callable[[], Outputs] | None = None
     exact: bool = False
-    scale: float | None = None
+    growth: float = 1.0
     bytes_moved: int
     flops: int = 0
 
 
-def faults(case: Case, name: str) -> list[str]:
-    """What is wrong with the outputs of a variant; nothing where they are right.
+def faults(case: Case) -> dict[str, list[str]]:
+    """What is wrong with the outputs of each variant; nothing where they are right.
 
-    Level A cases: ``ours`` equals ``plain`` in every bit. Otherwise level D: no further from float64 than twice plain
-    PyTorch of the same type plus two roundings.
+    Level A cases: ``ours`` equals ``plain`` in every bit. Otherwise :func:`level_d`.
     """
-    got, plain = case.variants[name](), case.plain()
-    if len(got) != len(plain):
-        return [f"{len(got)} outputs, expected {len(plain)}"]
-    found = []
+    plain = case.plain()
     truth = case.truth() if case.truth is not None else tuple(p.double() for p in plain)
-    for i, (a, b, c) in enumerate(zip(got, plain, truth, strict=True)):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            found.append(f"output {i}: {a.dtype} {tuple(a.shape)}, expected {b.dtype} {tuple(b.shape)}")
-        elif case.exact and name == "ours":
-            if not torch.equal(a, b):
-                found.append(f"output {i}: {int((a != b).sum())} of {a.numel()} values differ from plain PyTorch")
-        elif a.numel() > 0:
-            error, bound = level_d(a, b, c, case.scale)
-            if not error <= bound:
-                found.append(f"output {i}: error {error:.3e}, bound {bound:.3e}")
+    found = {}
+    for name, call in case.variants.items():
+        got = call()
+        if len(got) != len(plain):
+            found[name] = [f"{len(got)} outputs, expected {len(plain)}"]
+            continue
+        said = (_fault(case, name, *of) for of in zip(got, plain, truth, strict=True))
+        found[name] = [f"output {i}: {what}" for i, what in enumerate(said) if what]
     return found
 
 
-def level_d(out: Tensor, plain: Tensor, truth: Tensor, scale: float | None) -> tuple[float, float]:
-    """Largest error against float64, and what level D allows."""
-    unit = torch.finfo(out.dtype).eps / 2
-    size = truth.abs().max().item() if scale is None else scale
-    bound = 2 * (plain.double() - truth).abs().max().item() + 2 * unit * size
-    return (out.double() - truth).abs().max().item(), bound
+def _fault(case: Case, name: str, out: Tensor, plain: Tensor, truth: Tensor) -> str | None:
+    if out.shape != plain.shape or out.dtype != plain.dtype:
+        return f"{out.dtype} {tuple(out.shape)}, expected {plain.dtype} {tuple(plain.shape)}"
+    if case.exact and name == "ours":
+        differing = int((out != plain).sum())
+        return f"{differing} of {out.numel()} values differ from plain PyTorch" if differing else None
+    return level_d(out, plain, truth, case.growth) if out.numel() > 0 else None
+
+
+def level_d(out: Tensor, plain: Tensor, truth: Tensor, growth: float = 1.0) -> str | None:
+    """What is wrong by level D: further from float64 than twice plain PyTorch of the same type plus two roundings.
+
+    Errors are relative to the largest true value of their row, the last dimension: one row that is wrong is not
+    measured by what others are. What plain PyTorch is granted is its largest such error. A bound that a tenth of a row
+    would pass proves nothing, and is a fault, too.
+
+    It is for rows that do not come out of cancellation, as a query's gradient does where one key has nearly all of its
+    weight: with 64 keys or more of normal logits none does.
+
+    Args:
+        out: what is looked at.
+        plain: the same computation in plain PyTorch, in the same type.
+        truth: in float64, from the same inputs.
+        growth: how much larger than a row's largest true value what is rounded on the way to it may be.
+    """
+    size = truth.abs().amax(-1).clamp_(min=torch.finfo(truth.dtype).tiny)
+    # One difference in float64 lives at a time: at the last stage of 16 guided images it is 1.2 GB.
+    error, of_plain = (((x - truth).abs_().amax(-1) / size).max().item() for x in (out, plain))
+    bound = 2 * of_plain + torch.finfo(out.dtype).eps * growth  # an eps is two roundings
+    if not bound <= LOOSEST:
+        return f"a bound of {bound:.1e} of a row's largest value would prove nothing"
+    return None if error <= bound else f"error {error:.3e} of a row's largest value, bound {bound:.3e}"

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixelflow_kernels.varlen_attention import varlen_attention
 
+from . import attention_truth
 from .case import HEAD_DIM, HEADS, WIDTH, Case, Outputs, Problem, size_of
 
 SDPA = {"SDPA (cuDNN)": SDPBackend.CUDNN_ATTENTION, "SDPA (flash)": SDPBackend.FLASH_ATTENTION}
@@ -43,25 +44,18 @@ def cases(problem: Problem) -> Iterator[Case]:
 
         return call
 
-    def in_fp64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Image by image: the scores of all of them at once would not fit."""
-        one = (x.unflatten(0, (images, length)).transpose(1, 2).unbind(0) for x in (q, k, v))
-        outputs = [torch.softmax(a @ b.mT / HEAD_DIM**0.5, dim=-1) @ c for a, b, c in zip(*one, strict=True)]
-        return torch.stack(outputs).transpose(1, 2).flatten(0, 1)
-
     functions = {"ours": packed("triton"), "eager": batched} | {n: forced(b) for n, b in SDPA.items()}
     functions["FlashAttention"] = packed("flash")
     present, absent = _present(functions, (q, k, v))
-    largest_logit = (q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max()).item() / HEAD_DIM**0.5
-    scale = (1 + largest_logit) * v.abs().max().item()
+    growth = attention_truth.growth(q, k, length)
     forward_flops = 4 * layout.num_tokens * length * WIDTH
     yield Case(
         name=f"varlen_attention.forward/{problem.label}",
         variants={name: _call(function, (q, k, v)) for name, function in present.items()},
         absent=absent,
-        plain=lambda: (batched(q, k, v),),
-        truth=lambda: (in_fp64(q.double(), k.double(), v.double()),),
-        scale=scale,
+        plain=lambda: (attention_truth.outputs(F.scaled_dot_product_attention, q, k, v, length),),
+        truth=lambda: attention_truth.attended(q, k, v, length, torch.float64)[:1],
+        growth=growth,
         bytes_moved=4 * size_of(q),
         flops=forward_flops,
     )
@@ -72,17 +66,16 @@ def cases(problem: Problem) -> Iterator[Case]:
 
     leaves = tuple(x.detach().clone().requires_grad_() for x in (q, k, v))
 
-    def truth() -> Outputs:
-        high = tuple(x.detach().double().requires_grad_() for x in (q, k, v))
-        return gradients(in_fp64, high, grad.double())
+    def expected(attention: Callable[..., Tensor], dtype: torch.dtype) -> Outputs:
+        return attention_truth.gradients(attention, q, k, v, grad, length, dtype)
 
     yield Case(
         name=f"varlen_attention.forward+backward/{problem.label}",
         variants={name: _gradients_call(gradients, function, leaves, grad) for name, function in present.items()},
         absent=absent,
-        plain=lambda: gradients(batched, leaves, grad),
-        truth=truth,
-        scale=scale * grad.abs().max().item(),
+        plain=lambda: expected(F.scaled_dot_product_attention, q.dtype),
+        truth=lambda: expected(attention_truth.softmax_attention, torch.float64),
+        growth=growth,
         bytes_moved=4 * size_of(q) + 8 * size_of(q),
         flops=forward_flops * 7 // 2,
     )

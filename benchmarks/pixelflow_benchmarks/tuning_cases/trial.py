@@ -24,7 +24,7 @@ class Trial:
         exact: places among the outputs that are level A: every configuration gives them the same bits.
         plain: all outputs in plain PyTorch, in the same types; None where all are exact.
         truth: the same in float64.
-        growth: how much larger than the largest true value what is rounded on the way to it may be, for level D.
+        growth: how much larger than a row's largest true value what is rounded on the way to it may be, for level D.
         jit: the kernel under ``@triton.jit``, for what its compiled variants take.
     """
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pixelflow_benchmarks.kernel_cases import attention_truth
 from pixelflow_benchmarks.kernel_cases.case import HEAD_DIM, HEADS, Outputs, Problem
 from pixelflow_kernels.configs import arch_of, launch_config
 from pixelflow_kernels.varlen_attention import backward, forward
@@ -46,38 +47,6 @@ def _operands(problem: Problem, head_dim: int, count: int) -> tuple[Tensor, ...]
     return q, k, v, *(problem.normal(*q.shape, seed=i) for i in range(1, count - 2))
 
 
-def _per_image(problem: Problem, x: Tensor) -> Tensor:
-    """``[T, H, D]`` as ``[n, H, N, D]``."""
-    return x.unflatten(0, (-1, problem.side**2)).transpose(1, 2)
-
-
-def _packed(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def _attended(problem: Problem, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, with operands, weights and output in ``dtype``; a row's sum is that of rounded weights.
-
-    Image by image: the scores of all of them at once would not fit.
-    """
-    found = []
-    for a, b, c in zip(*(_per_image(problem, x.to(dtype)).unbind(0) for x in (q, k, v)), strict=True):
-        scores = (a @ b.mT).to(torch.promote_types(dtype, torch.float32)) * q.shape[-1] ** -0.5
-        largest = scores.amax(-1, keepdim=True)
-        weights = (scores - largest).exp().to(dtype)
-        total = weights.to(scores.dtype).sum(-1, keepdim=True)
-        found.append((((weights @ c) / total).to(dtype), (largest + total.log()).squeeze(-1)))
-    out, lse = zip(*found, strict=True)
-    return _packed(torch.stack(out)), torch.cat(lse, dim=-1)
-
-
-def _growth(problem: Problem, q: Tensor, k: Tensor) -> float:
-    """A logit's rounding error is relative to the logit, and so is then that of its weight."""
-    images = zip(*(_per_image(problem, x).unbind(0) for x in (q, k)), strict=True)
-    largest = max((a @ b.mT).abs().max().item() for a, b in images)
-    return float(1 + largest * q.shape[-1] ** -0.5)
-
-
 def _forward(kernel: str, problem: Problem, head_dim: int) -> Trial:
     q, k, v = _operands(problem, head_dim, 3)
     layout, scale = problem.layout(), head_dim**-0.5
@@ -91,8 +60,8 @@ def _forward(kernel: str, problem: Problem, head_dim: int) -> Trial:
         return out, lse
 
     def plain() -> Outputs:
-        a, b, c = (_per_image(problem, x) for x in (q, k, v))
-        return _packed(F.scaled_dot_product_attention(a, b, c)), _attended(problem, q, k, v, q.dtype)[1]
+        out = attention_truth.outputs(F.scaled_dot_product_attention, q, k, v, longest)
+        return out, attention_truth.attended(q, k, v, longest, q.dtype)[1]
 
     return Trial(
         problem=f"{problem.label}-d{head_dim}",
@@ -101,8 +70,8 @@ def _forward(kernel: str, problem: Problem, head_dim: int) -> Trial:
         launch=launch,
         buffers=(out, lse),
         plain=plain,
-        truth=lambda: _attended(problem, q, k, v, torch.float64),
-        growth=_growth(problem, q, k),
+        truth=lambda: attention_truth.attended(q, k, v, longest, torch.float64),
+        growth=attention_truth.growth(q, k, longest),
         jit=forward._forward_kernel,
     )
 
@@ -113,7 +82,8 @@ def _backward(kernel: str, problem: Problem, head_dim: int) -> Trial:
     cu, longest, multiple = layout.cu_seqlens, layout.max_seqlen, layout.multiple_of
     types = (q.dtype, torch.promote_types(q.dtype, torch.float32))
     # From plain PyTorch, so that nothing here rests on the forward kernel.
-    out, lse = (x.to(y) for x, y in zip(_attended(problem, q, k, v, torch.float64), types, strict=True))
+    exact = attention_truth.attended(q, k, v, longest, torch.float64)
+    out, lse = (x.to(y) for x, y in zip(exact, types, strict=True))
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     name, part = shape_class(q.dtype, head_dim), kernel.removeprefix("backward_")
     frozen = {
@@ -128,16 +98,8 @@ def _backward(kernel: str, problem: Problem, head_dim: int) -> Trial:
         )  # fmt: skip
         return dq, dk, dv
 
-    def gradients(attention: Callable[..., Tensor], dtype: torch.dtype) -> Outputs:
-        """Image by image, too."""
-        found = []
-        for *x, g in zip(*(_per_image(problem, x).unbind(0) for x in (q, k, v, grad)), strict=True):
-            leaves = tuple(t.detach().to(dtype)[None].requires_grad_() for t in x)
-            found.append(torch.autograd.grad(attention(*leaves), leaves, g.to(dtype)[None]))
-        return tuple(_packed(torch.cat(parts)) for parts in zip(*found, strict=True))
-
-    def plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.softmax(q @ k.mT * scale, dim=-1) @ v
+    def expected(attention: Callable[..., Tensor], dtype: torch.dtype) -> Outputs:
+        return attention_truth.gradients(attention, q, k, v, grad, longest, dtype)
 
     return Trial(
         problem=f"{problem.label}-d{head_dim}",
@@ -145,8 +107,8 @@ def _backward(kernel: str, problem: Problem, head_dim: int) -> Trial:
         present=frozen[part],
         launch=launch,
         buffers=(dq, dk, dv),
-        plain=lambda: gradients(F.scaled_dot_product_attention, q.dtype),
-        truth=lambda: gradients(plainly, torch.float64),
-        growth=_growth(problem, q, k),
+        plain=lambda: expected(F.scaled_dot_product_attention, q.dtype),
+        truth=lambda: expected(attention_truth.softmax_attention, torch.float64),
+        growth=attention_truth.growth(q, k, longest),
         jit=JIT[kernel],
     )
