@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pixelflow_kernels import PackedLayout, modulate, rope2d
 from pixelflow_kernels.varlen_attention import varlen_attention
 
-from .operations import PlainOperations, Rotation, Text, TextTokens
+from .operations import Linear, Rotation, Text, TextTokens
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -96,10 +97,14 @@ class FusedOperations:
             q, k, v, layout.cu_seqlens, text.cu_seqlens, layout.max_seqlen, text.max_seqlen, backend=self.attention
         )
 
-    def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def linear(self, x: Tensor, layer: Linear) -> Tensor:
+        """The library's product."""
+        return layer(x)
+
+    def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
         """The activation in the epilogue of the product, where the library has one and no gradient is needed."""
-        if x.device.type == "cuda" and not torch.is_grad_enabled():
+        if x.device.type == "cuda" and not torch.is_grad_enabled() and layer.bias is not None:
             # cuBLASLt's epilogue is the tanh form. On a CPU the same call computes the erf form, and it has no
             # derivative anywhere.
-            return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-        return PlainOperations().linear_gelu(x, weight, bias)
+            return torch._addmm_activation(layer.bias, x, layer.weight.t(), use_gelu=True)
+        return F.gelu(layer(x), approximate="tanh")

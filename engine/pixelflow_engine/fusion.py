@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .model import PackedTransformer, SideBySide
+from .model import PackedTransformer
+from .operations import SideBySide
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from pixelflow_kernels import PackedLayout
 from . import layers
 from .config import SINUSOID_CHANNELS, ModelConfig
 from .layers import at_least_fp32
-from .operations import Operations, PlainOperations, Rotation, Text, TextTokens
+from .operations import Operations, PlainOperations, Rotation, SideBySide, Text, TextTokens
 
 __all__ = ["PackedTransformer", "Prompts", "Text"]
 
@@ -55,38 +55,18 @@ class Surroundings:
     prompts: Prompts | None
 
 
-class SideBySide(nn.Module):
-    """Linear maps of one input as one product. Its tensors stay out of the state dict."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., in] -> [..., sum of out]``."""
-        return F.linear(x, self.weight, self.bias)
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm with a learned weight."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., dim] -> [..., dim]``."""
-        return layers.rms_norm(x, self.weight)
-
-
 def _fused(product: SideBySide | None) -> SideBySide:
     if product is None:
         raise ValueError("model: its weights do not lie side by side yet, see pixelflow_engine.fusion.fuse")
     return product
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a learned weight; the operations compute it, together with what stands around it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
 
 
 class ConditioningMLP(nn.Module):
@@ -176,13 +156,13 @@ class SelfAttention(Attention):
     def forward(self, u: Tensor, around: Surroundings, ops: Operations) -> Tensor:
         """``[T, C] -> [T, C]``."""
         if self.qkv is None:
-            q, k, v = self.q_proj(u), self.k_proj(u), self.v_proj(u)
+            q, k, v = (ops.linear(u, layer) for layer in (self.q_proj, self.k_proj, self.v_proj))
         else:
-            q, k, v = self.qkv(u).chunk(3, dim=-1)
+            q, k, v = ops.linear(u, self.qkv).chunk(3, dim=-1)
         weights = (self.q_norm.weight, self.k_norm.weight)
         q, k = ops.norm_rotate_qk(q, k, *weights, around.layout, around.rotation, self.heads)
         out = ops.self_attention(q, k, v.unflatten(-1, (self.heads, -1)), around.layout)
-        return self.o_proj(out.flatten(-2))
+        return ops.linear(out.flatten(-2), self.o_proj)
 
 
 class CrossAttention(Attention):
@@ -197,8 +177,9 @@ class CrossAttention(Attention):
         """``[T, C] -> [T, C]``."""
         if around.prompts is None:
             raise ValueError("text: got None, expected prompts for a model with cross-attention")
-        q = ops.norm_rotate(self.q_proj(u), self.q_norm.weight, around.layout, around.rotation, self.heads)
-        return self.o_proj(ops.cross_attention(q, *keys, around.prompts.text, around.layout).flatten(-2))
+        q = ops.norm_rotate(ops.linear(u, self.q_proj), self.q_norm.weight, around.layout, around.rotation, self.heads)
+        out = ops.cross_attention(q, *keys, around.prompts.text, around.layout)
+        return ops.linear(out.flatten(-2), self.o_proj)
 
 
 class MLP(nn.Module):
@@ -211,7 +192,7 @@ class MLP(nn.Module):
 
     def forward(self, v: Tensor, ops: Operations) -> Tensor:
         """``[T, C] -> [T, C]``."""
-        return self.fc2(ops.linear_gelu(v, self.fc1.weight, self.fc1.bias))
+        return ops.linear(ops.linear_gelu(v, self.fc1), self.fc2)
 
 
 class TransformerBlock(nn.Module):

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pixelflow_kernels import PackedLayout
 
@@ -19,6 +19,25 @@ from . import layers
 
 Rotation = tuple[Tensor, ...]
 """Cosines and sines of a layout's places, in the form that an implementation wants."""
+
+
+class SideBySide(nn.Module):
+    """Linear maps of one input as one product. Its tensors stay out of the state dict."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in] -> [..., sum of out]``."""
+        return F.linear(x, self.weight, self.bias)
+
+
+Linear = nn.Linear | SideBySide
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -126,7 +145,11 @@ class Operations(Protocol):
         """Attention of each image's tokens ``q [T, H, D]`` to its own prompt."""
         ...
 
-    def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def linear(self, x: Tensor, layer: Linear) -> Tensor:
+        """``x weight^T + bias``."""
+        ...
+
+    def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
         """``GELU(x weight^T + bias)``, tanh form."""
         ...
 
@@ -208,6 +231,10 @@ class PlainOperations:
         bias = None if mask is None else (1 - mask.to(q.dtype)) * layers.PADDING_BIAS
         return layers.cross_attention(q, k, v, bias, layout)
 
-    def linear_gelu(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """See :class:`Operations`."""
-        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+        return layer(x)
+
+    def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
+        """See :class:`Operations`."""
+        return F.gelu(layer(x), approximate="tanh")

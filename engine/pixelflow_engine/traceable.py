@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.library import custom_op
 
 from pixelflow_kernels import PackedLayout
 
 from . import layers
 from .fused import FusedOperations
-from .operations import PlainOperations
+from .operations import Linear, PlainOperations, SideBySide
+
+ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class TraceableOperations(PlainOperations):
@@ -55,6 +59,42 @@ class TraceableOperations(PlainOperations):
         """See :class:`pixelflow_engine.operations.Operations`."""
         x = x + y
         return x, _modulate(layers.rms_norm(x, weight), shift, scale, layout).to(x.dtype)
+
+    def linear(self, x: Tensor, layer: Linear) -> Tensor:
+        """By oneDNN on a CPU, which uses any maker's cores; MKL, behind ``F.linear``, does not."""
+        if _for_onednn(x, layer):
+            return _onednn_linear(x, layer.weight, layer.bias, False)
+        return layer(x)
+
+    def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
+        """By oneDNN on a CPU, the activation where the product is written."""
+        if _for_onednn(x, layer):
+            return _onednn_linear(x, layer.weight, layer.bias, True)
+        return super().linear_gelu(x, layer)
+
+
+@custom_op("pixelflow::onednn_linear", mutates_args=(), device_types="cpu")
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    """One node of a compiled graph: Inductor itself takes this product with constant weights and known sizes alone."""
+    activation, form = ("gelu", "tanh") if gelu else ("none", "")
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], form)
+    return out
+
+
+@_onednn_linear.register_fake
+def _fake_onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _for_onednn(x: Tensor, layer: Linear) -> bool:
+    """Whether oneDNN may compute it: it has no derivative, and knows linear layers in float32 alone."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == layer.weight.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and type(layer) in (nn.Linear, SideBySide)  # not one that somebody put in its place
+        and ONEDNN
+    )
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout) -> Tensor:
