@@ -73,11 +73,11 @@ def generate(
     class_label: Annotated[list[int] | None, typer.Option(help="Repeat for several images.")] = None,
     images_per_label: Annotated[int, typer.Option(min=1, help="Images of each class label.")] = 1,
     images: Annotated[int | None, typer.Option(min=1, help="Images of a model without classes.")] = None,
-    steps: Annotated[str, typer.Option(help="Euler steps of every stage, or of each: 10,10,10.")] = "10",
+    steps: Annotated[str, typer.Option(help="Steps of every stage, or of each: 10,10,10.")] = "10",
     guidance_scale: Annotated[float, typer.Option(help="Largest guidance weight; 1 is none.")] = 2.4,
     guidance_schedule: Annotated[str, typer.Option(help="stagewise, constant, or a weight per stage.")] = "stagewise",
-    solver: Annotated[Literal["euler", "dopri5"], typer.Option()] = "euler",
-    shift: Annotated[float, typer.Option(help="Time shift of Euler's steps.")] = 1.0,
+    solver: Annotated[Literal["euler", "heun", "ab2", "dopri5"], typer.Option()] = "euler",
+    shift: Annotated[float, typer.Option(help="Time shift of fixed steps.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the first image; the others count up.")] = 0,
     noise: Annotated[Literal["counter", "public"], typer.Option()] = "counter",
     height: Annotated[int | None, typer.Option(help="Pixels; the model's resolution by default.")] = None,
@@ -85,11 +85,13 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images sampled at once.")] = 64,
     device: Device = "cpu",
     dtype: Annotated[Dtype, typer.Option()] = "float32",
+    backend: Annotated[Literal["auto", "torch", "triton", "flash"], typer.Option()] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the transformer's blocks first.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Sample images into a file or folder."""
     pictures.check_output(output)
-    engine = PixelFlowEngine.from_pretrained(model, device, getattr(torch, dtype))
+    engine = PixelFlowEngine.from_pretrained(model, device, getattr(torch, dtype), backend, compile=compile)
     labels = _labels(engine.config.model, class_label or [], images_per_label, images)
     count = images or 1 if labels is None else len(labels)
     if noise == "public" and count > batch_size:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -17,3 +18,17 @@ def test_own_sampler(tmp_path: Path) -> None:
         low, high = image.convert("L").getextrema()
     assert low < 10  # type: ignore[operator]
     assert high > 245  # type: ignore[operator]
+
+
+def test_inpainting(tmp_path: Path) -> None:
+    """Whole digits, their upper halves, two completions: the known half stays, the other is made anew each time."""
+    path = tmp_path / "completed.png"
+    subprocess.run([sys.executable, EXAMPLES / "inpainting.py", path], check=True)
+    with Image.open(path) as image:
+        assert image.size == (10 * 66 + 2, 4 * 66 + 2)
+        rows = [np.asarray(image.convert("L"))[2 + 66 * i : 66 * (i + 1)].astype(int) for i in range(4)]
+    for row in rows[1:]:
+        assert np.array_equal(row[:32], rows[0][:32])
+    for one, other in ((rows[0], rows[2]), (rows[0], rows[3]), (rows[2], rows[3])):
+        assert np.abs(one[32:] - other[32:]).mean() > 5
+    assert rows[2][32:].max() > 200
