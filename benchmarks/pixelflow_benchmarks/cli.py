@@ -1,18 +1,23 @@
-"""``pixelflow eval``. What needs an extra is imported when a command runs."""
+"""``pixelflow eval`` and ``pixelflow bench``. What needs an extra is imported when a command runs."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from .tables import TextTable, kernel_table, quality_table
+from .tables import TextTable, kernel_table, quality_table, tuning_table
+
+if TYPE_CHECKING:
+    import torch
 
 console = Console()
 evaluate = typer.Typer(no_args_is_help=True, help="Measure the quality of generated images.")
@@ -114,6 +119,89 @@ def bench_kernels_command(
     if wrong:
         console.print("\n".join(["wrong results:", *wrong]), style="red", highlight=False)
         raise typer.Exit(1)
+
+
+@bench.command("tune")
+def bench_tune_command(
+    op: Annotated[list[str] | None, typer.Option(help="Only this operation or kernel; may be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, ...")] = "cuda",
+    stage: Annotated[list[int] | None, typer.Option(help="Only this stage, 0 to 3; may be repeated.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images; with guidance each counts twice.")] = 16,
+    rounds: Annotated[int, typer.Option(min=3, help="Measurements of each configuration.")] = 11,
+    budget_seconds: Annotated[float, typer.Option(min=0, help="Begin no further kernel after this long.")] = math.inf,
+    jobs: Annotated[int, typer.Option(min=1, help="Threads that compile.")] = 8,
+    output: Annotated[Path | None, typer.Option(help="JSON lines to write; a new file.")] = None,
+    measured: Annotated[Path | None, typer.Option("--from", help="Measure nothing: choose from such a file.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Write the choices into the GPU's table.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Measure launch configurations on this GPU and propose what is clearly faster.
+
+    A configuration decides the order of sums, and so bits: outputs that are not bitwise PyTorch's may change in their
+    last places with a table. Every candidate is checked before it is timed; nothing is changed without --write.
+    """
+    from pixelflow_kernels import configs
+
+    from .tuning import choose, merged
+
+    if measured is None:
+        where, records = _gpu(device), []
+        with contextlib.nullcontext() if output is None else output.open("x", encoding="utf-8") as file:
+            found = _tune(op or (), where, stage, batch, rounds, budget_seconds, jobs)
+            try:
+                for record in tqdm(found, unit="configuration", delay=2, disable=quiet):
+                    records.append(record)
+                    if file is not None:
+                        print(json.dumps(record), file=file, flush=True)
+            except KeyboardInterrupt:
+                console.print("interrupted: chosen from what was measured so far", style="yellow")
+    else:
+        records = [json.loads(line) for line in measured.read_text("utf-8").splitlines()]
+    if not records or records[0].get("kind") != "environment" or "arch" not in records[0]:
+        raise ValueError(f"from: got {measured}, expected JSON lines that `bench tune --output` wrote")
+    choices = choose(records)
+    show(tuning_table(choices, records[0]["gpu"]))
+    if left_out := [r["kernel"] for r in records if r["kind"] == "left out"]:
+        console.print(f"no time for: {', '.join(left_out)}", style="yellow")
+    path = configs.FOLDER / f"sm_{records[0]['arch']}.json"
+    if write and any(choice.changed for choice in choices):
+        configs.write_table(merged(configs.read_table(path) if path.is_file() else {}, choices), path)
+        console.print(f"written: {path}")
+
+
+def _gpu(device: str) -> torch.device:
+    from pixelflow_engine.arguments import place
+
+    where = place(device)
+    if where.type != "cuda":
+        raise ValueError(
+            f"device: got {device!r}, expected a GPU: configurations are measured on the one that they are for"
+        )
+    return where
+
+
+def _tune(
+    op: Iterable[str],
+    where: torch.device,
+    stage: list[int] | None,
+    batch: int,
+    rounds: int,
+    budget: float,
+    jobs: int,
+) -> Iterator[dict[str, Any]]:
+    """All records of a run; a wrong argument is refused before the first."""
+    import torch
+
+    from pixelflow_kernels.configs import arch_of
+
+    from .environment import clocks, environment
+    from .tuning import tune
+    from .tuning_cases import STAGE_SIDES, tunables
+
+    wanted = tunables(op, stage or range(len(STAGE_SIDES)), batch, torch.bfloat16, where)
+    yield {"kind": "environment", **environment(where), "arch": arch_of(where), "batch": batch, **clocks(where)}
+    yield from tune(wanted, where, rounds, jobs=jobs, budget=budget)
+    yield {"kind": "end", **clocks(where)}
 
 
 def show(text: TextTable) -> None:

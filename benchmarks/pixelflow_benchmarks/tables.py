@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .tuning import Choice
 
 Record = dict[str, Any]
 
@@ -99,6 +102,30 @@ def kernel_table(records: Sequence[Record]) -> TextTable:
     )
     header = ("case", "variant", "us", "quartiles", "GB/s (of copy)", "TFLOP/s (of product)", "times eager's speed")
     return TextTable(title, header, tuple(rows))
+
+
+def tuning_table(choices: Sequence[Choice], gpu: str) -> TextTable:
+    """A row per shape class: what is there, what is proposed, and what that is decided on."""
+    rows = []
+    for c in choices:
+        rows.append(
+            (
+                c.kernel,
+                c.shape_class,
+                _settings(c.present),
+                _settings(c.chosen) if c.changed else "keep",
+                "" if c.ratio is None else f"{c.ratio:.3f}",
+                ", ".join(c.problems),
+                f"{c.timed} of {c.tried}",
+                "same" if c.same_bits else "other",
+            )
+        )
+    header = ("kernel", "class", "present", "proposed", "of present time", "problems", "timed", "bits")
+    return TextTable(f"Launch configurations, {gpu}; times are geometric means over problems.", header, tuple(rows))
+
+
+def _settings(config: Mapping[str, int]) -> str:
+    return " ".join(f"{key} {value}" for key, value in config.items())
 
 
 def spread(values: list[float], digits: int) -> str:

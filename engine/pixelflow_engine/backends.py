@@ -13,6 +13,7 @@ from pixelflow_kernels.varlen_attention import backends as attention_backends
 from .errors import BackendUnavailableError
 from .fused import FusedOperations
 from .operations import Operations, PlainOperations
+from .traceable import TraceableOperations
 
 BackendName = Literal["torch", "triton", "flash"]
 NAMES: tuple[BackendName, ...] = ("torch", "triton", "flash")
@@ -32,9 +33,11 @@ class Backend:
     available: bool
     reason: str
 
-    def operations(self) -> Operations:
-        """Its operations."""
-        return PlainOperations() if self.name == "torch" else FusedOperations(self.name)
+    def operations(self, compiled: bool) -> Operations:
+        """Its operations, to be run as they are or to be compiled."""
+        if self.name != "torch":
+            return FusedOperations(self.name)
+        return TraceableOperations() if compiled else PlainOperations()
 
 
 def backends(device: torch.device, dtype: torch.dtype, head_dim: int = 8) -> tuple[Backend, ...]:

@@ -67,9 +67,9 @@ class PixelFlowEngine:
         self.backend = backends.choose(backend, model.device, model.dtype, config.model.attention_head_dim)
         self.config = config
         self.compiled = compile
-        self.graphs = _graphs(graphs, model.device, self.exact)
+        self.graphs = _graphs(graphs, model.device, self.backend.name)
         self.model = model.requires_grad_(False).eval()
-        self.model.operations = self.backend.operations()
+        self.model.operations = self.backend.operations(compile)
         if not self.exact:
             fuse(self.model)
         if compile:
@@ -374,15 +374,15 @@ class PixelFlowEngine:
         return unpatchify(tokens, (batch, config.out_channels, height, width), p).to(x.dtype)
 
 
-def _graphs(graphs: object, device: torch.device, exact: bool) -> bool:
+def _graphs(graphs: object, device: torch.device, backend: str) -> bool:
     """Whether steps are replayed from graphs."""
     if graphs not in (True, False, "auto"):
         raise ValueError(f"graphs: got {graphs!r}, expected True, False or 'auto'")
     why_not = None
     if device.type != "cuda":
         why_not = f"CUDA graphs need a CUDA device, and the model is on {device}"
-    elif exact:
-        why_not = "the exact engine (backend='torch' without compile) steps from the host"
+    elif backend == "torch":
+        why_not = "PyTorch's attention (backend='torch') reads the images' lengths on the host"
     if graphs is True and why_not is not None:
         raise ValueError(f"graphs: got True, but {why_not}")
     return graphs is not False and why_not is None

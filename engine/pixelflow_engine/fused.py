@@ -33,7 +33,7 @@ class FusedOperations:
     """The operations as kernels, see :class:`pixelflow_engine.operations.Operations`.
 
     Args:
-        attention: whose kernels attend: ``triton`` (ours) or ``flash`` (FlashAttention).
+        attention: who attends: ``triton`` (our kernels), ``flash`` (FlashAttention) or ``torch`` (PyTorch's).
     """
 
     layer_norm_modulate = staticmethod(modulate.layer_norm_modulate)
@@ -42,7 +42,7 @@ class FusedOperations:
     add_gated_rms_norm = staticmethod(modulate.add_gated_rms_norm)
     add_rms_norm_modulate = staticmethod(modulate.add_rms_norm_modulate)
 
-    def __init__(self, attention: Literal["triton", "flash"]) -> None:
+    def __init__(self, attention: Literal["triton", "flash", "torch"]) -> None:
         self.attention = attention
 
     def rotation(self, layout: PackedLayout, head_dim: int, dtype: torch.dtype) -> Rotation:

@@ -60,7 +60,7 @@ def halves(velocity: Tensor, guidance: Tensor | None) -> Tensor:
 # --- updates: level A --------------------------------------------------------------------------------------
 
 
-@packs.draws(50)
+@packs.draws(75)
 @given(data=st.data())
 def test_euler(data: st.DataObject) -> None:
     """Any number of images of any size, one step and weight or one each, dense or from a wider output; in place too."""
@@ -91,7 +91,7 @@ def test_euler(data: st.DataObject) -> None:
     assert_filled(buffer, out)
 
 
-@packs.draws(50)
+@packs.draws(75)
 @given(data=st.data())
 def test_stages(data: st.DataObject) -> None:
     """Every row of the tableau, from stored slopes alone or with a new one, which is stored and nothing else."""

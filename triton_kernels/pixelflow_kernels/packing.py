@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -42,6 +42,11 @@ class PackedLayout:
         image_index: ``[T]`` int32, the image of each token.
         row, column: ``[T]`` int32, its place in the image.
         runs: neighbouring images of one grid, in order.
+        max_seqlen: tokens of the largest image; 0 in an empty pack.
+        multiple_of: the largest number that divides every image's number of tokens; 1 in an empty pack.
+        max_position: rows or columns of the largest grid; 0 in an empty pack.
+
+    Tensors and the three numbers are all that the fused operations read, so a compiled graph serves any layout.
     """
 
     grids: tuple[tuple[int, int], ...]
@@ -50,6 +55,9 @@ class PackedLayout:
     row: Tensor
     column: Tensor
     runs: tuple[Run, ...]
+    max_seqlen: int = field(init=False)
+    multiple_of: int = field(init=False)
+    max_position: int = field(init=False)
 
     @classmethod
     def from_grids(cls, grids: Iterable[Sequence[int]], device: torch.device | str | None = None) -> PackedLayout:
@@ -88,27 +96,18 @@ class PackedLayout:
             runs=tuple(runs),
         )
 
+    def __post_init__(self) -> None:
+        lengths = [rows * columns for rows, columns in self.grids]
+        object.__setattr__(self, "max_seqlen", max([0, *lengths]))
+        object.__setattr__(self, "multiple_of", math.gcd(*lengths) or 1)
+        object.__setattr__(self, "max_position", max([0, *(max(grid) for grid in self.grids)]))
+
     @property
     def num_images(self) -> int:
         """``n``."""
-        return len(self.grids)
+        return self.cu_seqlens.shape[0] - 1
 
     @property
     def num_tokens(self) -> int:
         """``T``."""
         return self.image_index.shape[0]
-
-    @property
-    def max_seqlen(self) -> int:
-        """Tokens of the largest image; 0 in an empty pack."""
-        return max([0, *(rows * columns for rows, columns in self.grids)])
-
-    @property
-    def multiple_of(self) -> int:
-        """The largest number that divides every image's number of tokens; 1 in an empty pack."""
-        return math.gcd(*(rows * columns for rows, columns in self.grids)) or 1
-
-    @property
-    def max_position(self) -> int:
-        """Rows or columns of the largest grid; 0 in an empty pack."""
-        return max([0, *(max(grid) for grid in self.grids)])

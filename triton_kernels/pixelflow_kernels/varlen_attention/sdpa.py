@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from itertools import groupby
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float) -> Tensor:
     """Output ``[T, H, D]``; neighbouring members with equal numbers of queries and keys are one batch."""
-    out = q.new_zeros(q.shape)
+    parts = []
     row, key = 0, 0
     lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
     for (rows, keys), group in groupby(lengths):
         count = len([*group])
+        batch_q, batch_k, batch_v = (
+            x[at : at + count * length].unflatten(0, (count, length)).transpose(1, 2)
+            for x, at, length in ((q, row, rows), (k, key, keys), (v, key, keys))
+        )
         if rows > 0 and keys > 0:
-            batch_q, batch_k, batch_v = (
-                x[at : at + count * length].unflatten(0, (count, length)).transpose(1, 2)
-                for x, at, length in ((q, row, rows), (k, key, keys), (v, key, keys))
-            )
             result = F.scaled_dot_product_attention(batch_q, batch_k, batch_v, scale=scale)
-            out[row : row + count * rows] = result.transpose(1, 2).flatten(0, 1)
+        else:
+            result = batch_q.new_zeros(batch_q.shape)
+        parts.append(result.transpose(1, 2).reshape(count * rows, *q.shape[1:]))
         row, key = row + count * rows, key + count * keys
-    return out
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat([q[:0], *parts])
