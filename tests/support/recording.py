@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -27,7 +28,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from pixelflow_engine import PixelFlowEngine
 from pixelflow_engine.graphs import Launch, reported
+from pixelflow_engine.operations import PlainOperations
+from pixelflow_engine.packed_stages import ProgramStore
+
+from .engines import tiny_config, tiny_model
 
 # Values that come to the host, or shapes that depend on them.
 READS = {
@@ -261,3 +267,23 @@ class RecordingCapture:
             graph.closed = True
             graph.nodes, graph.slots = [], []
         self.graphs.clear()
+
+
+def packed_engine(capture: RecordingCapture | None = None, seed: int = 1, **options: Any) -> PixelFlowEngine:
+    """A small engine that runs packed stages on a CPU, uncompiled, and replays its steps from recordings if it can.
+
+    Args:
+        capture: makes the recordings.
+        seed: of the weights.
+        options: ``plain=True`` for operations that read a prompt's mask; ``batch_sizes``; fields of the model's and
+            the cascade's configuration.
+    """
+    batch_sizes, plain = options.pop("batch_sizes", None), options.pop("plain", False)
+    config = tiny_config(**options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", lambda self, **_: None)
+        engine = PixelFlowEngine(config, tiny_model(config, seed), "torch", compile=True, batch_sizes=batch_sizes)
+    if plain:
+        engine.model.operations = PlainOperations()
+    engine._programs = ProgramStore(capture)
+    return engine
