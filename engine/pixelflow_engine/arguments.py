@@ -54,6 +54,14 @@ def positive_integer(name: str, value: object) -> int:
     return number
 
 
+def batch_sizes(value: object) -> tuple[int, ...]:
+    """Positive integers, in rising order."""
+    several = sequence(value)
+    if not several:
+        raise ValueError(f"batch_sizes: got {value!r}, expected None or a list of integers of at least 1")
+    return tuple(sorted({positive_integer(f"batch_sizes[{i}]", size) for i, size in enumerate(several)}))
+
+
 def integer(value: object) -> int | None:
     """Python's, numpy's and torch's integers as Python's; None for anything else, truth values among it."""
     if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool):

@@ -112,7 +112,12 @@ class Asked:
 
 
 def plan_call(
-    call: Call, config: PixelFlowConfig, device: torch.device, dtype: torch.dtype, packed: bool
+    call: Call,
+    config: PixelFlowConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    packed: bool,
+    batch_sizes: Sequence[int] | None = None,
 ) -> PlannedCall:
     """Check a call and plan it.
 
@@ -121,6 +126,7 @@ def plan_call(
         config: of the model.
         device, dtype: of the model.
         packed: images of any sizes and weights run as one pack, where steps are fixed.
+        batch_sizes: the engine's.
 
     Raises:
         ValueError: naming the argument, what came and what was expected.
@@ -141,7 +147,9 @@ def plan_call(
         raise ValueError("state: got 'public', expected 'fp32' but for backend='torch' without compile")
     if call.solver == "dopri5" and shift != 1.0:
         raise ValueError(f"shift: got {shift} with solver='dopri5', expected 1: its steps are its own")
-    lots = sort_into_lots(asked.sizes, asked.weights, packed and call.solver != "dopri5")
+    if call.noise == "public" or (call.solver == "dopri5" and call.error_norm == "batch"):
+        batch_sizes = None  # an image depends on the whole batch
+    lots = sort_into_lots(asked.sizes, asked.weights, packed and call.solver != "dopri5", batch_sizes)
     callbacks = Callbacks(call.callback_on_step_end, call.callback_on_stage_end)
     if len(lots) > 1 and callbacks != Callbacks():
         raise ValueError(
@@ -152,7 +160,7 @@ def plan_call(
     first, given = _given_image(call, config, lots, steps)
     runs = []
     for lot in lots:
-        noise = tuple(sources(places) for places in _places(lot))
+        noise = tuple(sources(places) for places in lot.places)
         stages = plan_stages(config, lot.groups, steps)[first:]
         if given is not None and call.strength != 1.0:
             kept = max(1, round(call.strength * stages[0].num_steps))
@@ -311,15 +319,6 @@ def _noise(
     return lambda places: source, () if stream is None else (stream,)
 
 
-def _places(lot: Lot) -> list[tuple[int, ...]]:
-    """Places in the call of each group's images."""
-    found, first = [], 0
-    for group in lot.groups:
-        found.append(lot.order[first : first + len(group.weights)])
-        first += len(group.weights)
-    return found
-
-
 def _given_image(
     call: Call, config: PixelFlowConfig, lots: Sequence[Lot], steps: Sequence[int]
 ) -> tuple[int, Tensor | None]:
@@ -342,15 +341,15 @@ def _given_image(
     if call.noise != "counter":
         raise ValueError(f"noise: got {call.noise!r}, expected 'counter' to begin from an image")
     image = from_images(call.image, config.model.in_channels)
-    (lot,) = lots
-    (group,) = lot.groups
+    (group,) = lots[0].groups
     if image.shape[2:] != (group.height, group.width):
         raise ValueError(
             f"image: got {image.shape[2]} x {image.shape[3]} pixels, expected {group.height} x {group.width}"
         )
-    if len(image) not in (1, len(lot.order)):
-        raise ValueError(f"image: got {len(image)}, expected 1 or {len(lot.order)}, one per image")
-    return first, image
+    batch = len({place for lot in lots for place in lot.order})
+    if len(image) not in (1, batch):
+        raise ValueError(f"image: got {len(image)}, expected 1 or {batch}, one per image")
+    return first, image.expand(batch, -1, -1, -1)
 
 
 def _start(
@@ -369,7 +368,7 @@ def _start(
         if given is None:
             return normals
         tau, _ = step_times(first.stage, config.scheduler, first.num_steps, plan.shift)
-        images = given.to(device).expand(len(lot.order), -1, -1, -1)
+        images = given[list(lot.order)].to(device)
         num_stages = config.scheduler.num_stages
         return [taken_up(images, normals[0], first.stage, num_stages, float(tau[first.first_step]))]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pixelflow_kernels import PackedLayout
 
-from . import arguments, backends
+from . import arguments, backends, memory
 from .calls import Call, PlannedCall, Run, plan_call
 from .checkpoint import Checkpoint, load_checkpoint
 from .config import PixelFlowConfig
@@ -25,7 +25,7 @@ from .packed_stages import PackedStages, ProgramStore
 from .plain_stages import PlainStages
 from .plan import Solver
 from .requests import Request
-from .sampler import StageEnd, in_order, sample
+from .sampler import StageEnd, sample
 from .stages import Stages
 
 
@@ -39,13 +39,19 @@ class PixelFlowEngine:
         backend: ``torch``, ``triton``, ``flash``, or ``auto``: ``triton`` on CUDA and ``torch`` elsewhere.
         compile: compile the transformer's blocks with torch.compile, each shape once.
         graphs: replay steps from CUDA graphs; ``auto`` does wherever it can, on CUDA.
+        batch_sizes: run images in batches of these sizes alone: fewer graphs, and the shapes of an image's products, so
+            its bits, do not depend on how many others there are. A batch is filled up to the next of them with copies
+            of its last image, which are thrown away; what is larger than the largest runs in several batches (which
+            callbacks and ``stream`` refuse). Of a list of requests each size of image is filled up. Where an image
+            depends on the whole batch by definition, nothing is filled or divided: ``noise="public"`` and
+            ``error_norm="batch"``.
 
     With ``backend="torch"`` and without ``compile`` the engine is exact: in float32 it has the bits of the reference
     model and sampler. Any other combination computes the same up to rounding, faster; see docs/architecture.md.
 
     Raises:
         BackendUnavailableError: the named backend cannot run here.
-        ValueError: graphs are asked for where there are none.
+        ValueError: graphs are asked for where there are none, or batch sizes are not positive integers.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class PixelFlowEngine:
         *,
         compile: bool = False,
         graphs: bool | Literal["auto"] = "auto",
+        batch_sizes: Sequence[int] | None = None,
     ) -> None:
         self.backend = backends.choose(backend, model.device, model.dtype, config.model.attention_head_dim)
         self.config = config
@@ -68,6 +75,7 @@ class PixelFlowEngine:
         if compile:
             for block in self.model.blocks:
                 block.compile(fullgraph=True)
+        self.batch_sizes = None if batch_sizes is None else arguments.batch_sizes(batch_sizes)
         self._programs = ProgramStore(CudaCapture(model.device) if self.graphs else None)
 
     @classmethod
@@ -81,6 +89,7 @@ class PixelFlowEngine:
         *,
         compile: bool = False,
         graphs: bool | Literal["auto"] = "auto",
+        batch_sizes: Sequence[int] | None = None,
     ) -> PixelFlowEngine:
         """Load a checkpoint.
 
@@ -90,7 +99,7 @@ class PixelFlowEngine:
                 (``digits``).
             device: where to run.
             dtype: type of weights and matrix products: float32, bfloat16, float16 or float64.
-            backend, compile, graphs: as above.
+            backend, compile, graphs, batch_sizes: as above.
             weights: which weights of a training checkpoint; ``auto`` takes the averaged ones where there are any.
 
         Raises:
@@ -101,7 +110,9 @@ class PixelFlowEngine:
         device = arguments.place(device)
         backends.choose(backend, device, dtype)  # before a large file is read
         checkpoint = load_checkpoint(path_or_name, weights)
-        return cls.from_checkpoint(checkpoint, device, dtype, backend, compile=compile, graphs=graphs)
+        return cls.from_checkpoint(
+            checkpoint, device, dtype, backend, compile=compile, graphs=graphs, batch_sizes=batch_sizes
+        )
 
     @classmethod
     def from_checkpoint(
@@ -113,6 +124,7 @@ class PixelFlowEngine:
         *,
         compile: bool = False,
         graphs: bool | Literal["auto"] = "auto",
+        batch_sizes: Sequence[int] | None = None,
     ) -> PixelFlowEngine:
         """The same from a checkpoint in memory, whose tensors are copied only where type or device differ."""
         device = arguments.place(device)
@@ -122,7 +134,7 @@ class PixelFlowEngine:
             model = PackedTransformer(checkpoint.config.model)
         state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in checkpoint.state_dict.items()}
         model.load_state_dict(state, strict=True, assign=True)
-        return cls(checkpoint.config, model, backend, compile=compile, graphs=graphs)
+        return cls(checkpoint.config, model, backend, compile=compile, graphs=graphs, batch_sizes=batch_sizes)
 
     @property
     def exact(self) -> bool:
@@ -238,12 +250,13 @@ class PixelFlowEngine:
         statuses: dict[int, Status] = {}
         reports: list[list[StageReport]] = []
         for run in planned.runs:
-            ends = list(self._stages_of(run, planned))
-            reports.append([end.report for end in ends])
-            statuses |= zip(run.lot.order, ends[-1].statuses(), strict=True)
-            images |= zip(run.lot.order, (x for group in ends[-1].states for x in group), strict=True)
-            if len(planned.runs) == 1:
-                latents = in_order(ends[-1].states, run.lot.order)
+            stages = []
+            for end in self._stages_of(run, planned):
+                stages.append(end.report)
+            reports.append(stages)
+            statuses |= end.statuses()
+            latents = end.latents
+            images |= zip(sorted({*run.lot.order}), latents, strict=True)
         if len(planned.runs) > 1:
             latents = [images[i] for i in range(planned.batch)]
             if len({image.shape for image in latents}) == 1:
@@ -273,10 +286,7 @@ class PixelFlowEngine:
                 f"class_labels: got images that run as {len(planned.runs)} batches here, expected one size and guidance"
             )
         (run,) = planned.runs
-        return (
-            StageEvent(report=end.report, latents=in_order(end.states, run.lot.order))
-            for end in self._stages_of(run, planned)
-        )
+        return (StageEvent(report=end.report, latents=end.latents) for end in self._stages_of(run, planned))
 
     def warmup(self, batch_sizes: Sequence[int] = (1,), **options: Any) -> None:
         """Compile kernels and capture graphs for calls of these sizes, so that the first real call is fast.
@@ -296,7 +306,7 @@ class PixelFlowEngine:
         self._programs.close()
 
     def _plan(self, call: Call) -> PlannedCall:
-        return plan_call(call, self.config, self.device, self.dtype, packed=not self.exact)
+        return plan_call(call, self.config, self.device, self.dtype, not self.exact, self.batch_sizes)
 
     def _stages_of(self, run: Run, planned: PlannedCall) -> Iterator[StageEnd]:
         stages: Stages
@@ -305,7 +315,10 @@ class PixelFlowEngine:
         else:
             stages = PackedStages(self.model, self.config, run.plan, run.condition, self._programs)
         patch, order = self.config.model.patch_size, run.lot.order
-        return sample(stages, run.plan, run.start(), run.noise, patch, planned.callbacks, order, planned.raising)
+        with memory.told_what_fits(self.device, len(order)):
+            yield from sample(
+                stages, run.plan, run.start(), run.noise, patch, planned.callbacks, order, planned.raising
+            )
 
     def velocity(
         self,

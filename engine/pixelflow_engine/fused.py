@@ -22,7 +22,7 @@ class PackedText:
     Attributes:
         states: ``[L, E]``.
         cu_seqlens: ``[n + 1]`` int32, where each image's prompt starts.
-        max_seqlen: tokens of the longest.
+        max_seqlen: at least the tokens of the longest: what all were padded to.
     """
 
     states: Tensor
@@ -87,7 +87,8 @@ class FusedOperations:
         keep = mask > 0.5
         lengths = keep.sum(1).tolist()
         ends = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
-        return PackedText(text.states[keep], ends.to(text.states.device), max([0, *lengths]))
+        # The longest itself would tell apart prompts that a graph can be replayed for.
+        return PackedText(text.states[keep], ends.to(text.states.device), tokens)
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, text: TextTokens, layout: PackedLayout) -> Tensor:
         """``k``, ``v [L, H, D]`` of the packed prompts."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -41,35 +43,53 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        # Whoever replays a graph holds it. One that nobody can replay any more is gone at once, with its memory.
+        self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self.pool = torch.cuda.graph_pool_handle()
-        self.graphs: list[torch.cuda.CUDAGraph] = []
 
     def capture(self, launch: Launch) -> Launch:
         """See :class:`Capture`. Kernels compile and libraries make their handles while warming up."""
+        if not self.graphs:
+            self.pool = torch.cuda.graph_pool_handle()  # one whose last graph has gone cannot be had again
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.device(self.device):
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    for _ in range(2):
-                        launch()
-                torch.cuda.current_stream().wait_stream(side)
-                # Other threads may go on using the device: their calls do not end this capture.
-                with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
+        with reported(), torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):
                     launch()
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise CaptureError(f"graphs: a step could not be captured: {str(error).splitlines()[0]}") from error
-        self.graphs.append(graph)
+            torch.cuda.current_stream().wait_stream(side)
+            # Other threads may go on using the device: their calls do not end this capture.
+            with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
+                launch()
+        self.graphs.add(graph)
         return graph.replay
 
     def close(self) -> None:
         """See :class:`Capture`."""
-        for graph in self.graphs:
+        for graph in list(self.graphs):
             graph.reset()
         self.graphs.clear()
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """What goes wrong while capturing, but for lack of memory, as a :class:`CaptureError` with the first reason.
+
+    An operation that cannot be captured ends the capture, and that is an error once more.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason: BaseException = error
+        while isinstance(reason.__context__, RuntimeError):
+            reason = reason.__context__
+        if isinstance(reason, torch.cuda.OutOfMemoryError):
+            raise reason from None
+        first_line = (str(reason).splitlines() or [type(reason).__name__])[0]
+        raise CaptureError(f"graphs: a step could not be captured: {first_line}") from error
 
 
 def load_(buffer: Tensor, value: Tensor, name: str) -> None:

@@ -6,8 +6,8 @@ Parameters have the published names; ``load_state_dict(..., strict=True)`` takes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,26 @@ class Prompts:
 
     text: TextTokens
     keys: tuple[TextKeys, ...]
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in an order that depends on :meth:`kind` alone."""
+        return [x for x in _fields(self.text).values() if isinstance(x, Tensor)] + [
+            x for pair in self.keys for x in pair
+        ]
+
+    def kind(self) -> tuple[object, ...]:
+        """Prompts of one kind differ in the values of their tensors alone."""
+        return tuple(tuple(x.shape) if isinstance(x, Tensor) else x for x in _fields(self.text).values())
+
+    def clone(self) -> Prompts:
+        """The same in memory of their own."""
+        own = {name: x.clone() for name, x in _fields(self.text).items() if isinstance(x, Tensor)}
+        return Prompts(replace(cast("Any", self.text), **own), tuple((k.clone(), v.clone()) for k, v in self.keys))
+
+
+def _fields(text: TextTokens) -> dict[str, object]:
+    """What text tokens are made of; every implementation has them as a dataclass."""
+    return {field.name: getattr(text, field.name) for field in fields(cast("Any", text))}
 
 
 @dataclass(frozen=True, eq=False, slots=True)

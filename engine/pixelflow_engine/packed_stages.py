@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 
@@ -11,7 +14,7 @@ from torch import Tensor
 from pixelflow_kernels.ode_step import ARRIVED, RUNNING, Adaptive
 
 from .config import PixelFlowConfig
-from .graphs import Capture
+from .graphs import Capture, load_
 from .model import PackedTransformer, Prompts
 from .plan import Condition, SamplingPlan, StagePlan
 from .programs import AdaptiveSteps, FixedSteps, Program, labels_of, program_key
@@ -24,19 +27,63 @@ from .stages import OnStep, StageOutcome, States
 class ProgramStore:
     """Programs that were made, to be used again; without capture none is kept.
 
+    Their tensors serve one stage of one call at a time: who runs a stage takes the store with :meth:`lend`.
+
     Args:
         capture: makes their graphs.
+
+    Attributes:
+        programs: by what they can be used again for.
+        prompts: tensors that the programs read prompts from, shared by all programs for prompts of one kind.
     """
 
     def __init__(self, capture: Capture | None) -> None:
         self.capture = capture
         self.programs: dict[tuple[object, ...], Program] = {}
+        self.prompts: dict[tuple[object, ...], Prompts] = {}
+        self._lock = threading.Lock()
+        self._borrower: int | None = None
+
+    @contextmanager
+    def lend(self) -> Iterator[ProgramStore]:
+        """Wait until no other thread runs a stage, then take the store.
+
+        Whoever has it already and asks again, as a callback does that calls the engine, gets one without graphs.
+        """
+        if self.capture is None or self._borrower == threading.get_ident():
+            yield ProgramStore(None)
+            return
+        with self._lock:
+            self._borrower = threading.get_ident()
+            try:
+                yield self
+            finally:
+                self._borrower = None
+
+    def load_prompts(self, prompts: Prompts | None) -> Prompts | None:
+        """These prompts where programs read them; without capture, where they are."""
+        if self.capture is None or prompts is None:
+            return prompts
+        static = self.prompts.get(prompts.kind())
+        if static is None:
+            static = self.prompts[prompts.kind()] = prompts.clone()
+        for buffer, value in zip(static.tensors(), prompts.tensors(), strict=True):
+            load_(buffer, value, "text")
+        return static
 
     def close(self) -> None:
-        """Forget all of them and release their graphs."""
-        self.programs.clear()
-        if self.capture is not None:
-            self.capture.close()
+        """Forget all of them and release their graphs; waits for a stage that is under way.
+
+        Raises:
+            RuntimeError: the caller runs it himself, in a callback.
+        """
+        if self._borrower == threading.get_ident():
+            raise RuntimeError("close: got a call from a callback, whose steps are replayed; expected it afterwards")
+        with self._lock:
+            self.programs.clear()
+            self.prompts.clear()
+            if self.capture is not None:
+                self.capture.close()
 
 
 class PackedStages:
@@ -70,60 +117,71 @@ class PackedStages:
         pack = StagePack(self.model, stage)
         if stage.guided not in self._prompts:
             self._prompts[stage.guided] = pack.prompts(self.condition)
-        prompts = self._prompts[stage.guided]
-        if self.plan.solver == "dopri5":
-            return self._adaptive(pack, prompts, pack.pack(states), on_step)
-        return self._fixed(pack, prompts, pack.pack(states), on_step)
+        with self.store.lend() as store:
+            prompts = store.load_prompts(self._prompts[stage.guided])
+            run = self._adaptive if self.plan.solver == "dopri5" else self._fixed
+            return run(store, pack, prompts, pack.pack(states), on_step)
 
     # --- fixed steps ---------------------------------------------------------------------------------------
 
-    def _fixed(self, pack: StagePack, prompts: Prompts | None, x: Tensor, on_step: OnStep) -> StageOutcome:
+    def _fixed(
+        self, store: ProgramStore, pack: StagePack, prompts: Prompts | None, x: Tensor, on_step: OnStep
+    ) -> StageOutcome:
         stage, solver = pack.plan, self.plan.solver
         tau, t_model = step_times(stage.stage, self.config.scheduler, stage.num_steps, self.plan.shift)
-        lengths = [step_length(a, b) for a, b in pairwise(tau.tolist())]
+        steps = self._steps(tau.tolist(), stage.first_step).to(x.device)
         table = ModulationTable(pack, self.condition, t_model.tolist())
         key = program_key(pack, prompts, "fixed")
-        program = self.store.programs.get(key)
+        program = store.programs.get(key)
         if not isinstance(program, FixedSteps):
-            program = FixedSteps(pack, prompts, self.store.capture)
+            program = FixedSteps(pack, prompts, store.capture)
         program.prepare(*({"ab2": ("heun", "ab2")}.get(solver, (solver,))))
-        if self.store.capture is not None:
-            self.store.programs[key] = program
-        program.load(pack, x, prompts)
+        if store.capture is not None:
+            store.programs[key] = program
+        program.load(pack, x)
         evaluations = 0
         for step in range(stage.first_step, stage.num_steps):
-            h = lengths[step]
             if solver == "euler":
-                program.load_step(table.at(step), steps=(h,))
+                program.load_step(table.at(step), steps=steps[step])
                 program.play("euler")
             elif solver == "heun" or step == stage.first_step:
-                program.load_step(table.at(step), table.at(step + 1), steps=(h,))
+                program.load_step(table.at(step), table.at(step + 1), steps=steps[step])
                 program.play("heun")
                 evaluations += 1
             else:
-                program.load_step(table.at(step), steps=ab2_steps(h, lengths[step - 1]))
+                program.load_step(table.at(step), steps=steps[step])
                 program.play("ab2")
             evaluations += 1
             replaced = on_step(step, partial(float, tau[step + 1]), partial(pack.unpack, program.x))
             if replaced is not None:
-                program.load(pack, pack.pack(replaced), None)
+                program.load_state(pack.pack(replaced))
         end = pack.unpack(program.x)
         status = torch.full((len(pack.sizes),), ARRIVED, dtype=torch.int32, device=x.device)
         return StageOutcome(end, status, stage.num_steps - stage.first_step, evaluations, None)
 
+    def _steps(self, tau: list[float], first: int) -> Tensor:
+        """``[n, 2]`` float64: what the slopes of each step are multiplied by."""
+        lengths = [step_length(a, b) for a, b in pairwise(tau)]
+        pairs = [(h, 0.0) for h in lengths]
+        if self.plan.solver == "ab2":  # a step of Heun's comes before the others
+            pairs[first + 1 :] = [ab2_steps(h, before) for before, h in pairwise(lengths[first:])]
+        return torch.tensor(pairs, dtype=torch.float64)
+
     # --- error control -------------------------------------------------------------------------------------
 
-    def _adaptive(self, pack: StagePack, prompts: Prompts | None, x: Tensor, on_step: OnStep) -> StageOutcome:
+    def _adaptive(
+        self, store: ProgramStore, pack: StagePack, prompts: Prompts | None, x: Tensor, on_step: OnStep
+    ) -> StageOutcome:
         tolerance = self.plan.tolerance
         key = program_key(pack, prompts, "adaptive", tolerance.error_norm, tolerance.max_attempts)
-        program = self.store.programs.get(key)
+        program = store.programs.get(key)
         labels = labels_of(pack, self.condition)
         if not isinstance(program, AdaptiveSteps):
-            program = AdaptiveSteps(pack, prompts, self.store.capture, pack.plan.stage, labels, tolerance)
+            program = AdaptiveSteps(pack, prompts, store.capture, pack.plan.stage, labels, tolerance)
         program.prepare("start", "attempt")
-        if self.store.capture is not None:
-            self.store.programs[key] = program
-        program.load(pack, x, prompts)
+        if store.capture is not None:
+            store.programs[key] = program
+        program.load(pack, x)
         program.load_call(labels, tolerance)
         program.play("start")
         state, launched = program.state, 0

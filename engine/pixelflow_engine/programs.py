@@ -48,7 +48,7 @@ class Program:
 
     Args:
         pack: whose state is moved.
-        prompts: for a model with cross-attention; their tensors become static.
+        prompts: for a model with cross-attention, in tensors that stay where they are.
         capture: makes graphs of the launches; None leaves them as they are.
     """
 
@@ -56,7 +56,6 @@ class Program:
         device, model = pack.model.device, pack.model
         high = at_least_fp32(model.dtype)
         self.pack = pack
-        self.prompts = prompts
         self.capture = capture
         self.around: Surroundings = model.surroundings(pack.layout, prompts)
         self.x = torch.zeros(pack.tokens, pack.width, dtype=high, device=device)
@@ -68,26 +67,25 @@ class Program:
         raise NotImplementedError
 
     def play(self, name: str) -> None:
-        """Launch, or replay; the first time a graph is captured. See :meth:`prepare`."""
-        self._ready[name]()
+        """Launch, or replay what :meth:`prepare` captured."""
+        (self.launches()[name] if self.capture is None else self._ready[name])()
 
     def prepare(self, *names: str) -> None:
         """Capture these launches, if they are to be captured and are not yet. Static tensors change."""
         for name in names:
-            if name not in self._ready:
-                launch = self.launches()[name]
-                self._ready[name] = launch if self.capture is None else self.capture.capture(launch)
+            if self.capture is not None and name not in self._ready:
+                self._ready[name] = self.capture.capture(self.launches()[name])
 
-    def load(self, pack: StagePack, x: Tensor, prompts: Prompts | None) -> None:
-        """Guidance weights, state and prompts of a call whose pack is like this one's."""
-        load_(self.x, x, "x")
+    def load(self, pack: StagePack, x: Tensor) -> None:
+        """Guidance weights and state of a call whose pack is like this one's."""
+        self.load_state(x)
         guidance = pack.guidance()
         if self.guidance is not None and guidance is not None:
             load_(self.guidance, guidance, "guidance")
-        if self.prompts is not None and prompts is not None and prompts is not self.prompts:
-            for mine, theirs in zip(self.prompts.keys, prompts.keys, strict=True):
-                for buffer, value in zip(mine, theirs, strict=True):
-                    load_(buffer, value, "text")
+
+    def load_state(self, x: Tensor) -> None:
+        """The state alone."""
+        load_(self.x, x, "x")
 
 
 class FixedSteps(Program):
@@ -122,11 +120,14 @@ class FixedSteps(Program):
         """See :class:`Program`."""
         return {"euler": self._euler, "heun": self._heun, "ab2": self._ab2}
 
-    def load_step(self, *rows: Tensor, steps: tuple[float, ...]) -> None:
-        """Modulations ``[n, (6 depth + 2) C]`` of each slope, and the lengths that slopes are multiplied by."""
+    def load_step(self, *rows: Tensor, steps: Tensor) -> None:
+        """Modulations ``[n, (6 depth + 2) C]`` of each slope, and the ``[2]`` lengths that slopes are multiplied by.
+
+        All of it is on the device already: a copy from the host would wait for the step before.
+        """
         for buffer, value in zip(self.rows, rows, strict=False):
             load_(buffer, value, "modulations")
-        self.steps[: len(steps)].copy_(torch.tensor(steps, dtype=torch.float64))
+        load_(self.steps, steps, "steps")
 
     def _velocity(self, x: Tensor, slope: int) -> Tensor:
         modulations = self.pack.model.split_modulations(self.rows[slope])
@@ -213,7 +214,7 @@ class AdaptiveSteps(Program):
 
 def program_key(pack: StagePack, prompts: Prompts | None, kind: str, *more: object) -> tuple[object, ...]:
     """What a program can be used again for."""
-    text = None if prompts is None else tuple(tuple(k.shape) for k, _ in prompts.keys[:1])
+    text = None if prompts is None else prompts.kind()
     per_image = pack.plan.guided > 0 and len({*pack.plan.weights[: pack.plan.guided]}) > 1
     return kind, pack.plan.stage.index, pack.plan.shapes, pack.plan.guided, per_image, text, *more
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -49,12 +49,31 @@ class Lot:
     """Images that run together.
 
     Attributes:
-        order: their places in the call, group after group.
+        order: their places in the call, group after group; a place that comes again is a copy, see :meth:`filled`.
         groups: images of one size each; those with null halves first.
     """
 
     order: tuple[int, ...]
     groups: tuple[Group, ...]
+
+    @property
+    def places(self) -> list[tuple[int, ...]]:
+        """Those of each group."""
+        found, first = [], 0
+        for group in self.groups:
+            found.append(self.order[first : first + len(group.weights)])
+            first += len(group.weights)
+        return found
+
+    def filled(self, sizes: Sequence[int]) -> Lot:
+        """Each group made as large as the next of these sizes (rising) by copies of its last image."""
+        order: list[int] = []
+        groups = []
+        for group, places in zip(self.groups, self.places, strict=True):
+            copies = next((size for size in sizes if size >= len(places)), len(places)) - len(places)
+            order += [*places, *places[-1:] * copies]
+            groups.append(replace(group, weights=group.weights + group.weights[-1:] * copies))
+        return Lot(tuple(order), tuple(groups))
 
     def of(self, condition: Condition) -> Condition:
         """The lot's part of the call's condition."""
@@ -68,7 +87,10 @@ class Lot:
 
 
 def sort_into_lots(
-    sizes: Sequence[tuple[int, int]], weights: Sequence[tuple[float, ...]], mixed: bool
+    sizes: Sequence[tuple[int, int]],
+    weights: Sequence[tuple[float, ...]],
+    mixed: bool,
+    batch_sizes: Sequence[int] | None = None,
 ) -> tuple[Lot, ...]:
     """Sort the images of a call.
 
@@ -76,17 +98,23 @@ def sort_into_lots(
         sizes: height and width of each image.
         weights: guidance weights of each image, one per stage.
         mixed: images of any sizes and weights can be one lot; otherwise a lot has one size and one weight.
+        batch_sizes: rising; a lot has at most as many images as the largest, and each of its groups one of these sizes.
     """
-    if mixed:
-        keys = [(_unguided(w), size) for size, w in zip(sizes, weights, strict=True)]
-        places = _by_key(keys)
-        order = tuple(i for key in sorted(places, key=lambda key: key[0]) for i in places[key])
-        groups = [
-            Group(*key[1], tuple(weights[i] for i in places[key])) for key in sorted(places, key=lambda key: key[0])
-        ]
-        return (Lot(order, tuple(groups)),)
-    alike = _by_key(list(zip(sizes, weights, strict=True)))
-    return tuple(Lot(tuple(at), (Group(*size, (w,) * len(at)),)) for (size, w), at in alike.items())
+    kinds = [[*range(len(sizes))]] if mixed else list(_by_key(list(zip(sizes, weights, strict=True))).values())
+    if batch_sizes is None:
+        return tuple(_lot(kind, sizes, weights) for kind in kinds)
+    most = batch_sizes[-1]
+    parts = [kind[first : first + most] for kind in kinds for first in range(0, len(kind), most)]
+    return tuple(_lot(part, sizes, weights).filled(batch_sizes) for part in parts)
+
+
+def _lot(images: Sequence[int], sizes: Sequence[tuple[int, int]], weights: Sequence[tuple[float, ...]]) -> Lot:
+    """These images, sorted into groups."""
+    alike = _by_key([(_unguided(weights[i]), sizes[i]) for i in images])
+    keys = sorted(alike, key=lambda key: key[0])
+    places = [[images[at] for at in alike[key]] for key in keys]
+    groups = [Group(*size, tuple(weights[i] for i in part)) for (_, size), part in zip(keys, places, strict=True)]
+    return Lot(tuple(i for part in places for i in part), tuple(groups))
 
 
 def _unguided(weights: tuple[float, ...]) -> int:

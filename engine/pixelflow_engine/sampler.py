@@ -36,15 +36,23 @@ class StageEnd:
         states: of each group.
         report: of the stage.
         status: of each image so far, ``[B]`` int32, in the order of the groups.
+        order: place in the call of each image.
     """
 
     states: States
     report: StageReport
     status: Tensor
+    order: Sequence[int]
 
-    def statuses(self) -> list[Status]:
-        """In words."""
-        return [STATUSES[int(number)] for number in self.status.tolist()]
+    @property
+    def latents(self) -> Latents:
+        """The states as the caller numbers them."""
+        return in_order(self.states, self.order)
+
+    def statuses(self) -> dict[int, Status]:
+        """In words, of each place in the call."""
+        found = self.status.tolist()
+        return dict(zip(sorted({*self.order}), [STATUSES[found[i]] for i in _inverse(self.order)], strict=True))
 
 
 @torch.no_grad()
@@ -67,7 +75,7 @@ def sample(
         noise: of each group.
         patch_size: of the model.
         callbacks: whom to tell.
-        order: place in the call of each image, group after group.
+        order: place in the call of each image, group after group; copies have the place of their image.
         raising: images that fail are an error; otherwise they are reported, and the others go on.
 
     Yields:
@@ -91,15 +99,17 @@ def sample(
         report = _report(stage, outcome, patch_size, _now(states[0].device) - began)
         if callbacks.on_stage_end is not None:
             callbacks.on_stage_end(StageEvent(report=report, latents=in_order(states, order)))
-        yield StageEnd(states, report, status)
+        yield StageEnd(states, report, status, order)
 
 
 def in_order(states: States, order: Sequence[int]) -> Latents:
-    """Images of all groups as the caller numbers them: one tensor where they are one group."""
+    """Images of all groups as the caller numbers them, without copies: one tensor where they are one group."""
+    places = _inverse(order)
     if len(states) == 1:
-        return states[0] if list(order) == sorted(order) else states[0][_inverse(order)]
+        rising = places == list(range(len(places)))  # an index of numbers would have to be brought to the device
+        return states[0][: len(places)] if rising else states[0][places]
     images = [image for x in states for image in x]
-    return [images[place] for place in _inverse(order)]
+    return [images[place] for place in places]
 
 
 def in_groups(latents: Latents, like: States, order: Sequence[int]) -> States:
@@ -121,7 +131,11 @@ def in_groups(latents: Latents, like: States, order: Sequence[int]) -> States:
 
 
 def _inverse(order: Sequence[int]) -> list[int]:
-    return sorted(range(len(order)), key=lambda i: order[i])
+    """Where each image is; where its copies are does not matter."""
+    found: dict[int, int] = {}
+    for i, place in enumerate(order):
+        found.setdefault(place, i)
+    return [found[place] for place in sorted(found)]
 
 
 def _step_callback(
@@ -150,7 +164,7 @@ def _finite(states: States) -> Tensor:
 def _raise_for(status: Tensor, stage: StagePlan, outcome: StageOutcome, order: Sequence[int]) -> None:
     """Refuse to go on with, or to return, images that failed."""
     found = status.tolist()
-    lost = sorted(order[i] for i, s in enumerate(found) if s == NONFINITE)
+    lost = sorted({order[i] for i, s in enumerate(found) if s == NONFINITE})
     if lost:
         raise FloatingPointError(f"stage {stage.stage.index}: images {lost} of the batch are not finite")
     if outcome.tau is not None and any(s != ARRIVED for s in found):

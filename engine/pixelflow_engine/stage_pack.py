@@ -40,13 +40,14 @@ class StagePack:
         p, device = model.config.patch_size, model.device
         grids = [(h // p, w // p) for count, _, h, w in plan.shapes for _ in range(count)]
         pack = grids[: plan.guided] + grids
+        self.columns = [columns for _, columns in pack]
         self.model = model
         self.plan = plan
         self.sizes = [rows * columns for rows, columns in grids]
         self.layout = PackedLayout.from_grids(pack, device)
         self.tokens = sum(self.sizes)
         self.guided_tokens = sum(self.sizes[: plan.guided])
-        self.latent_size = torch.tensor([columns for _, columns in pack], device=device)
+        self.latent_size = torch.tensor(self.columns, device=device)
         self.width = p * p * model.config.in_channels
 
     def guidance(self) -> Tensor | None:
@@ -118,7 +119,8 @@ def _to_images(tokens: Tensor, shape: Shape, p: int) -> Tensor:
 class ModulationTable:
     """The modulation rows of all steps of a stage, made by one product before the first.
 
-    Images that are told the same (size and class, as all null halves of one size are) share a row.
+    Null halves of one size share a row, and so do images of one size where there are no classes. Images that happen to
+    have one class do not: how many rows the product has, and so how it rounds, depends on no image's neighbours.
 
     Args:
         pack: the stage.
@@ -128,16 +130,19 @@ class ModulationTable:
 
     def __init__(self, pack: StagePack, condition: Condition, t_model: Sequence[float]) -> None:
         model, labels = pack.model, pack.labels(condition)
-        told = pack.latent_size[:, None] if labels is None else torch.stack([pack.latent_size, labels], dim=1)
-        unique, self.row = torch.unique(told, dim=0, return_inverse=True)
+        own = range(pack.plan.guided, len(pack.columns)) if labels is not None else ()
+        told = [(columns, i if i in own else None) for i, columns in enumerate(pack.columns)]
+        rows = {key: row for row, key in enumerate(dict.fromkeys(told))}
+        firsts = torch.tensor([told.index(key) for key in rows], device=model.device)
+        self.row = torch.tensor([rows[key] for key in told], device=model.device)
         times = torch.tensor(t_model, dtype=torch.float64).to(torch.float32).to(model.device)
-        moments, rows = len(times), len(unique)
+        moments = len(times)
         c = model.conditioning(
-            times.repeat_interleave(rows),
-            unique[:, 0].repeat(moments),
-            None if labels is None else unique[:, 1].repeat(moments),
+            times.repeat_interleave(len(rows)),
+            pack.latent_size[firsts].repeat(moments),
+            None if labels is None else labels[firsts].repeat(moments),
         )
-        self.rows = model.all_modulations_of(F.silu(c)).unflatten(0, (moments, rows))
+        self.rows = model.all_modulations_of(F.silu(c)).unflatten(0, (moments, len(rows)))
 
     def at(self, moment: int) -> Tensor:
         """``[n, (6 depth + 2) C]`` of the pack's images, in the model's type."""

@@ -1,0 +1,67 @@
+"""What an engine says when the device's memory is too small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pixelflow_engine import memory
+from support.recording import RecordingCapture, packed_engine
+
+MIB = 2**20
+PYTORCHS = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.10 GiB"
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, *, allocated: list[int], free: int, message: str = PYTORCHS) -> Any:
+    """An engine that runs out of memory; ``allocated`` MiB are there before and when it does."""
+    engine = packed_engine(RecordingCapture())
+    amounts = iter(allocated)
+    monkeypatch.setattr(memory, "allocated", lambda device: next(amounts) * MIB)
+    monkeypatch.setattr(memory, "free", lambda device: free * MIB)
+
+    def fail(*_: Any) -> None:
+        raise torch.cuda.OutOfMemoryError(message)
+
+    monkeypatch.setattr(engine.model, "trunk", fail)
+    return engine
+
+
+def test_it_says_how_many_images_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six images had 300 MiB and wanted 20 more; with 12 MiB free there is room for 312 / 320 * 6 of them."""
+    engine = broken(monkeypatch, allocated=[100, 400], free=12)
+    with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
+        engine(range(6), seed=0, output_type="pt")
+    text = str(caught.value)
+    assert "6 images at once, about 53 MiB each; about 5 would fit in one batch" in text
+    assert "batch_sizes=[5]" in text
+    assert PYTORCHS in text
+    assert str(caught.value.__cause__) == PYTORCHS
+    assert not engine._programs.programs
+
+
+@pytest.mark.parametrize("labels", [[1], [1, 2]])
+def test_where_not_even_one_fits(monkeypatch: pytest.MonkeyPatch, labels: list[int]) -> None:
+    engine = broken(monkeypatch, allocated=[0, 5], free=1)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=r"not even one would fit: free memory, or ask for a smaller"):
+        next(engine.stream(labels))
+
+
+def test_a_message_without_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = broken(monkeypatch, allocated=[0, 0], free=0, message="CUDA error: out of memory")
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="3 images at once, about 0 MiB each; about 2 would fit"):
+        engine([1, 2, 3], output_type="pt")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("Tried to allocate 1.50 GiB.", 3 * 2**29), ("Tried to allocate 512 bytes", 512), ("2.00 KiB free", 0), ("", 0)],
+)
+def test_what_was_tried(text: str, size: int) -> None:
+    assert memory.tried(text) == size
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(KeyError, match="stop"), memory.told_what_fits(torch.device("cpu"), 3):
+        raise KeyError("stop")

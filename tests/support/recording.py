@@ -1,0 +1,289 @@
+"""A CPU stand-in for CUDA graphs that holds launches to the contract of real ones, and is harsher where it can be.
+
+Under capture every dispatched operation is recorded with its tensors; a replay runs exactly these again on the same
+memory, and no Python of the launch. What a real capture refuses is refused: values read on the host, shapes that depend
+on values, tensors made of Python's data, tensors that move to another device. What breaks a real graph silently is an
+error, or shows:
+
+- A graph does not own what it reads: memory that was given up since, or that lies elsewhere, is an error.
+- What a launch allocates belongs to the pool and may be overwritten by any other graph: after capture and after every
+  replay it is poison.
+- A capture runs nothing, but its warm-up does: what a launch writes to is poison after capture.
+- A closed graph cannot be replayed.
+
+"Poison" is NaN, or a number far outside of any range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pixelflow_engine import PixelFlowEngine
+from pixelflow_engine.graphs import Launch, reported
+from pixelflow_engine.operations import PlainOperations
+from pixelflow_engine.packed_stages import ProgramStore
+
+from .engines import tiny_config, tiny_model
+
+# Values that come to the host, or shapes that depend on them.
+READS = {
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "masked_select", "_unique2",
+    "unique_dim", "unique_consecutive", "unique_dim_consecutive", "bincount", "histc", "is_same_size_values",
+}  # fmt: skip
+
+# Python functions that read or make values without an operation that could be seen.
+HOST_FUNCTIONS = {
+    torch.tensor: "a tensor made of Python's data",
+    torch.as_tensor: "a tensor made of Python's data",
+    torch.asarray: "a tensor made of Python's data",
+    torch.from_numpy: "a tensor made of Python's data",
+    torch.frombuffer: "a tensor made of Python's data",
+    Tensor.new_tensor: "a tensor made of Python's data",
+    Tensor.tolist: "values read on the host",
+    Tensor.numpy: "values read on the host",
+    Tensor.__array__: "values read on the host",
+    Tensor.cpu: "values read on the host",
+    Tensor.cuda: "a copy to the device",
+    Tensor.pin_memory: "memory of the host",
+}
+
+
+class RefusedError(RuntimeError):
+    """As the driver would say it."""
+
+
+def poison(x: Tensor) -> None:
+    """Make its values useless."""
+    if x.is_floating_point():
+        x.fill_(torch.nan)
+    elif x.dtype != torch.bool:
+        x.fill_(torch.iinfo(x.dtype).max // 2)
+
+
+class _Outside:
+    """A tensor that a graph reads or writes and does not own: where it lay when it was captured."""
+
+    def __init__(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        self.storage = StorageWeakRef(storage)
+        self.address, self.bytes = storage.data_ptr(), storage.nbytes()
+        self.dtype, self.place = x.dtype, (x.storage_offset(), tuple(x.shape), x.stride())
+
+    def tensor(self) -> Tensor:
+        """The same memory, if it is still there."""
+        storage = None if self.storage.expired() else torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        if storage is None:
+            raise RefusedError(f"a graph reads memory that was given up: {self.dtype} {self.place[1]}")
+        if (storage.data_ptr(), storage.nbytes()) != (self.address, self.bytes):
+            raise RefusedError(f"a graph reads memory that has moved: {self.dtype} {self.place[1]}")
+        return torch.empty(0, dtype=self.dtype).set_(storage, *self.place)
+
+
+@dataclass
+class _Node:
+    """One operation: its arguments, where tensors are numbers of slots, and the slots of what it gives."""
+
+    operation: Any
+    arguments: list[Any]
+    form: Any
+    outputs: list[int | None]
+    writes: list[int]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for a tensor among an operation's arguments."""
+
+    number: int
+
+
+class _Record(TorchDispatchMode):
+    """Runs operations and writes them down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes: list[_Node] = []
+        self.slots: list[Tensor | _Outside] = []
+        self.known: dict[int, int] = {}
+        self.alive: list[Tensor] = []  # so that no id is given twice while recording
+        self.inside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        _refuse(func, args, kwargs)
+        flat, form = tree_flatten((args, kwargs))
+        arguments = [_Slot(self._slot(x)) if isinstance(x, Tensor) else x for x in flat]
+        writes = [s.number for s, x in zip(arguments, flat, strict=True) if isinstance(x, Tensor)]
+        writes = [number for number in writes if number in self._written(func, args, kwargs)]
+        self.inside = True
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.inside = False
+        inputs = {x.untyped_storage().data_ptr() for x in flat if isinstance(x, Tensor) and x.numel() > 0}
+        outputs = [self._output(x, inputs) if isinstance(x, Tensor) else None for x in tree_flatten(out)[0]]
+        self.nodes.append(_Node(func, arguments, form, outputs, writes))
+        return out
+
+    def _slot(self, x: Tensor) -> int:
+        if id(x) not in self.known:
+            self._know(x, _Outside(x))
+        return self.known[id(x)]
+
+    def _know(self, x: Tensor, slot: Tensor | _Outside) -> None:
+        self.known[id(x)] = len(self.slots)
+        self.slots.append(slot)
+        self.alive.append(x)
+
+    def _output(self, x: Tensor, inputs: set[int]) -> int:
+        """A result; None of its own for a tensor that was known before, as those worked on in place are."""
+        if id(x) not in self.known:
+            self._know(x, x)
+        return self.known[id(x)]
+
+    def _written(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> set[int]:
+        found = set()
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[i] if i < len(args) else kwargs.get(argument.name)
+                found |= {self._slot(x) for x in tree_flatten(value)[0] if isinstance(x, Tensor)}
+        return found
+
+
+def _refuse(func: Any, args: Any, kwargs: Any) -> None:
+    name = func._schema.name.split("::")[-1]
+    if name in READS:
+        raise RefusedError(f"operation not permitted when stream is capturing: {name}")
+    if name == "index" and any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
+        raise RefusedError("operation not permitted when stream is capturing: an index of truth values")
+    if name == "repeat_interleave" and func._overloadname == "Tensor" and kwargs.get("output_size") is None:
+        raise RefusedError(
+            "operation not permitted when stream is capturing: repeat_interleave without its output_size"
+        )
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type != "cpu":
+        raise RefusedError(f"operation not permitted when stream is capturing: {name} to {device}")
+
+
+class _Host(TorchFunctionMode):
+    """Refuses what reaches the host without an operation."""
+
+    def __init__(self, record: _Record) -> None:
+        super().__init__()
+        self.record = record
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in HOST_FUNCTIONS and not self.record.inside:  # a kernel may do inside what it likes
+            raise RefusedError(f"operation not permitted when stream is capturing: {HOST_FUNCTIONS[func]}")
+        return func(*args, **(kwargs or {}))
+
+
+class _Graph:
+    """What was recorded, in a form that owns nothing but what the launch itself allocated."""
+
+    def __init__(self, record: _Record) -> None:
+        self.nodes = record.nodes
+        self.slots = record.slots
+        self.closed = False
+        # A view of what is outside is outside, too: only a new allocation is the graph's.
+        outside = {slot.address for slot in self.slots if isinstance(slot, _Outside)} - {0}
+        for i, x in enumerate(self.slots):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in outside:
+                self.slots[i] = _Outside(x)
+        written = {number for node in self.nodes for number in node.writes}
+        for number in written:
+            slot = self.slots[number]
+            if isinstance(slot, _Outside):
+                poison(slot.tensor())
+        self._poison()
+
+    def _poison(self) -> None:
+        for slot in self.slots:
+            if isinstance(slot, Tensor):
+                poison(slot)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Run the operations again."""
+        if self.closed:
+            raise RefusedError("a closed graph was replayed")
+        tensors = [slot.tensor() if isinstance(slot, _Outside) else slot for slot in self.slots]
+        for node in self.nodes:
+            flat = [tensors[x.number] if isinstance(x, _Slot) else x for x in node.arguments]
+            args, kwargs = tree_unflatten(flat, node.form)
+            out = tree_flatten(node.operation(*args, **kwargs))[0]
+            for number, value in zip(node.outputs, out, strict=True):
+                if number is not None and value.numel() > 0 and value.data_ptr() != tensors[number].data_ptr():
+                    tensors[number].copy_(value)
+        self._poison()
+
+
+class RecordingCapture:
+    """See :class:`pixelflow_engine.graphs.Capture`; ``fail_at`` makes the capture of that number (from 0) fail.
+
+    Attributes:
+        captured: how many were asked for so far.
+        replayed: how many replays there were.
+    """
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.graphs: list[_Graph] = []
+        self.fail_at = fail_at
+        self.captured = self.replayed = 0
+
+    def capture(self, launch: Launch) -> Launch:
+        """See :class:`Capture`."""
+        number, self.captured = self.captured, self.captured + 1
+        record = _Record()
+        with reported():
+            for _ in range(2):
+                launch()
+            with record, _Host(record):
+                launch()
+            if number == self.fail_at:
+                raise RefusedError("failed on purpose\nand a second line")
+        graph = _Graph(record)
+        self.graphs.append(graph)
+
+        def replay() -> None:
+            self.replayed += 1
+            graph.replay()
+
+        return replay
+
+    def close(self) -> None:
+        """See :class:`Capture`."""
+        for graph in self.graphs:
+            graph.closed = True
+            graph.nodes, graph.slots = [], []
+        self.graphs.clear()
+
+
+def packed_engine(capture: RecordingCapture | None = None, seed: int = 1, **options: Any) -> PixelFlowEngine:
+    """A small engine that runs packed stages on a CPU, uncompiled, and replays its steps from recordings if it can.
+
+    Args:
+        capture: makes the recordings.
+        seed: of the weights.
+        options: ``plain=True`` for operations that read a prompt's mask; ``batch_sizes``; fields of the model's and
+            the cascade's configuration.
+    """
+    batch_sizes, plain = options.pop("batch_sizes", None), options.pop("plain", False)
+    config = tiny_config(**options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", lambda self, **_: None)
+        engine = PixelFlowEngine(config, tiny_model(config, seed), "torch", compile=True, batch_sizes=batch_sizes)
+    if plain:
+        engine.model.operations = PlainOperations()
+    engine._programs = ProgramStore(capture)
+    return engine
