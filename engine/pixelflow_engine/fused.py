@@ -28,6 +28,16 @@ class PackedText:
     cu_seqlens: Tensor
     max_seqlen: int
 
+    @property
+    def marks(self) -> Tensor:
+        """See :class:`pixelflow_engine.operations.TextTokens`."""
+        return self.cu_seqlens
+
+    @property
+    def longest(self) -> int:
+        """See :class:`pixelflow_engine.operations.TextTokens`."""
+        return self.max_seqlen
+
 
 class FusedOperations:
     """The operations as kernels, see :class:`pixelflow_engine.operations.Operations`.

@@ -39,6 +39,15 @@ class Prompts:
     text: TextTokens
     keys: tuple[TextKeys, ...]
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that an evaluation reads."""
+        marks = [] if self.text.marks is None else [self.text.marks]
+        return [*marks, *(tensor for pair in self.keys for tensor in pair)]
+
+    def form(self) -> tuple[object, ...]:
+        """Equal for prompts that can take each other's place in memory."""
+        return self.text.longest, *(tuple(tensor.shape) for tensor in self.tensors()[:2])
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Surroundings:

@@ -33,6 +33,16 @@ class Text:
     states: Tensor
     mask: Tensor | None = None
 
+    @property
+    def marks(self) -> Tensor | None:
+        """See :class:`TextTokens`."""
+        return self.mask
+
+    @property
+    def longest(self) -> int:
+        """See :class:`TextTokens`."""
+        return self.states.shape[1]
+
     def first(self, count: int) -> Text:
         """The first so many prompts."""
         return Text(self.states[:count], None if self.mask is None else self.mask[:count])
@@ -52,10 +62,17 @@ class TextTokens(Protocol):
 
     Attributes:
         states: what keys and values are projected from, ``[..., E]``.
+        marks: says which tokens are whose, or which are padding; None where nothing needs to be said. Attention reads
+            it at every evaluation.
+        longest: tokens of the longest prompt.
     """
 
     @property
     def states(self) -> Tensor: ...  # noqa: D102
+    @property
+    def marks(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def longest(self) -> int: ...  # noqa: D102
 
 
 class Operations(Protocol):

@@ -6,6 +6,7 @@ device or depends on what it computes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +49,7 @@ class Program:
 
     Args:
         pack: whose state is moved.
-        prompts: for a model with cross-attention; their tensors become static.
+        prompts: for a model with cross-attention.
         capture: makes graphs of the launches; None leaves them as they are.
     """
 
@@ -56,9 +57,10 @@ class Program:
         device, model = pack.model.device, pack.model
         high = at_least_fp32(model.dtype)
         self.pack = pack
-        self.prompts = prompts
+        # What is captured outlives the call that made it, and is loaded with others' prompts.
+        self.prompts = prompts if capture is None else copy.deepcopy(prompts)
         self.capture = capture
-        self.around: Surroundings = model.surroundings(pack.layout, prompts)
+        self.around: Surroundings = model.surroundings(pack.layout, self.prompts)
         self.x = torch.zeros(pack.tokens, pack.width, dtype=high, device=device)
         self.guidance = pack.guidance()
         self._ready: dict[str, Launch] = {}
@@ -85,9 +87,8 @@ class Program:
         if self.guidance is not None and guidance is not None:
             load_(self.guidance, guidance, "guidance")
         if self.prompts is not None and prompts is not None and prompts is not self.prompts:
-            for mine, theirs in zip(self.prompts.keys, prompts.keys, strict=True):
-                for buffer, value in zip(mine, theirs, strict=True):
-                    load_(buffer, value, "text")
+            for buffer, value in zip(self.prompts.tensors(), prompts.tensors(), strict=True):
+                load_(buffer, value, "text")
 
 
 class FixedSteps(Program):
@@ -213,7 +214,7 @@ class AdaptiveSteps(Program):
 
 def program_key(pack: StagePack, prompts: Prompts | None, kind: str, *more: object) -> tuple[object, ...]:
     """What a program can be used again for."""
-    text = None if prompts is None else tuple(tuple(k.shape) for k, _ in prompts.keys[:1])
+    text = None if prompts is None else prompts.form()
     per_image = pack.plan.guided > 0 and len({*pack.plan.weights[: pack.plan.guided]}) > 1
     return kind, pack.plan.stage.index, pack.plan.shapes, pack.plan.guided, per_image, text, *more
 
