@@ -29,7 +29,6 @@ from support.cascades import (
     Picture,
     cascade,
     checkpoint_of,
-    exact_engine,
     keep_programs,
     packed_engine,
 )

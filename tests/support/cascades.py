@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -69,8 +70,8 @@ def cascade(
 
 
 def fixed_steps(slope: Callable[[Tensor, int], Tensor], x: Tensor, tau: Sequence[float], solver: str) -> Tensor:
-    """Steps over the grid ``tau``; ``slope(x, i)`` is the velocity at ``tau[i]``. Lengths are those of float32 times."""
-    lengths = [float(np.float32(b) - np.float32(a)) for a, b in zip(tau, tau[1:], strict=False)]
+    """Steps over the grid ``tau``, as long as between its float32 times; ``slope(x, i)`` is the velocity there."""
+    lengths = [float(np.float32(b) - np.float32(a)) for a, b in pairwise(tau)]
     before: Tensor | None = None
     for i, h in enumerate(lengths):
         v = slope(x, i)
