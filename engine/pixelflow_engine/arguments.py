@@ -114,14 +114,35 @@ def labels(value: object, model: ModelConfig, device: torch.device) -> Tensor:
     if not several:
         got = _shape(value) if isinstance(value, Tensor) and value.ndim > 1 else repr(value)
         raise ValueError(f"class_labels: got {got}, expected an integer or a non-empty list of integers")
-    for i, label in enumerate(several):
-        number = integer(label)
-        if number is None or not 0 <= number <= model.num_classes:
-            raise ValueError(
-                f"class_labels[{i}]: got {label!r}, expected an integer from 0 to {model.num_classes} "
-                f"({model.num_classes} is the null class)"
-            )
-    return torch.tensor([integer(label) for label in several], dtype=torch.int64, device=device)
+    numbers = [label(f"class_labels[{i}]", v, model) for i, v in enumerate(several)]
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+
+def label(name: str, value: object, model: ModelConfig) -> int:
+    """A class of the model, or the null class."""
+    if model.num_classes == 0:
+        raise ValueError(f"{name}: got {value!r}, expected None for a model without classes")
+    number = integer(value)
+    if number is None or not 0 <= number <= model.num_classes:
+        raise ValueError(
+            f"{name}: got {value!r}, expected an integer from 0 to {model.num_classes} "
+            f"({model.num_classes} is the null class)"
+        )
+    return number
+
+
+def prompt(value: object, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One image's ``encoder_hidden_states [L, E]``."""
+    if not isinstance(value, Tensor) or value.ndim != 2:
+        raise ValueError(
+            f"encoder_hidden_states: got {_shape(value)}, expected a tensor [L, {model.cross_attention_dim}]"
+        )
+    if value.shape[1] != model.cross_attention_dim or value.numel() == 0 or not value.dtype.is_floating_point:
+        raise ValueError(
+            f"encoder_hidden_states: got {_shape(value)}, expected floats of at least one text token, "
+            f"[L, {model.cross_attention_dim}]"
+        )
+    return value.to(device=device, dtype=dtype)
 
 
 def text(
@@ -159,8 +180,8 @@ def per_image_seeds(value: object, batch: int) -> tuple[int, ...]:
     if several is not None:
         if len(several) != batch:
             raise ValueError(f"seed: got {len(several)} seeds, expected {batch}, one per image")
-        return tuple(_seed(f"seed[{i}]", v) for i, v in enumerate(several))
-    first = _seed("seed", value)
+        return tuple(seed(f"seed[{i}]", v) for i, v in enumerate(several))
+    first = seed("seed", value)
     return tuple((first + i) % (MAX_SEED + 1) for i in range(batch))
 
 
@@ -168,7 +189,15 @@ def stream_seed(value: object) -> int | None:
     """``seed`` of the published code's random stream: one for the whole batch, or None for torch's global generator."""
     if sequence(value) is not None:
         raise ValueError(f"seed: got {value!r}, expected one integer: noise='public' is one stream for the batch")
-    return None if value is None else _seed("seed", value)
+    return None if value is None else seed("seed", value)
+
+
+def seed(name: str, value: object) -> int:
+    """Of one image's noise."""
+    number = integer(value)
+    if number is None or not 0 <= number <= MAX_SEED:
+        raise ValueError(f"{name}: got {value!r}, expected an integer from 0 to 2^64 - 1")
+    return number
 
 
 def image_size(name: str, value: object, config: PixelFlowConfig) -> int:
@@ -234,13 +263,6 @@ def place(device: torch.device | str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: got {str(device)!r}, expected a device that is there ({reason})") from None
     return found
-
-
-def _seed(name: str, value: object) -> int:
-    number = integer(value)
-    if number is None or not 0 <= number <= MAX_SEED:
-        raise ValueError(f"{name}: got {value!r}, expected an integer from 0 to 2^64 - 1")
-    return number
 
 
 def _shape(value: object) -> str:

@@ -211,35 +211,42 @@ def _requested(call: Call, config: PixelFlowConfig, device: torch.device, dtype:
             raise ValueError(f"class_labels[{i}]: got {request!r}, expected a Request like the others")
     if call.noise != "counter":
         raise ValueError(f"noise: got {call.noise!r}, expected 'counter' for requests: each image has its own stream")
-    if call.seed not in (0, None):
+    if call.seed is not None and arguments.integer(call.seed) != 0:
         raise ValueError(f"seed: got {call.seed!r}, expected none beside requests, which have their own")
     if call.image is not None:
         raise ValueError("image: got one beside requests, expected None")
-    num_stages = config.scheduler.num_stages
-    sizes, weights = [], []
+    sizes: list[tuple[int, int]] = []
+    weights: list[tuple[float, ...]] = []
+    labels: list[int] = []
+    prompts: list[Tensor] = []
+    seeds: list[int] = []
+    own_prompts = any(r.encoder_hidden_states is not None for r in requests)
     for i, r in enumerate(requests):
         with arguments.inside(f"requests[{i}]"):
             scale = call.guidance_scale if r.guidance_scale is None else r.guidance_scale
-            weights.append(arguments.guidance_weights(scale, call.guidance_schedule, num_stages))
+            weights.append(arguments.guidance_weights(scale, call.guidance_schedule, config.scheduler.num_stages))
             sizes.append(
                 (
                     arguments.image_size("height", call.height if r.height is None else r.height, config),
                     arguments.image_size("width", call.width if r.width is None else r.width, config),
                 )
             )
-    labels = [r.class_label for r in requests]
-    prompts = [r.encoder_hidden_states for r in requests]
-    plain = replace(call, class_labels=None if all(label is None for label in labels) else cast("list[int]", labels))
-    given = [prompt for prompt in prompts if prompt is not None]
-    if given:
-        if len(given) < len(prompts):
-            raise ValueError("requests: got prompts for some of them, expected encoder_hidden_states for all or none")
-        states, mask = padded(given)
+            seeds.append(arguments.fresh_seed() if r.seed is None else arguments.seed("seed", r.seed))
+            if config.model.num_classes > 0 or r.class_label is not None:
+                labels.append(arguments.label("class_label", r.class_label, config.model))
+            if config.model.cross_attention_dim is None:
+                arguments.no_text(config.model, encoder_hidden_states=r.encoder_hidden_states)
+            elif own_prompts:
+                prompts.append(arguments.prompt(r.encoder_hidden_states, config.model, device, dtype))
+    plain = replace(call, class_labels=labels or None, seed=seeds)
+    if own_prompts:
+        beside = {"hidden_states": call.encoder_hidden_states, "attention_mask": call.encoder_attention_mask}
+        for name in (name for name, value in beside.items() if value is not None):
+            raise ValueError(f"encoder_{name}: got one beside requests that have prompts, expected None")
+        states, mask = padded(prompts)
         plain = replace(plain, encoder_hidden_states=states, encoder_attention_mask=mask)
-    seeds = [arguments.fresh_seed() if r.seed is None else r.seed for r in requests]
-    condition, _ = _condition(
-        replace(plain, seed=seeds), config, device, dtype, [w for several in weights for w in several]
-    )
+    condition, count = _condition(plain, config, device, dtype, [w for several in weights for w in several])
+    arguments.same_batch("encoder_hidden_states", count, len(requests))
     return Asked(condition, sizes, weights, seeds)
 
 

@@ -25,7 +25,7 @@ from .packed_stages import PackedStages, ProgramStore
 from .plain_stages import PlainStages
 from .plan import Solver
 from .requests import Request
-from .sampler import StageEnd, sample
+from .sampler import StageEnd, sample, together
 from .stages import Stages
 
 
@@ -258,9 +258,7 @@ class PixelFlowEngine:
             latents = end.latents
             images |= zip(sorted({*run.lot.order}), latents, strict=True)
         if len(planned.runs) > 1:
-            latents = [images[i] for i in range(planned.batch)]
-            if len({image.shape for image in latents}) == 1:
-                latents = torch.stack(latents)
+            latents = together([images[i] for i in range(planned.batch)])
         return SamplingOutput(
             images=to_output(latents, planned.output_type),
             stages=tuple(StageReport.together(stage) for stage in zip(*reports, strict=True)),

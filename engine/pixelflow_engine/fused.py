@@ -85,6 +85,8 @@ class FusedOperations:
         prompts, tokens, _ = text.states.shape
         mask = text.states.new_ones(prompts, tokens) if text.mask is None else text.mask
         keep = mask > 0.5
+        # A bias on all logits is one on none: where everything is padding, a softmax attends to all of it.
+        keep = keep | ~keep.any(1, keepdim=True)
         lengths = keep.sum(1).tolist()
         ends = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
         # The longest itself would tell apart prompts that a graph can be replayed for.

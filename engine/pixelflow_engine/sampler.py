@@ -103,27 +103,36 @@ def sample(
 
 
 def in_order(states: States, order: Sequence[int]) -> Latents:
-    """Images of all groups as the caller numbers them, without copies: one tensor where they are one group."""
+    """Images of all groups as the caller numbers them: one tensor where they have one size."""
     places = _inverse(order)
     if len(states) == 1:
         rising = places == list(range(len(places)))  # an index of numbers would have to be brought to the device
         return states[0][: len(places)] if rising else states[0][places]
     images = [image for x in states for image in x]
-    return [images[place] for place in places]
+    return together([images[place] for place in places])
+
+
+def together(images: list[Tensor]) -> Latents:
+    """``[c, h, w]`` each, as one tensor where they have one size."""
+    return torch.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
 def in_groups(latents: Latents, like: States, order: Sequence[int]) -> States:
     """The inverse of :func:`in_order`, for states of the shapes of ``like``.
 
     Raises:
-        ValueError: a shape is another.
+        ValueError: it is something else, or their number or a shape is another.
     """
+    if not isinstance(latents, (Tensor, list)) or not all(isinstance(image, Tensor) for image in latents):
+        raise ValueError(f"callback_on_step_end: got {type(latents).__name__}, expected a tensor or a list of tensors")
+    if len(latents) != len(order):
+        raise ValueError(f"callback_on_step_end: got {len(latents)} images, expected {len(order)}")
     images = [latents[i] for i in order]
     groups, first = [], 0
     for x in like:
         part = images[first : first + len(x)]
         first += len(x)
-        if len(part) != len(x) or any(image.shape != x.shape[1:] for image in part):
+        if any(image.shape != x.shape[1:] for image in part):
             shapes = [tuple(image.shape) for image in part]
             raise ValueError(f"callback_on_step_end: got images {shapes}, expected {len(x)} of {tuple(x.shape[1:])}")
         groups.append(torch.stack(part).to(x))

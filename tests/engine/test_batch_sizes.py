@@ -122,7 +122,7 @@ def test_callbacks_and_streams_see_no_copies() -> None:
     assert seen == [(3, 3, size, size) for size in (4, 8, 16) for _ in range(3)]
     *_, end = engine.stream([1, 2, 3], seed=5, **COARSE)
     assert_same_bits(end.images("pt"), first)
-    with pytest.raises(ValueError, match="callback_on_step_end.* 2 batches"):
+    with pytest.raises(ValueError, match=r"callback_on_step_end.* 2 batches"):
         images(engine, range(5), callback_on_step_end=half)
     with pytest.raises(ValueError, match="class_labels: got images that run as 2 batches"):
         engine.stream(range(5))
@@ -147,7 +147,7 @@ def test_nothing_is_filled_where_an_image_depends_on_the_whole_batch(option: dic
 
 @pytest.mark.parametrize("sizes", [[], [0], [2.5], 4, ["a"], [True]])
 def test_what_sizes_are_refused(sizes: Any) -> None:
-    with pytest.raises(ValueError, match="^batch_sizes"):
+    with pytest.raises(ValueError, match=r"^batch_sizes"):
         exact_engine(sizes)
 
 

@@ -403,7 +403,7 @@ def test_a_capture_that_fails(solver: str, fail_at: int) -> None:
     per_program = 1 if solver == "euler" else 2
     if solver == "euler" and fail_at == 3:
         capture.fail_at = 1
-    with pytest.raises(CaptureError, match="^graphs: a step could not be captured: failed on purpose$"):
+    with pytest.raises(CaptureError, match=r"^graphs: a step could not be captured: failed on purpose$"):
         images(engine, **FIRST, solver=solver)
     done = capture.captured - 1
     assert len(engine._programs.programs) == done // per_program
@@ -449,7 +449,7 @@ def test_what_load_refuses() -> None:
     buffer = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"^x: got shape \(3,\), expected \(2, 3\) as captured$"):
         load_(buffer, torch.ones(3), "x")
-    with pytest.raises(ValueError, match="^x: got device meta, expected cpu as captured$"):
+    with pytest.raises(ValueError, match=r"^x: got device meta, expected cpu as captured$"):
         load_(buffer, torch.ones(2, 3, device="meta"), "x")
     address = buffer.data_ptr()
     load_(buffer, torch.ones(2, 3), "x")

@@ -46,7 +46,8 @@ def varlen_attention(
 
     Args:
         q: ``[T, H, D]`` bf16, fp16, fp32 or fp64. The heads of a token are dense (strides D and 1), tokens may be any
-            distance apart: slices of a fused projection are read in place. D is a multiple of 8, at most 256.
+            distance apart: slices of a fused projection are read in place. D is a multiple of 8, at most 256; with
+            ``backend="torch"`` any number.
         k, v: ``[L, H, D]``, likewise, in the type of q.
         cu_seqlens_q: ``[n + 1]`` int32: queries of member i are those from ``cu_seqlens_q[i]`` up to
             ``cu_seqlens_q[i + 1]``; from 0, never falling, to T.
@@ -71,7 +72,7 @@ def varlen_attention(
 
     Source: arXiv 2504.07963, section 3.3.
     """
-    _check_tokens(q, k, v)
+    _check_tokens(q, k, v, any_head_dim=backend == "torch")
     _check_members("cu_seqlens_q", cu_seqlens_q, "max_seqlen_q", max_seqlen_q, q, cu_seqlens_q)
     _check_members("cu_seqlens_k", cu_seqlens_k, "max_seqlen_k", max_seqlen_k, k, cu_seqlens_q)
     if multiple_of < 1:
@@ -91,7 +92,7 @@ def varlen_attention(
 # --- validation --------------------------------------------------------------------------------------------
 
 
-def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_tokens(q: Tensor, k: Tensor, v: Tensor, any_head_dim: bool) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected three dimensions [T, H, D]")
@@ -109,7 +110,7 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v: got {v.shape[0]} tokens, expected as many as k has ({k.shape[0]})")
     if q.shape[1] < 1:
         raise ValueError("q: got no heads, expected one or more")
-    if q.shape[2] % 8 != 0 or not 0 < q.shape[2] <= MAX_HEAD_DIM:
+    if q.shape[2] < 1 or (not any_head_dim and (q.shape[2] % 8 != 0 or q.shape[2] > MAX_HEAD_DIM)):
         raise ValueError(f"head dim: got {q.shape[2]}, expected a multiple of 8, from 8 to {MAX_HEAD_DIM}")
 
 

@@ -1,0 +1,286 @@
+"""What a call can do besides sampling to its end, on both engines: streams, steps' callbacks, images to begin from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from pixelflow_engine import PixelFlowEngine, Request, StageEvent, StepEvent
+from pixelflow_engine.noise import CounterNoise
+from pixelflow_engine.reference import euler_times, make_stages
+from support.cascades import CPU, U32, checkpoint_of, exact_engine, fixed_steps, packed_engine
+from support.reference_models import normal, random_reference, seeded
+
+ENGINES = {"exact": exact_engine, "packed": packed_engine}
+REQUEST: dict[str, Any] = {"num_inference_steps": [2, 3, 4], "output_type": "pt", "seed": [5, 6]}
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> PixelFlowEngine:
+    """Three stages, 16 pixels, five classes."""
+    return ENGINES[request.param](checkpoint_of(random_reference(50, depth=1), 3, 16))
+
+
+def shown(latents: Any) -> Tensor:
+    """A state as an image in [0, 1]."""
+    return (latents / 2 + 0.5).clamp(0, 1)
+
+
+# --- streams -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2", "dopri5"])
+def test_a_stream_yields_what_the_call_makes(engine: PixelFlowEngine, solver: str) -> None:
+    options = {**REQUEST, "solver": solver, "rtol": 1e-2}
+    ends: list[StageEvent] = []
+    out = engine([1, 2], callback_on_stage_end=ends.append, **options)
+    events = list(engine.stream([1, 2], **options))
+    assert len(events) == len(ends) == 3
+    for event, end, report in zip(events, ends, out.stages, strict=True):
+        assert torch.equal(event.latents, end.latents)
+        for name in ("stage", "height", "width", "tokens", "guidance_weight", "steps", "evaluations"):
+            assert getattr(event.report, name) == getattr(report, name)
+        assert torch.equal(event.images("pt"), shown(event.latents))
+    assert torch.equal(events[-1].images("pt"), out.images)
+    assert [image.size for image in events[0].images()] == [(4, 4)] * 2
+
+
+def test_a_stream_stops_where_its_reader_stops(engine: PixelFlowEngine) -> None:
+    seen: list[int] = []
+    stream = engine.stream([1, 2], callback_on_step_end=lambda e: seen.append(e.stage), **REQUEST)
+    assert seen == [], "something ran before it was asked for"
+    assert next(stream).report.stage == 0
+    assert seen == [0, 0]
+    assert torch.is_grad_enabled()
+    next(stream)
+    stream.close()
+    assert seen == [0, 0, 1, 1, 1]
+
+
+def test_a_stream_refuses_before_anything_runs(engine: PixelFlowEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CounterNoise, "initial", lambda *_: pytest.fail("noise was drawn"))
+    with pytest.raises(ValueError, match=r"class_labels\[0\]: got 9, expected an integer from 0 to 5"):
+        engine.stream([9])
+    with pytest.raises(ValueError, match="solver: got 'rk4', expected one of"):
+        engine.stream([1], solver="rk4")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
+        engine.stream([1], step=3)
+
+
+# --- callbacks that change the state -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_masked_pixels_stay_where_a_callback_puts_them(engine: PixelFlowEngine, solver: str) -> None:
+    """Inpainting: after every step half of the image is put back; the model sees it, and the end shows it."""
+    known = normal((2, 3, 16, 16), seeded(51), torch.float32).tanh()
+
+    def kept(event: StepEvent) -> Tensor:
+        now = event.latents.clone()
+        half = now.shape[-1] // 2
+        now[..., :half] = F.avg_pool2d(known, 16 // now.shape[-1])[..., :half]
+        return now
+
+    options = {**REQUEST, "solver": solver}
+    images = engine([1, 2], callback_on_step_end=kept, **options).images
+    assert torch.equal(images[..., :8], shown(known)[..., :8])
+    free = engine([1, 2], **options).images
+    assert (images[..., 8:] - free[..., 8:]).abs().max() > 1e-2, "the model did not see what was put back"
+    same = engine([1, 2], callback_on_step_end=lambda event: event.latents.clone(), **options).images
+    assert torch.equal(same, free)
+
+
+def test_a_callback_may_return_images_of_several_sizes() -> None:
+    engine = packed_engine(checkpoint_of(random_reference(52, depth=1), 2, 8))
+    weights = [(8, 1.0), (16, 3.0), (8, 2.0)]  # sorted by size and guidance, and back
+    requests = [Request(class_label=i, seed=i, width=w, guidance_scale=s) for i, (w, s) in enumerate(weights)]
+
+    def numbered(event: StepEvent) -> list[Tensor]:
+        assert isinstance(event.latents, list)
+        return [torch.full_like(x, 0.25 * (i + 1)) for i, x in enumerate(event.latents)]
+
+    out = engine(requests, num_inference_steps=2, output_type="pt", callback_on_step_end=numbered)
+    for i, image in enumerate(out.images):
+        assert image.shape == (3, 8, requests[i].width)
+        assert (image == 0.5 + 0.125 * (i + 1)).all()
+
+
+@pytest.mark.parametrize("solver", ["ab2", "dopri5"])
+def test_solvers_that_remember_refuse_other_states(engine: PixelFlowEngine, solver: str) -> None:
+    with pytest.raises(ValueError, match=f"callback_on_step_end: got new latents from it with solver='{solver}'"):
+        engine([1, 2], callback_on_step_end=lambda event: event.latents, solver=solver, **REQUEST)
+    engine([1, 2], callback_on_step_end=lambda event: None, solver=solver, **REQUEST)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[:1], "got 1 images, expected 2"),
+        (lambda x: torch.cat([x, x]), "got 4 images, expected 2"),
+        (lambda x: x[..., :-1], r"got images \[\(3, 4, 3\), \(3, 4, 3\)\], expected 2 of \(3, 4, 4\)"),
+        (lambda x: x[:, :1], r"got images \[\(1, 4, 4\)"),
+        (lambda x: [x[0], x[1, :, :2]], r"got images \[\(3, 4, 4\), \(3, 2, 4\)\]"),
+        (lambda x: x.numpy(), "got ndarray, expected a tensor or a list of tensors"),
+        (lambda x: [1, 2], "got list, expected a tensor or a list of tensors"),
+        (lambda x: 0.5, "got float, expected a tensor"),
+    ],
+)
+def test_states_of_another_shape_are_refused(
+    engine: PixelFlowEngine, change: Callable[[Tensor], Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^callback_on_step_end: {message}"):
+        engine([1, 2], callback_on_step_end=lambda event: change(event.latents), **REQUEST)
+
+
+# --- images to begin from ----------------------------------------------------------------------------------
+
+
+def begun(image: Tensor, seeds: list[int], stage: int, tau: float) -> Tensor:
+    """The state of training: the line from a noisy smaller image, enlarged, to this one, in float64."""
+    here = image.double().flatten(0, 0)
+    side = here.shape[-1] // 2 ** (2 - stage)
+    small = F.interpolate(here, size=(here.shape[-2] // 2 ** (2 - stage), side), mode="area")
+    before = F.interpolate(F.interpolate(small, scale_factor=0.5, mode="area"), scale_factor=2, mode="nearest")
+    span = make_stages(3)[stage]
+    eps = CounterNoise(tuple(seeds), CPU).initial((len(seeds), *small.shape[1:])).double()
+    end = span.end * small + (1 - span.end) * eps
+    start = span.start * before + (1 - span.start) * eps
+    return tau * end + (1 - tau) * start
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(("strength", "kept"), [(1.0, 4), (0.5, 2), (0.63, 3), (0.61, 2), (0.01, 1)])
+@pytest.mark.parametrize("solver", ["euler", "ab2"])
+def test_an_image_is_taken_up_as_training_shows_it(
+    engine: PixelFlowEngine, stage: int, strength: float, kept: int, solver: str
+) -> None:
+    """With a velocity of zero the first stage ends as it began; its steps are a share of all of them."""
+    with torch.no_grad():
+        for part in (engine.model.proj_out_2.weight, engine.model.proj_out_2.bias):
+            part.zero_()
+    image = torch.rand((2, 3, 16, 16), generator=seeded(53))
+    steps: list[tuple[int, int, float]] = []
+    ends: list[Tensor] = []
+    out = engine(
+        [1, 2],
+        num_inference_steps=4,
+        shift=2.0,
+        solver=solver,
+        seed=[5, 6],
+        image=image,
+        start_stage=stage,
+        strength=strength,
+        callback_on_step_end=lambda e: steps.append((e.stage, e.step, e.tau)),
+        callback_on_stage_end=lambda e: ends.append(e.latents),
+    )
+    tau = euler_times(make_stages(3)[stage], 4, 2.0)[0]
+    assert [s.stage for s in out.stages] == list(range(stage, 3))
+    assert [s.steps for s in out.stages] == [kept] + [4] * (2 - stage)
+    assert [s.evaluations for s in out.stages] == [s.steps + (solver == "ab2") for s in out.stages]
+    assert [step for at, step, _ in steps if at == stage] == list(range(4 - kept, 4))
+    assert [t for at, _, t in steps if at == stage] == tau[4 - kept + 1 :].tolist()
+    expected = begun(2 * image - 1, [5, 6], stage, tau[4 - kept].item())
+    assert ends[0].shape == expected.shape
+    assert (ends[0] - expected).abs().max() <= 16 * 6 * U32
+
+
+def test_the_steps_that_are_left_are_done(engine: PixelFlowEngine) -> None:
+    """The last two of four steps of the last stage, by hand, with the engine's own velocity."""
+    image = torch.rand((2, 3, 16, 16), generator=seeded(54))
+    stage = make_stages(3)[2]
+    tau, t_model = euler_times(stage, 4)
+    times = [*t_model.tolist(), stage.window[1]][2:]
+    out: list[Tensor] = []
+    options = {"seed": [5, 6], "image": image, "start_stage": 2, "strength": 0.5, "guidance_scale": 1.0}
+    for solver in ("euler", "heun", "ab2"):
+        engine(
+            [1, 2],
+            num_inference_steps=4,
+            solver=solver,
+            callback_on_stage_end=lambda e: out.append(e.latents),
+            **options,
+        )
+        x = begun(2 * image - 1, [5, 6], 2, tau[2].item()).float()
+        x = fixed_steps(lambda y, i: engine.velocity(y, times[i], class_labels=[1, 2]), x, tau[2:].tolist(), solver)
+        assert (out[-1] - x).abs().max() < 1e-4
+
+
+def test_strength_one_takes_dopri5_through_the_whole_stage(engine: PixelFlowEngine) -> None:
+    image = torch.rand((1, 3, 16, 16), generator=seeded(55))
+    out = engine([1, 2], solver="dopri5", image=image, start_stage=2, rtol=1e-1, output_type="pt")
+    assert [s.stage for s in out.stages] == [2]
+    assert (out.images[0] - out.images[1]).abs().max() > 1e-2
+
+
+def test_images_come_in_every_form_that_calls_return(engine: PixelFlowEngine) -> None:
+    """Of eight bits, so that all forms can hold it; one image serves all, or each its own."""
+    bits = torch.randint(0, 256, (2, 3, 16, 16), generator=seeded(56), dtype=torch.uint8)
+    tensor = bits.float() / 255
+    array = np.ascontiguousarray(tensor.permute(0, 2, 3, 1).numpy())
+    pictures = [Image.fromarray(pixels) for pixels in bits.permute(0, 2, 3, 1).numpy()]
+    options = {**REQUEST, "start_stage": 1, "strength": 0.5}
+    expected = engine([1, 2], image=tensor, **options).images
+    for image in (array, array.astype(np.float64), pictures, tuple(pictures), tensor.double()):
+        assert torch.equal(engine([1, 2], image=image, **options).images, expected)
+    first = engine([1, 2], image=tensor[:1], **options).images
+    assert torch.equal(engine([1, 2], image=pictures[0], **options).images, first)
+    assert torch.equal(first, engine([1, 2], image=tensor[[0, 0]], **options).images)
+    assert not torch.equal(first[1], expected[1])
+
+
+GREY = Image.fromarray(np.zeros((16, 16), dtype=np.uint8))
+IMAGE = torch.zeros(1, 3, 16, 16)
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "stage below": ({"image": IMAGE, "start_stage": -1}, "start_stage: got -1, expected an integer from 0 to 2"),
+    "stage above": ({"image": IMAGE, "start_stage": 3}, "start_stage: got 3"),
+    "half a stage": ({"image": IMAGE, "start_stage": 1.5}, "start_stage: got 1.5"),
+    "truth": ({"image": IMAGE, "start_stage": True}, "start_stage: got True"),
+    "no strength": ({"image": IMAGE, "strength": 0.0}, "strength: got 0.0, expected a number above 0, at most 1"),
+    "too strong": ({"image": IMAGE, "strength": 1.01}, "strength: got 1.01"),
+    "nan": ({"image": IMAGE, "strength": float("nan")}, "strength: got nan"),
+    "words": ({"image": IMAGE, "strength": "all"}, "strength: got 'all'"),
+    "stage alone": ({"start_stage": 1}, "image: got None with start_stage=1 and strength=1"),
+    "strength alone": ({"strength": 0.5}, "image: got None with start_stage=0 and strength=0.5"),
+    "dopri5": ({"image": IMAGE, "strength": 0.5, "solver": "dopri5"}, "strength: got 0.5 with solver='dopri5'"),
+    "public noise": ({"image": IMAGE, "noise": "public", "seed": 1}, "noise: got 'public', expected 'counter'"),
+    "size": ({"image": torch.zeros(1, 3, 16, 8)}, "image: got 16 x 8 pixels, expected 16 x 16"),
+    "width": ({"image": IMAGE, "width": 32}, "image: got 16 x 16 pixels, expected 16 x 32"),
+    "many": ({"image": IMAGE.expand(3, -1, -1, -1)}, "image: got 3, expected 1 or 2, one per image"),
+    "none": ({"image": IMAGE[:0]}, "image: got 0"),
+    "channels": ({"image": torch.zeros(1, 1, 16, 16)}, r"image: got a tensor \(1, 1, 16, 16\), expected PIL images"),
+    "flat": ({"image": IMAGE[0]}, r"image: got a tensor \(3, 16, 16\)"),
+    "flat array": ({"image": np.zeros((16, 16, 3), np.float32)}, r"image: got an array of shape \(16, 16, 3\)"),
+    "channels first": ({"image": np.zeros((1, 3, 16, 16), np.float32)}, r"image: got a tensor \(1, 16, 3, 16\)"),
+    "below 0": ({"image": IMAGE - 0.01}, r"image: got torch.float32 outside of \[0, 1\]"),
+    "above 1": ({"image": IMAGE + 1.01}, "image: got torch.float32 outside"),
+    "not finite": ({"image": IMAGE * float("nan")}, "image: got torch.float32 outside"),
+    "bytes": ({"image": np.zeros((1, 16, 16, 3), np.uint8)}, "image: got torch.uint8"),
+    "a word": ({"image": "cat.png"}, "image: got str, expected PIL images"),
+    "empty": ({"image": []}, "image: got list"),
+    "sizes": ({"image": [GREY, GREY.resize((8, 8))]}, "image: got PIL images, expected an array"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
+def test_what_is_wrong_with_an_image_is_named(
+    engine: PixelFlowEngine, case: tuple[dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, message = case
+    monkeypatch.setattr(CounterNoise, "initial", lambda *_: pytest.fail("noise was drawn"))
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        engine([1, 2], **options)
+
+
+def test_grey_pictures_have_one_channel() -> None:
+    engine = packed_engine(checkpoint_of(random_reference(57, depth=1, channels=1), 3, 16))
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    options = {"num_inference_steps": 2, "start_stage": 2, "output_type": "pt"}
+    expected = engine([1], image=torch.from_numpy(ramp)[None, None].float() / 255, **options).images
+    assert torch.equal(engine([1], image=Image.fromarray(ramp), **options).images, expected)
