@@ -17,12 +17,14 @@ from .operations import Linear, Rotation, Text, TextTokens
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PackedText:
-    """The tokens of all prompts one after another, padding dropped.
+    """The tokens of all prompts one after another, and after the last prompt all padding, which belongs to nobody.
+
+    So prompts of any lengths take the place of others that were padded to the same length.
 
     Attributes:
-        states: ``[L, E]``.
-        cu_seqlens: ``[n + 1]`` int32, where each image's prompt starts.
-        max_seqlen: at least the tokens of the longest: what all were padded to.
+        states: ``[n * L, E]`` of prompts padded to L.
+        cu_seqlens: ``[n + 2]`` int32, where each image's prompt starts, where the padding starts, and the end.
+        max_seqlen: at least as long as the longest of these parts.
     """
 
     states: Tensor
@@ -81,24 +83,24 @@ class FusedOperations:
         )
 
     def text_tokens(self, text: Text) -> PackedText:
-        """Drop the padding; reads the mask on the host, once per call of the engine."""
+        """Move the padding behind the last prompt."""
         prompts, tokens, _ = text.states.shape
-        mask = text.states.new_ones(prompts, tokens) if text.mask is None else text.mask
+        device, total = text.states.device, prompts * tokens
+        mask = torch.ones(prompts, tokens, device=device) if text.mask is None else text.mask
         keep = mask > 0.5
         # A bias on all logits is one on none: where everything is padding, a softmax attends to all of it.
         keep = keep | ~keep.any(1, keepdim=True)
-        lengths = keep.sum(1).tolist()
-        ends = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
-        # The longest itself would tell apart prompts that a graph can be replayed for.
-        return PackedText(text.states[keep], ends.to(text.states.device), tokens)
+        order = (~keep).flatten().to(torch.int32).argsort(stable=True)
+        ends = F.pad(keep.sum(1).cumsum(0), (1, 1))
+        ends[-1] = total
+        return PackedText(text.states.flatten(0, 1)[order], ends.to(torch.int32), total)
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, text: TextTokens, layout: PackedLayout) -> Tensor:
-        """``k``, ``v [L, H, D]`` of the packed prompts."""
+        """``k``, ``v [n * L, H, D]`` of the packed prompts."""
         if not isinstance(text, PackedText):
             raise TypeError(f"text: got {type(text).__name__}, expected PackedText, as text_tokens gives it")
-        return varlen_attention(
-            q, k, v, layout.cu_seqlens, text.cu_seqlens, layout.max_seqlen, text.max_seqlen, backend=self.attention
-        )
+        queries, keys = layout.cu_seqlens_and_none, text.cu_seqlens
+        return varlen_attention(q, k, v, queries, keys, layout.max_seqlen, text.max_seqlen, backend=self.attention)
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """The library's product."""

@@ -125,8 +125,8 @@ def in_groups(latents: Latents, like: States, order: Sequence[int]) -> States:
     """
     if not isinstance(latents, (Tensor, list)) or not all(isinstance(image, Tensor) for image in latents):
         raise ValueError(f"callback_on_step_end: got {type(latents).__name__}, expected a tensor or a list of tensors")
-    if len(latents) != len(order):
-        raise ValueError(f"callback_on_step_end: got {len(latents)} images, expected {len(order)}")
+    if len(latents) != len({*order}):
+        raise ValueError(f"callback_on_step_end: got {len(latents)} images, expected {len({*order})}")
     images = [latents[i] for i in order]
     groups, first = [], 0
     for x in like:

@@ -39,6 +39,8 @@ class PackedLayout:
     Attributes:
         grids: rows and columns of tokens of each of the ``n`` images.
         cu_seqlens: ``[n + 1]`` int32, where each image starts; the last entry is ``T``.
+        cu_seqlens_and_none: ``[n + 2]`` int32, the same with an image of no tokens after the last: what attends to keys
+            that belong to nobody.
         image_index: ``[T]`` int32, the image of each token.
         row, column: ``[T]`` int32, its place in the image.
         runs: neighbouring images of one grid, in order.
@@ -55,6 +57,7 @@ class PackedLayout:
     row: Tensor
     column: Tensor
     runs: tuple[Run, ...]
+    cu_seqlens_and_none: Tensor = field(init=False)
     max_seqlen: int = field(init=False)
     multiple_of: int = field(init=False)
     max_position: int = field(init=False)
@@ -98,6 +101,7 @@ class PackedLayout:
 
     def __post_init__(self) -> None:
         lengths = [rows * columns for rows, columns in self.grids]
+        object.__setattr__(self, "cu_seqlens_and_none", torch.cat([self.cu_seqlens, self.cu_seqlens[-1:]]))
         object.__setattr__(self, "max_seqlen", max([0, *lengths]))
         object.__setattr__(self, "multiple_of", math.gcd(*lengths) or 1)
         object.__setattr__(self, "max_position", max([0, *(max(grid) for grid in self.grids)]))
