@@ -45,6 +45,7 @@ class CudaCapture:
         self.device = device
         # Whoever replays a graph holds it. One that nobody can replay any more is gone at once, with its memory.
         self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self.failed: list[torch.cuda.CUDAGraph] = []
         self.pool = torch.cuda.graph_pool_handle()
 
     def capture(self, launch: Launch) -> Launch:
@@ -59,11 +60,26 @@ class CudaCapture:
                 for _ in range(2):
                     launch()
             torch.cuda.current_stream().wait_stream(side)
-            # Other threads may go on using the device: their calls do not end this capture.
-            with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
-                launch()
+            try:
+                # Other threads may go on using the device: their calls do not end this capture.
+                with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
+                    launch()
+            except BaseException:
+                self._give_up(graph)
+                raise
         self.graphs.add(graph)
         return graph.replay
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Tell PyTorch's allocator of the end of a capture that failed: it would go on filling this pool for it."""
+        graph.reset()
+        self.failed.append(graph)  # the allocator may ask it once more whose memory is whose
+        device = torch.cuda.current_device()
+        try:
+            torch._C._cuda_endAllocateToPool(device, self.pool)
+        except RuntimeError:
+            return  # it has been told
+        torch._C._cuda_releasePool(device, self.pool)
 
     def close(self) -> None:
         """See :class:`Capture`."""

@@ -16,7 +16,7 @@ error, or shows:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -287,3 +287,15 @@ def packed_engine(capture: RecordingCapture | None = None, seed: int = 1, **opti
         engine.model.operations = PlainOperations()
     engine._programs = ProgramStore(capture)
     return engine
+
+
+def statics(store: ProgramStore) -> Iterator[Tensor]:
+    """Every tensor that a call loads."""
+    for program in store.programs.values():
+        for value in vars(program).values():
+            if isinstance(value, Tensor):
+                yield value
+        if hasattr(program, "state"):
+            yield from program.state.tensors()
+    for static in store.prompts.values():
+        yield from static.tensors()
