@@ -56,7 +56,7 @@ def assert_cascades(
 
 @pytest.mark.parametrize("solver", ["euler", "ab2"])
 def test_classes_with_guidance(solver: str) -> None:
-    model = random_reference(60, depth=1 if solver == "euler" else 2)
+    model = random_reference(60, depth=1)
     steps = [1, 1] if solver == "euler" else [2]
     side = 8 if solver == "euler" else 4
     states = ends(
@@ -72,8 +72,10 @@ def test_classes_with_guidance(solver: str) -> None:
 @pytest.mark.parametrize(("error_norm", "scale"), [("image", 2.4), ("batch", 1.0)])
 def test_classes_by_dopri5(error_norm: str, scale: float) -> None:
     """The same decisions as plain PyTorch in float32, from values that differ in their last bits."""
-    checkpoint = checkpoint_of(random_reference(61, depth=1), 1, 4)
-    options = {"solver": "dopri5", "rtol": 0.5, "atol": 0.5, "error_norm": error_norm, "seed": [3, 4]}
+    model = random_reference(61, depth=1)
+    model.proj_out_2.weight.mul_(0.3)  # so that few attempts do
+    checkpoint = checkpoint_of(model, 1, 4)
+    options = {"solver": "dopri5", "rtol": 1.0, "atol": 1.0, "error_norm": error_norm, "seed": [3, 4]}
     options["guidance_scale"] = scale
     (got,) = ends(fused(checkpoint), [1, 5], **options)
     (plain,) = ends(exact_engine(checkpoint), [1, 5], **options)
@@ -84,7 +86,7 @@ def test_classes_by_dopri5(error_norm: str, scale: float) -> None:
 
 
 def test_prompts_of_several_lengths_with_padding() -> None:
-    model = random_reference(62, depth=1, num_classes=0, cross_attention_dim=12)
+    model = random_reference(62, depth=2, num_classes=0, cross_attention_dim=12)
     text = normal((4, 5, 12), seeded(63), torch.float32)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])  # the last is padding alone
     null_mask = torch.tensor([[1, 0, 0, 0, 0]])
@@ -132,7 +134,7 @@ def test_images_of_several_sizes_weights_and_prompts() -> None:
 def test_gradients_of_the_velocity(kind: str) -> None:
     """Through every kernel's backward pass, to the pixels."""
     shape: dict[str, Any] = {} if kind == "class" else {"num_classes": 0, "cross_attention_dim": 12}
-    model = random_reference(66, depth=1, **shape)
+    model = random_reference(66, depth=2, **shape)
     g = seeded(67)
     x, direction = normal((2, 3, 4, 6), g), normal((2, 3, 4, 6), g)
     states, mask = normal((2, 4, 12), g, torch.float32), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
