@@ -199,7 +199,8 @@ class PixelFlowEngine:
             state: ``fp32``, or ``public`` for the published code's state in the velocity's type.
             height, width: in pixels; the model's resolution by default.
             output_type: see :class:`SamplingOutput`.
-            on_failure: ``raise``, or ``report`` in ``statuses`` and go on: an image that fails never spoils another.
+            on_failure: ``raise``, or ``report`` in ``statuses`` and go on: an image that fails never spoils another,
+                unless they share ``error_norm="batch"``.
             callback_on_step_end, callback_on_stage_end: called as the names say. The former may return other latents
                 to go on with (see :class:`StepEvent`).
             rtol, atol, error_norm: of Dopri5 alone; see :class:`pixelflow_engine.solvers.Tolerance`.

@@ -161,7 +161,7 @@ def test_reports_of_batches_add_up() -> None:
             seconds=seconds,
         )
 
-    together = StageReport.together([report(8, 16, 3.0, 4, 26, 0.5), report(32, 64, 1.0, 7, 44, 0.25)])
+    together = StageReport.together([report(8, 16, 3.0, 7, 44, 0.5), report(32, 64, 1.0, 4, 26, 0.25)])
     assert together == report(32, 64, 3.0, 7, 70, 0.75)
     assert StageReport.together([together]) == together
 
