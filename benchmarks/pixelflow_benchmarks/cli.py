@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from . import model_commands
 from .tables import TextTable, kernel_table, quality_table
 
 console = Console()
@@ -122,3 +123,6 @@ def show(text: TextTable) -> None:
     for row in text.rows:
         table.add_row(*row)
     console.print(table)
+
+
+model_commands.register(bench, show, console)
