@@ -67,8 +67,13 @@ def trace_engine_block(operations: Operations, side_by_side: bool, sequences: in
 def fake_layout(sequences: int, side: int) -> PackedLayout:
     """Square images of one size, on the fake device; inside ``fake_cuda``."""
     layout = PackedLayout.from_grids([(side, side)] * sequences)
-    names = ("cu_seqlens", "image_index", "row", "column")
-    return replace(layout, **{n: fake(getattr(layout, n).shape, getattr(layout, n).dtype) for n in names})
+    return replace(
+        layout,
+        cu_seqlens=fake(layout.cu_seqlens.shape, torch.int32),
+        image_index=fake(layout.image_index.shape, torch.int32),
+        row=fake(layout.row.shape, torch.int32),
+        column=fake(layout.column.shape, torch.int32),
+    )
 
 
 def trace_reference_block(sequences: int, side: int) -> list[TracedOp]:

@@ -117,19 +117,20 @@ def measure_cascade(calls: Mapping[str, Call], truth: Call, rounds: int) -> Iter
         ``check`` of each call, with the seconds of its first run, compilation included; ``shares`` of each; a ``round``
         of seconds for each turn; the ``ratio`` of times for pairs of one turn.
     """
-    images, right = {}, {}
+    images, right, graphs = {}, {}, {}
     for name, call in calls.items():
-        began = time.perf_counter()
+        before, began = graphs_compiled(), time.perf_counter()
         try:
             images[name] = call()
         except Exception as error:  # a compiler fails in many ways; the others are measured all the same
             text = str(error).strip().splitlines() or [""]
             yield {"kind": "check", "variant": name, "right": False, "fault": f"{type(error).__name__}: {text[0]}"}
         else:
-            right[name] = time.perf_counter() - began
+            right[name], graphs[name] = time.perf_counter() - began, graphs_compiled() - before
     wrong = faults(images, truth())
     for name, seconds in right.items():
-        record = {"kind": "check", "variant": name, "right": name not in wrong, "first_seconds": seconds}
+        record = {"kind": "check", "variant": name, "right": name not in wrong}
+        record |= {"first_seconds": seconds, "graphs_compiled": graphs[name]}
         yield record | ({"fault": wrong[name]} if name in wrong else {})
     timed = {name: calls[name] for name in right if name not in wrong}
     for name, call in timed.items():
@@ -161,6 +162,13 @@ def shares(call: Call) -> dict[str, float]:
     products = ("aten::addmm", "aten::mm", "aten::bmm", "mkldnn::_linear_pointwise", "mkl::_mkl_linear")
     attention = sum(value for key, value in times.items() if "dot_product" in key)
     return {"attention": attention / total, "products": sum(times.get(key, 0) for key in products) / total}
+
+
+def graphs_compiled() -> int:
+    """How many graphs torch.compile has made so far in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 def quartiles(values: list[float]) -> dict[str, float]:

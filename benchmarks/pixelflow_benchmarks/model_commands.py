@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,8 +34,8 @@ def register(bench: typer.Typer, show: Callable[[TextTable], None], console: Con
         from .environment import commit, environment
 
         found = trace_blocks(batch, stage, public)
-        records = [{"kind": "environment", **environment(), "commit": commit(), "batch": batch, "stage": stage}]
-        records += [*found, CITED]
+        head = {"kind": "environment", **environment(), "commit": commit(), "batch": batch, "stage": stage}
+        records: list[dict[str, Any]] = [head, *found, CITED]
         with record_file(output) as keep:
             for record in records:
                 keep(record)
@@ -56,7 +56,7 @@ def register(bench: typer.Typer, show: Callable[[TextTable], None], console: Con
         from .environment import commit, environment
         from .random_models import SHAPES
 
-        head = {"kind": "environment", **environment(), "commit": commit(), "processor": processor()}
+        head: dict[str, Any] = {"kind": "environment", **environment(), "commit": commit(), "processor": processor()}
         head |= {"load": os.getloadavg()[0], "shape": shape, "batch": batch, "steps": steps, "rounds": rounds}
         records: list[dict[str, Any]] = []
         with record_file(output) as keep:
@@ -69,6 +69,79 @@ def register(bench: typer.Typer, show: Callable[[TextTable], None], console: Con
         if wrong := [f"{r['variant']}: {r['fault']}" for r in records if "fault" in r]:
             console.print("\n".join(["wrong results:", *wrong]), style="red", highlight=False)
             raise typer.Exit(1)
+
+    @bench.command("stages")
+    def stages_command(
+        device: Annotated[str, typer.Option(help="cuda, cuda:1, ...; cpu tries the command out.")] = "cuda",
+        shape: Annotated[Literal["xl", "tiny"], typer.Option(help="tiny tries the command out.")] = "xl",
+        dtype: Annotated[Literal["bfloat16", "float32"], typer.Option()] = "bfloat16",
+        variant: Annotated[list[str] | None, typer.Option(help="Only this opponent; may be repeated.")] = None,
+        batch: Annotated[list[int] | None, typer.Option(min=1, help="1, 4, 16, 32; may be repeated.")] = None,
+        stage: Annotated[list[int] | None, typer.Option(help="Only this stage; may be repeated.")] = None,
+        solver: Annotated[list[str] | None, typer.Option(help="euler, dopri5; may be repeated.")] = None,
+        steps: Annotated[int | None, typer.Option(min=2, help="Euler's; by default few where they are long.")] = None,
+        rounds: Annotated[int, typer.Option(min=1, help="Turns; in each every variant runs once.")] = 5,
+        budget_seconds: Annotated[float, typer.Option(help="No further problem is begun after that long.")] = 500,
+        public: Annotated[Path | None, typer.Option(help="Checkout of the published code, as an opponent.")] = None,
+        output: Output = None,
+    ) -> None:
+        """Time the stages of the model, engine beside reference; nothing wrong gets a time."""
+        import torch
+        import torch._dynamo
+
+        from pixelflow_engine.arguments import place
+
+        from .ceilings import measure_ceilings
+        from .environment import clocks, commit, environment
+        from .random_models import SHAPES, random_weights
+        from .stages import VARIANTS, Opponents, absent, measure_stages, stage_table, tasks
+
+        where, what, config = place(device), getattr(torch, dtype), SHAPES[shape]
+        count = config.scheduler.num_stages
+        wanted = [name for name in VARIANTS if public is not None or name != "public"] if variant is None else variant
+        solvers: list[Any] = solver or ["euler", "dopri5"]
+        known(variant=(wanted, VARIANTS), solver=(solvers, ("euler", "dopri5")), stage=(stage or [], range(count)))
+        work = tasks(config, wanted, stage or range(count), batch or [16, 1, 4, 32], solvers, steps, what, where)
+        on_gpu = where.type == "cuda"
+        records: list[dict[str, Any]] = []
+        with record_file(output) as write:
+
+            def keep(record: dict[str, Any]) -> None:
+                records.append(record)
+                write(record)
+
+            head = {"kind": "environment", **environment(where), "commit": commit(), "shape": shape, "dtype": dtype}
+            keep({**head, "budget_seconds": budget_seconds, **clocks(where)})
+            ceilings = measure_ceilings(where, what, 2**30 if on_gpu else 2**24, 8192 if on_gpu else 256)
+            rates = {"bytes_per_second": ceilings.bytes_per_second, "flops_per_second": ceilings.flops_per_second}
+            keep({"kind": "ceilings", **rates})
+            opponents = Opponents(config, random_weights(config, where, what), what, public)
+            try:
+                # Many models of one class are compiled here, a sampling has one: its limit would be reached too soon.
+                with torch._dynamo.config.patch(recompile_limit=64):
+                    for record in measure_stages(work, opponents, ceilings, rounds, budget_seconds):
+                        keep(record)
+            finally:
+                opponents.close()
+            keep({"kind": "end", **clocks(where)})
+        show(stage_table(records))
+        for reason, names in absent(records).items():
+            console.print(f"absent: {', '.join(names)}: {reason}", highlight=False)
+        if wrong := [f"{r['variant']}: {r['fault']}" for r in records if "fault" in r]:
+            console.print("\n".join(["wrong results:", *wrong]), style="red", highlight=False)
+            raise typer.Exit(1)
+
+
+def known(**asked: tuple[Sequence[Any], Sequence[Any]]) -> None:
+    """Refuse names that nothing has.
+
+    Raises:
+        ValueError: naming the option, what came and what was expected.
+    """
+    for option, (given, names) in asked.items():
+        for value in given:
+            if value not in names:
+                raise ValueError(f"{option}: got {value!r}, expected one of {', '.join(map(str, names))}")
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def random_weights(
     weights = {}
     for name, shape in parameter_shapes(config.model).items():
         draw = torch.randn(shape, generator=generator, device=device)
-        if "norm.weight" in name or name.endswith("norm2.weight") or name.endswith("norm3.weight"):
+        if len(shape) == 1 and name.endswith(("norm.weight", "norm2.weight", "norm3.weight")):
             value = 1 + 0.1 * draw
         elif len(shape) == 1:
             value = 0.1 * draw
@@ -72,7 +72,9 @@ def random_engine(
     return PixelFlowEngine(config, model, backend, compile=compile, graphs=graphs)
 
 
-def random_reference(config: PixelFlowConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> PixelFlowTransformer:
+def random_reference(
+    config: PixelFlowConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> PixelFlowTransformer:
     """The reference model, its weights its own, without gradients."""
     names = (
         "depth", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
@@ -54,7 +54,7 @@ class Trace(TorchDispatchMode):
     """
 
     def __init__(self, weights: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[TracedOp] = []
         self._weights = {id(weight) for weight in weights}
 
@@ -64,10 +64,12 @@ class Trace(TorchDispatchMode):
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "pixelflow":
             self._note_ours(func._schema.name, args, kwargs or {}, out)
-        elif namespace == "aten" and not func.is_view and name not in FREE:
-            if name != "_to_copy" or id(args[0]) not in self._weights:
-                self._note_aten(name, args, kwargs or {}, out)
+        elif namespace == "aten" and not func.is_view and name not in FREE and not self._casts_weight(name, args):
+            self._note_aten(name, args, kwargs or {}, out)
         return out
+
+    def _casts_weight(self, name: str, args: Any) -> bool:
+        return name == "_to_copy" and id(args[0]) in self._weights
 
     def _note_aten(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
         if not _tensors(out):  # a question about types or sizes
@@ -210,13 +212,17 @@ def _launches_of(name: str, args: Any, kwargs: Any) -> int:
     from pixelflow_kernels.varlen_attention import forward
 
     launched: list[object] = []
+
+    def note(kernel: object, *args: object, **kwargs: object) -> None:
+        launched.append(kernel)
+
     launch = OPDEFS[name]._backend_fns["cuda"]
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(JITFunction, "run", lambda self, *a, **k: launched.append(self)))
-        stack.enter_context(mock.patch.object(torch.cuda, "device_of", lambda x: nullcontext()))
-        stack.enter_context(mock.patch.object(configs, "_capability", lambda index: 90))
-        stack.enter_context(mock.patch.object(forward, "_one", lambda x: x))  # made once, and kept: not a fake one
-        inside = Trace()
-        with inside:
-            launch(*args, **kwargs)
+    with (
+        mock.patch.object(JITFunction, "run", note),
+        mock.patch.object(torch.cuda, "device_of", nullcontext),
+        mock.patch.object(configs, "_capability", return_value=90),
+        mock.patch.object(forward, "_one", return_value=None),  # made once, and kept: a fake one must not be
+        Trace() as inside,
+    ):
+        launch(*args, **kwargs)
     return len(launched) + sum(op.launches for op in inside.ops)
