@@ -81,7 +81,7 @@ def register(bench: typer.Typer, show: Callable[[TextTable], None], console: Con
         solver: Annotated[list[str] | None, typer.Option(help="euler, dopri5; may be repeated.")] = None,
         steps: Annotated[int | None, typer.Option(min=2, help="Euler's; by default few where they are long.")] = None,
         rounds: Annotated[int, typer.Option(min=1, help="Turns; in each every variant runs once.")] = 5,
-        budget_seconds: Annotated[float, typer.Option(help="No further problem is begun after that long.")] = 500,
+        budget_seconds: Annotated[float, typer.Option(help="After that long no further problem is begun.")] = 480,
         public: Annotated[Path | None, typer.Option(help="Checkout of the published code, as an opponent.")] = None,
         output: Output = None,
     ) -> None:

@@ -6,6 +6,7 @@ What matters most comes first, and a budget of seconds ends the run between two 
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +25,16 @@ from .cpu import graphs_compiled, quartiles
 from .energy import millijoules
 from .public_runs import PublicProcess, PublicRun
 from .random_models import random_engine
-from .stage_runs import EngineRun, Ran, ReferenceRun, StageProblem, StageRun, StageSolver, reference_model
-from .stage_runs import true_first_state as first_truth
+from .stage_runs import (
+    EngineRun,
+    Ran,
+    ReferenceRun,
+    StageProblem,
+    StageRun,
+    StageSolver,
+    reference_model,
+    true_first_state,
+)
 from .tables import TextTable
 
 Record = dict[str, Any]
@@ -43,6 +52,9 @@ FIRST = (REFERENCE, PUBLIC, "triton/graphs", "triton/eager", "triton/both", "fla
 """Measured before the others."""
 
 ENERGY_SECONDS = 2.0
+
+LEAST_ROUNDS, TURNS_SECONDS = 3, 60.0
+"""So many turns are taken however long they are, and no further one is begun after so many seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +86,15 @@ def tasks(
 
     Args:
         config: of the model.
-        variants, stages, batches, solvers: which; in any order.
+        variants: opponents; the reference, which the others are checked against, is always one.
+        stages, batches, solvers: which; in any order.
         steps: Euler's; by default few where they are long.
         dtype: of the matrix products.
         device: where.
     """
     by_batch = sorted(batches, key=lambda b: ([16, 1, 4, 32].index(b) if b in (16, 1, 4, 32) else 4, b))
-    first = tuple(v for v in FIRST if v in variants)
-    rest = tuple(v for v in ENGINES if v in variants and v not in FIRST)
+    first = (REFERENCE, *(v for v in FIRST if v in variants and v != REFERENCE))
+    rest = (REFERENCE, *(v for v in ENGINES if v in variants and v not in FIRST))
 
     def problems(batch: int, solver: StageSolver) -> Iterator[StageProblem]:
         for stage in sorted(stages, reverse=True):
@@ -95,12 +108,13 @@ def tasks(
 
     order = [(batch, solver, first) for solver in ("euler", "dopri5") if solver in solvers for batch in by_batch[:1]]
     order += [(batch, "euler", first) for batch in by_batch[1:2] if "euler" in solvers]
-    order += [(batch, "euler", rest) for batch in by_batch[:1] if "euler" in solvers and rest]
+    order += [(batch, "euler", rest) for batch in by_batch[:1] if "euler" in solvers and rest != (REFERENCE,)]
     order += [(batch, "euler", first) for batch in by_batch[2:] if "euler" in solvers]
     order += [(batch, "dopri5", first) for batch in by_batch[1:] if "dopri5" in solvers]
     for place, (batch, solver, who) in enumerate(order):
         for problem in problems(batch, "euler" if solver == "euler" else "dopri5"):
-            yield Task(problem, who, energy=place == 0)
+            variants = who if solver == "euler" else tuple(v for v in who if v != PUBLIC)  # it is run by Euler alone
+            yield Task(problem, variants, energy=place == 0)
 
 
 @dataclass(eq=False)
@@ -125,13 +139,13 @@ class Opponents:
         """The variant ready to run, or None where ``absent`` has the reason."""
         if name in self.absent:
             return None
-        try:
-            if name not in self._made:
+        if name not in self._made:
+            try:
                 self._made[name] = self._make(name, problem)
-            return self._run(self._made[name], problem)
-        except (BackendUnavailableError, ValueError, RuntimeError, OSError) as error:
-            self.absent[name] = _line(error)
-            return None
+            except (BackendUnavailableError, ValueError, RuntimeError, OSError) as error:
+                self.absent[name] = _line(error)
+                return None
+        return self._run(self._made[name], problem)
 
     def _make(self, name: str, problem: StageProblem) -> Any:
         if name == REFERENCE:
@@ -169,25 +183,23 @@ class Opponents:
 def measure_stages(
     work: Iterable[Task], opponents: Opponents, ceilings: Ceilings, rounds: int, budget: float
 ) -> Iterator[Record]:
-    """Run one task after the other until the budget is spent.
+    """Run one task after the other until the budget is spent; what runs then ends after the turn that it is in.
 
     Yields:
         ``stage`` for each problem and variant; ``absent`` once for who cannot be had; ``skipped`` for what no time was
         left for.
     """
-    began, told = time.perf_counter(), set[str]()
+    deadline, told = time.perf_counter() + budget, set[str]()
     for task in work:
-        if time.perf_counter() - began > budget:
+        if time.perf_counter() > deadline:
             yield {"kind": "skipped", **named(task.problem), "variants": list(task.variants)}
             continue
-        yield from measure_task(task, opponents, ceilings, rounds)
+        yield from measure_task(task, opponents, ceilings, rounds, deadline)
         for name, reason in opponents.absent.items():
             if name not in told:
                 told.add(name)
                 yield {"kind": "absent", "variant": name, "reason": reason}
-        if task.problem.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+        _tidy(task.problem)
 
 
 def named(problem: StageProblem) -> Record:
@@ -201,68 +213,104 @@ def named(problem: StageProblem) -> Record:
     }
 
 
-def measure_task(task: Task, opponents: Opponents, ceilings: Ceilings, rounds: int) -> Iterator[Record]:
-    """Check every variant, time the right ones in turns, then energy."""
+def measure_task(
+    task: Task, opponents: Opponents, ceilings: Ceilings, rounds: int, deadline: float = math.inf
+) -> Iterator[Record]:
+    """Check every variant, time the right ones in turns, then energy.
+
+    Args:
+        task: the problem and who runs it.
+        opponents: their models.
+        ceilings: of the device.
+        rounds: turns.
+        deadline: after which no turn is begun, on the clock of ``time.perf_counter``; there is one turn at least.
+    """
     problem = task.problem
-    on_gpu = problem.device.type == "cuda"
+    euler = problem.solver == "euler"
+    # First, while there is room: float64 takes much.
+    truth = true_first_state(problem, opponents.weights, ends_of(problem)) if euler else None
     records: dict[str, Record] = {}
     runs: dict[str, StageRun] = {}
     checks: dict[str, Ran] = {}
     for name in task.variants:
-        run = opponents.runs(name, problem)
-        if run is None:
-            continue
-        records[name] = {"kind": "stage", **named(problem), "variant": name}
-        before = torch.cuda.memory_allocated() if on_gpu else 0
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        compiled = graphs_compiled()
+        record = {"kind": "stage", **named(problem), "variant": name}
         try:
-            seconds, checks[name] = _timed(partial(run.run, keep_first=True), problem)
+            run = opponents.runs(name, problem)
+            if run is None:
+                continue
+            runs[name] = run
+            checks[name], found = _first_run(run, problem)
         except Exception as error:  # a compiler fails in many ways; the others are measured all the same
-            records[name] |= {"right": False, "fault": f"{type(error).__name__}: {_line(error)}"}
-            run.close()
-            continue
-        runs[name] = run
-        records[name] |= {"first_seconds": seconds, "steps": checks[name].steps}
-        records[name] |= {"evaluations": checks[name].evaluations, "graphs_compiled": graphs_compiled() - compiled}
-        if on_gpu and name != PUBLIC:
-            records[name]["peak_bytes"] = torch.cuda.max_memory_allocated() - before + opponents.size(name)
-    for name, faults in stage_faults(problem, checks, opponents).items():
+            found = {"right": False, "fault": f"{type(error).__name__}: {_line(error)}"}
+        if "peak_bytes" in found:
+            found["peak_bytes"] += opponents.size(name)
+        records[name] = record | found
+    for name, faults in stage_faults(problem, checks, truth).items():
         records[name] |= {"right": not faults} | ({"fault": "; ".join(faults)} if faults else {})
     right = {name: run for name, run in runs.items() if records[name]["right"]}
-    for name, seconds_of in _in_turns(right, problem, rounds).items():
-        records[name] |= figures(problem, checks[name], seconds_of, ceilings)
-    for name, run in right.items():
-        if task.energy and on_gpu:
-            records[name] |= _energy(run, problem, checks[name].evaluations)
+    turns, failed = _in_turns(right, problem, rounds, deadline)
+    for name, seconds in turns.items():
+        records[name] |= figures(problem, checks[name], seconds, ceilings)
+    for name, fault in failed.items():
+        records[name] |= {"right": False, "fault": fault}
+    if task.energy and problem.device.type == "cuda":
+        for name in turns:
+            records[name] |= _energy(right[name], problem, checks[name].evaluations)
     for run in runs.values():
         run.close()
     yield from records.values()
 
 
-def stage_faults(problem: StageProblem, checks: Mapping[str, Ran], opponents: Opponents) -> dict[str, list[str]]:
+def _first_run(run: StageRun, problem: StageProblem) -> tuple[Ran, Record]:
+    """Run for the first time, which compiles and captures; its memory is that beside what lay there before."""
+    on_gpu = problem.device.type == "cuda"
+    before = torch.cuda.memory_allocated(problem.device) if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(problem.device)
+    compiled = graphs_compiled()
+    seconds, ran = _timed(partial(run.run, keep_first=True), problem)
+    found: Record = {
+        "first_seconds": seconds,
+        "graphs_compiled": graphs_compiled() - compiled,
+        "steps": ran.steps,
+        "evaluations": ran.evaluations,
+    }
+    if on_gpu and not isinstance(run, PublicRun):
+        found["peak_bytes"] = torch.cuda.max_memory_allocated(problem.device) - before
+    return ran, found
+
+
+def ends_of(problem: StageProblem) -> list[int]:
+    """The images that are checked: the first and the last."""
+    return sorted({0, problem.batch - 1})
+
+
+def stage_faults(
+    problem: StageProblem, checks: Mapping[str, Ran], truth: tuple[Tensor, float] | None
+) -> dict[str, list[str]]:
     """What is wrong with each variant: its end is not finite, or its first Euler step misses level D.
 
-    The step's state in float64 is the truth, of the first and the last image; the reference in the problem's type sets
-    the bound. Dopri5's end depends on decisions, so there finiteness is all; Euler's check has the same model.
+    Args:
+        problem: the stage.
+        checks: first runs; the reference's, in the problem's type, sets the bound.
+        truth: the states of :func:`ends_of` in float64 after that step, and the largest change. None for Dopri5, whose
+            end depends on decisions: finiteness is all there, and Euler's check has the same model.
     """
     found: dict[str, list[str]] = {
         name: [] if bool(ran.end.isfinite().all()) else ["not finite"] for name, ran in checks.items()
     }
     plain = checks.get(REFERENCE)
-    if problem.solver != "euler" or plain is None or plain.first is None:
+    if truth is None or plain is None or plain.first is None:
         return found
-    images = sorted({0, problem.batch - 1})
-    truth, change = first_truth(problem, opponents.weights, images)
+    images, (state, change) = ends_of(problem), truth
     unit = torch.finfo(problem.dtype).eps / 2
-    allowed = 2 * (plain.first[images].double() - truth).abs().max().item() + 2 * unit * change
+    allowed = 2 * (plain.first[images].double() - state).abs().max().item() + 2 * unit * change
     for name, ran in checks.items():
         if ran.first is None:
             continue
-        error = (ran.first[images].double() - truth).abs().max().item()
+        error = (ran.first[images].double() - state).abs().max().item()
         # The published code rounds its state, too.
-        bound = allowed + (unit * truth.abs().max().item() if name == PUBLIC else 0.0)
+        bound = allowed + (unit * state.abs().max().item() if name == PUBLIC else 0.0)
         if not error <= bound:
             found[name].append(f"error {error:.3e}, bound {bound:.3e}")
     return found
@@ -284,14 +332,24 @@ def figures(problem: StageProblem, ran: Ran, seconds: list[float], ceilings: Cei
     }
 
 
-def _in_turns(runs: Mapping[str, StageRun], problem: StageProblem, rounds: int) -> dict[str, list[float]]:
+def _in_turns(
+    runs: Mapping[str, StageRun], problem: StageProblem, rounds: int, deadline: float
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of each turn, and who failed meanwhile and why."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(-1, rounds):  # the first warms up
-        for name, run in runs.items():
-            took, _ = _timed(run.run, problem)
-            if turn >= 0:
-                seconds[name].append(took)
-    return seconds
+    failed: dict[str, str] = {}
+    began = time.perf_counter()
+    for turn in range(rounds):
+        now = time.perf_counter()
+        if turn > 0 and (now > deadline or (turn >= LEAST_ROUNDS and now - began > TURNS_SECONDS)):
+            break
+        for name in list(seconds):
+            try:
+                seconds[name].append(_timed(runs[name].run, problem)[0])
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {_line(error)}"
+                del seconds[name]
+    return seconds, failed
 
 
 def _timed(run: Callable[[], Ran], problem: StageProblem) -> tuple[float, Ran]:
@@ -300,6 +358,12 @@ def _timed(run: Callable[[], Ran], problem: StageProblem) -> tuple[float, Ran]:
     ran = run()
     _wait(problem)
     return time.perf_counter() - began, ran
+
+
+def _tidy(problem: StageProblem) -> None:
+    gc.collect()
+    if problem.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _wait(problem: StageProblem) -> None:

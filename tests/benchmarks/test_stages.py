@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from pixelflow_benchmarks.ceilings import Ceilings
 from pixelflow_benchmarks.cli import bench
 from pixelflow_benchmarks.random_models import SHAPES, random_weights
-from pixelflow_benchmarks.stage_runs import ATTEMPTS, Ran, StageProblem
+from pixelflow_benchmarks.stage_runs import ATTEMPTS, Ran, StageProblem, true_first_state
 from pixelflow_benchmarks.stages import (
     ENERGY_SECONDS,
     REFERENCE,
@@ -22,6 +22,7 @@ from pixelflow_benchmarks.stages import (
     Opponents,
     Task,
     absent,
+    ends_of,
     figures,
     measure_stages,
     measure_task,
@@ -85,14 +86,15 @@ def test_what_is_wrong_is_found() -> None:
     assert run is not None
     right = run.run(keep_first=True)
     assert right.first is not None
+    truth = true_first_state(TINY, who.weights, ends_of(TINY))
     for shift, image, said in ((1e-3, 0, True), (1e-3, 2, True), (1e-8, 0, False)):
         first = right.first.clone()
         first[image, 0, 0, 0] += shift
-        found = stage_faults(TINY, {REFERENCE: right, "x": replace(right, first=first)}, who)
+        found = stage_faults(TINY, {REFERENCE: right, "x": replace(right, first=first)}, truth)
         assert found[REFERENCE] == []
         assert bool(found["x"]) == said, found
     lost = replace(right, end=right.end.fill_(torch.nan))
-    assert stage_faults(TINY, {"x": lost}, who) == {"x": ["not finite"]}
+    assert stage_faults(TINY, {"x": lost}, None) == {"x": ["not finite"]}
 
 
 def test_a_failure_of_one_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
