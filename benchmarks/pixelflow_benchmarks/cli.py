@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from . import model_commands
 from .tables import TextTable, kernel_table, quality_table, tuning_table
 
 if TYPE_CHECKING:
@@ -210,3 +211,6 @@ def show(text: TextTable) -> None:
     for row in text.rows:
         table.add_row(*row)
     console.print(table)
+
+
+model_commands.register(bench, show, console)

@@ -41,15 +41,26 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
 
 def clocks(device: torch.device) -> dict[str, int]:
     """MHz of multiprocessors and memory, and degrees Celsius, now; empty where the driver does not tell."""
-    with _nvml() as nvml:
-        if nvml is None or device.type != "cuda":
+    with nvml_handle(device) as found:
+        if found is None:
             return {}
-        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        nvml, handle = found
         return {
             "sm_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
             "memory_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
             "celsius": nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
         }
+
+
+@contextlib.contextmanager
+def nvml_handle(device: torch.device) -> Iterator[tuple[Any, Any] | None]:
+    """The NVML bindings and their handle of a CUDA device; None for a CPU, and where there is no driver."""
+    with _nvml() as nvml:
+        if nvml is None or device.type != "cuda":
+            yield None
+        else:
+            uuid = torch.cuda.get_device_properties(device).uuid
+            yield nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
 
 
 def commit() -> str:

@@ -1,0 +1,150 @@
+"""``bench stages`` on a CPU at a tiny shape: who runs, what is checked, what a record says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from pixelflow_benchmarks.ceilings import Ceilings
+from pixelflow_benchmarks.cli import bench
+from pixelflow_benchmarks.random_models import SHAPES, random_weights
+from pixelflow_benchmarks.stage_runs import ATTEMPTS, Ran, StageProblem, true_first_state
+from pixelflow_benchmarks.stages import (
+    ENERGY_SECONDS,
+    REFERENCE,
+    VARIANTS,
+    Opponents,
+    Task,
+    absent,
+    ends_of,
+    figures,
+    measure_stages,
+    measure_task,
+    stage_faults,
+    tasks,
+)
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(bytes_per_second=1e9, flops_per_second=1e12, dtype=torch.float32)
+TINY = StageProblem(config=SHAPES["tiny"], stage=1, batch=3, steps=2, solver="euler", dtype=torch.float32, device=CPU)
+
+
+def opponents(problem: StageProblem = TINY) -> Opponents:
+    return Opponents(problem.config, random_weights(problem.config, CPU, problem.dtype), problem.dtype, None)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    output = tmp_path / "stages.jsonl"
+    who = [word for name in ("reference", "torch/eager", "triton/graphs") for word in ("--variant", name)]
+    command = ["stages", "--device", "cpu", "--shape", "tiny", "--dtype", "float32", "--batch", "2", "--steps", "2"]
+    result = CliRunner().invoke(bench, [*command, *who, "--rounds", "1", "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [r["kind"] for r in records[:2]] == ["environment", "ceilings"]
+    measured = [(r["solver"], r["stage"], r["variant"]) for r in records if r["kind"] == "stage"]
+    assert measured == [
+        (solver, stage, variant)
+        for solver in ("euler", "dopri5")
+        for stage in (1, 0)
+        for variant in ("reference", "torch/eager")
+    ]
+    assert all(r["right"] and r["milliseconds"]["median"] > 0 for r in records if r["kind"] == "stage")
+    assert [r["variant"] for r in records if r["kind"] == "absent"] == ["triton/graphs"], "told once"
+    assert "absent: triton/graphs" in result.output
+
+
+def test_an_unknown_opponent_is_refused() -> None:
+    command = ["stages", "--device", "cpu", "--shape", "tiny", "--variant", "cuda/eager"]
+    result = CliRunner().invoke(bench, command)
+    assert isinstance(result.exception, ValueError)
+    assert "variant: got 'cuda/eager', expected one of reference" in str(result.exception)
+
+
+@pytest.mark.parametrize("solver", ["euler", "dopri5"])
+def test_the_packed_stages_are_right_too(solver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    problem = replace(TINY, solver=solver)
+    task = Task(problem, (REFERENCE, "torch/eager", "torch/compiled"), energy=True)
+    found = list(measure_task(task, opponents(problem), CEILINGS, rounds=2))
+    assert [r["variant"] for r in found] == list(task.variants)
+    assert all(r["right"] for r in found), found
+    steps, evaluations = (2, {2}) if solver == "euler" else (ATTEMPTS, {2 + 6 * ATTEMPTS, 2 + 6 * (ATTEMPTS + 1)})
+    assert all(r["steps"] == steps for r in found)
+    assert {r["evaluations"] for r in found} <= evaluations, "the last attempt may have been launched unseen"
+    assert not any("joules_per_image" in r for r in found), "a CPU has no counter"
+
+
+def test_what_is_wrong_is_found() -> None:
+    who = opponents()
+    run = who.runs(REFERENCE, TINY)
+    assert run is not None
+    right = run.run(keep_first=True)
+    assert right.first is not None
+    truth = true_first_state(TINY, who.weights, ends_of(TINY))
+    for shift, image, said in ((1e-3, 0, True), (1e-3, 2, True), (1e-8, 0, False)):
+        first = right.first.clone()
+        first[image, 0, 0, 0] += shift
+        found = stage_faults(TINY, {REFERENCE: right, "x": replace(right, first=first)}, truth)
+        assert found[REFERENCE] == []
+        assert bool(found["x"]) == said, found
+    lost = replace(right, end=right.end.fill_(torch.nan))
+    assert stage_faults(TINY, {"x": lost}, None) == {"x": ["not finite"]}
+
+
+def test_a_failure_of_one_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    who = opponents()
+    run = who.runs("torch/eager", TINY)
+    assert run is not None
+
+    def fail(keep_first: bool = False) -> Ran:
+        raise RuntimeError("FailOnRecompileLimitHit\nmore")
+
+    monkeypatch.setattr(type(run), "run", lambda self, keep_first=False: fail())
+    records = list(measure_task(Task(TINY, (REFERENCE, "torch/eager"), False), who, CEILINGS, rounds=1))
+    by = {r["variant"]: r for r in records}
+    assert by[REFERENCE]["right"]
+    assert by["torch/eager"] == {
+        "kind": "stage", "stage": 1, "batch": 3, "solver": "euler", "tokens": 64, "weight": 2.4,
+        "variant": "torch/eager", "right": False, "fault": "RuntimeError: FailOnRecompileLimitHit",
+    }  # fmt: skip
+
+
+def test_the_floor_is_that_of_the_shapes() -> None:
+    """The published model at its last stage: 3653 and 2165 GFLOP an image, 24 bytes a token, channel and block."""
+    xl = StageProblem(config=SHAPES["xl"], stage=3, batch=16, steps=4, solver="euler", dtype=torch.bfloat16, device=CPU)
+    assert (xl.tokens, xl.sequences, replace(xl, stage=0).sequences) == (4096, 32, 16)
+    assert xl.flops / 32 == pytest.approx((3653 + 2165) * 1e9, rel=1e-3)
+    assert xl.pointwise_bytes == 24 * 32 * 4096 * 1152 * 28
+    ran = Ran(None, torch.zeros(1), steps=4, evaluations=4)
+    found = figures(xl, ran, [0.2 * 16], Ceilings(3.0e12, 798e12, torch.bfloat16))
+    assert found["milliseconds"]["median"] == pytest.approx(50.0)
+    assert found["floor_milliseconds"] == pytest.approx(16.7, abs=0.05)
+    assert found["fraction_of_floor"] == pytest.approx(16.7 / 50, abs=0.001)
+
+
+def test_the_most_important_comes_first() -> None:
+    everything = list(
+        tasks(SHAPES["xl"], VARIANTS, range(4), [32, 1, 4, 16], ["dopri5", "euler"], None, torch.bfloat16, CPU)
+    )
+    order = [(t.problem.batch, t.problem.solver, t.problem.stage) for t in everything]
+    assert order[:4] == [(16, "euler", stage) for stage in (3, 2, 1, 0)]
+    assert order[4:8] == [(16, "dopri5", stage) for stage in (3, 2, 1, 0)]
+    assert {(b, s) for b, s, _ in order} == {(b, s) for b in (1, 4, 16, 32) for s in ("euler", "dopri5")}
+    assert [t.problem.steps for t in everything[:4]] == [4, 10, 30, 30]
+    assert [t.energy for t in everything[:5]] == [True] * 4 + [False]
+    assert {name for t in everything for name in t.variants} == set(VARIANTS)
+    assert ENERGY_SECONDS >= 2
+
+
+def test_the_budget_ends_the_run() -> None:
+    work = [Task(TINY, (REFERENCE, "flash/eager"), False), Task(replace(TINY, stage=0), (REFERENCE,), False)]
+    records = list(measure_stages(work, opponents(), CEILINGS, rounds=1, budget=0.001))
+    assert [r["kind"] for r in records] == ["stage", "absent", "skipped"]
+    assert list(absent(records).values()) == [["flash/eager"]]
+    assert (records[2]["stage"], records[2]["variants"]) == (0, [REFERENCE])
