@@ -131,6 +131,38 @@ def register(bench: typer.Typer, show: Callable[[TextTable], None], console: Con
             console.print("\n".join(["wrong results:", *wrong]), style="red", highlight=False)
             raise typer.Exit(1)
 
+    @bench.command("distance")
+    def distance_command(
+        model: Annotated[str, typer.Option(help="Checkpoint or bundled model, class-conditional.")] = "digits",
+        images: Annotated[int, typer.Option(min=1, help="Images; classes in turn.")] = 20,
+        steps: Annotated[int, typer.Option(min=2, help="Euler's, at each stage.")] = 10,
+        device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+        output: Output = None,
+    ) -> None:
+        """Compare velocities and images of every way of running a model with float64, at equal noise."""
+        from pixelflow_engine import load_checkpoint
+        from pixelflow_engine.arguments import place
+
+        from .distance import VARIANTS, distance_table, measure_distance
+        from .environment import commit, environment
+
+        where, checkpoint = place(device), load_checkpoint(model)
+        if (classes := checkpoint.config.model.num_classes) == 0:
+            raise ValueError(f"model: got {model!r}, expected one with classes")
+        head: dict[str, Any] = {"kind": "environment", **environment(where), "commit": commit()}
+        head |= {"model": model, "images": images, "steps": steps}
+        records = [head]
+        labels = [i % classes for i in range(images)]
+        with record_file(output) as keep:
+            keep(head)
+            for record in measure_distance(checkpoint, labels, steps, where, VARIANTS):
+                records.append(record)
+                keep(record)
+        show(distance_table(records))
+        for record in records:
+            if "absent" in record:
+                console.print(f"absent: {record['variant']}: {record['absent']}", highlight=False)
+
 
 def known(**asked: tuple[Sequence[Any], Sequence[Any]]) -> None:
     """Refuse names that nothing has.
