@@ -247,6 +247,22 @@ def test_other_shapes_and_solvers_have_their_own(change: dict[str, Any], program
     assert_same_bits(images(engine, **FIRST), images(packed_engine(), **FIRST))
 
 
+@pytest.mark.parametrize("solver", ["euler", "dopri5"])
+def test_a_size_of_one_stage_may_be_anothers(solver: str) -> None:
+    """At twice the size the second stage has the third one's shape, and other times."""
+    engine = packed_engine(RecordingCapture())
+    for size in (16, 32):
+        call = FIRST | {"solver": solver, "height": size, "width": size}
+        assert_same_bits(images(engine, **call), images(packed_engine(), **call))
+
+
+def test_one_weight_for_all_or_one_for_each() -> None:
+    engine = packed_engine(RecordingCapture())
+    for scales in ((2.0, 2.0), (2.0, 3.0), (4.0, 1.5), (3.0, 3.0)):
+        requests = [Request(class_label=i, seed=i, guidance_scale=scale) for i, scale in enumerate(scales)]
+        assert_same_bits(images(engine, requests), images(packed_engine(), requests))
+
+
 def test_dopri5s_kinds_of_norm_have_their_own() -> None:
     engine = packed_engine(RecordingCapture())
     for norm in ("image", "batch", "image"):
