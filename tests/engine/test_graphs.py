@@ -19,6 +19,7 @@ from torch import Tensor
 from pixelflow_engine import PixelFlowEngine, Request
 from pixelflow_engine.errors import CaptureError
 from pixelflow_engine.graphs import load_
+from support.engines import tiny_config, tiny_model
 from support.kernels import assert_same_bits
 from support.recording import RecordingCapture, RefusedError, packed_engine, poison, statics
 from support.reference_models import normal, seeded
@@ -247,6 +248,22 @@ def test_other_shapes_and_solvers_have_their_own(change: dict[str, Any], program
     assert_same_bits(images(engine, **FIRST), images(packed_engine(), **FIRST))
 
 
+@pytest.mark.parametrize("solver", ["euler", "dopri5"])
+def test_a_size_of_one_stage_may_be_anothers(solver: str) -> None:
+    """At twice the size the second stage has the third one's shape, and other times."""
+    engine = packed_engine(RecordingCapture())
+    for size in (16, 32):
+        call = FIRST | {"solver": solver, "height": size, "width": size}
+        assert_same_bits(images(engine, **call), images(packed_engine(), **call))
+
+
+def test_one_weight_for_all_or_one_for_each() -> None:
+    engine = packed_engine(RecordingCapture())
+    for scales in ((2.0, 2.0), (2.0, 3.0), (4.0, 1.5), (3.0, 3.0)):
+        requests = [Request(class_label=i, seed=i, guidance_scale=scale) for i, scale in enumerate(scales)]
+        assert_same_bits(images(engine, requests), images(packed_engine(), requests))
+
+
 def test_dopri5s_kinds_of_norm_have_their_own() -> None:
     engine = packed_engine(RecordingCapture())
     for norm in ("image", "batch", "image"):
@@ -259,7 +276,10 @@ def test_steps_from_the_middle_of_a_stage() -> None:
     engine, given = packed_engine(RecordingCapture()), torch.rand(2, 3, 16, 16, generator=seeded(4))
     images(engine, solver="ab2", **FIRST)
     call = FIRST | {"solver": "ab2", "image": given, "start_stage": 1, "strength": 0.7, "num_inference_steps": 5}
-    assert_same_bits(images(engine, **call), images(packed_engine(), **call))
+    found = images(engine, **call)
+    assert_same_bits(found, images(packed_engine(), **call))
+    exact = PixelFlowEngine(config := tiny_config(), tiny_model(config), "torch")
+    assert torch.allclose(found, images(exact, **call), atol=1e-4)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -370,16 +390,18 @@ def test_without_graphs_a_calls_memory_goes_with_it(solver: str) -> None:
         gc.enable()
 
 
-def test_close_and_begin_again() -> None:
-    engine = packed_engine(capture := RecordingCapture())
-    expected = images(engine, **FIRST)
+@pytest.mark.parametrize("text", [False, True])
+def test_close_and_begin_again(text: bool) -> None:
+    engine = packed_engine(capture := RecordingCapture(), **(TEXT if text else {}))
+    call = {"labels": None} | prompts([3, 5], seed=1) if text else FIRST
+    expected = images(engine, **call)
     captured = capture.captured
-    images(engine, **FIRST)
+    images(engine, **call)
     assert capture.captured == captured
     engine.close()
     assert not list(statics(engine._programs))
     assert not capture.graphs
-    assert_same_bits(images(engine, **FIRST), expected)
+    assert_same_bits(images(engine, **call), expected)
     assert capture.captured == 2 * captured
 
 

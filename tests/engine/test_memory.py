@@ -28,14 +28,15 @@ def broken(monkeypatch: pytest.MonkeyPatch, *, allocated: list[int], free: int, 
     return engine
 
 
-def test_it_says_how_many_images_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six images had 300 MiB and wanted 20 more; with 12 MiB free there is room for 312 / 320 * 6 of them."""
-    engine = broken(monkeypatch, allocated=[100, 400], free=12)
+@pytest.mark.parametrize(("free", "fit"), [(0, 4), (10, 5), (1000, 5)])
+def test_it_says_how_many_images_would_fit(monkeypatch: pytest.MonkeyPatch, free: int, fit: int) -> None:
+    """Six images had 60 MiB and wanted 20 more; there is room for (60 + free) / 80 * 6 of them, and not for six."""
+    engine = broken(monkeypatch, allocated=[100, 160], free=free)
     with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
         engine(range(6), seed=0, output_type="pt")
     text = str(caught.value)
-    assert "6 images at once, about 53 MiB each; about 5 would fit in one batch" in text
-    assert "batch_sizes=[5]" in text
+    assert f"6 images at once, about 13 MiB each; about {fit} would fit in one batch" in text
+    assert f"batch_sizes=[{fit}]" in text
     assert PYTORCHS in text
     assert str(caught.value.__cause__) == PYTORCHS
     assert not engine._programs.programs
