@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,20 @@ def test_the_reference_counts_like_the_published_code() -> None:
     assert found["launches"] == pytest.approx(blocks.CITED["launches"], rel=0.1)
     assert found["bytes_per_value"]["pointwise"] == pytest.approx(blocks.CITED["bytes_per_value"], rel=0.05)
     assert not torch.is_autocast_enabled("cuda")
+
+
+def test_the_documented_figures_are_those_of_the_results() -> None:
+    root = Path(__file__).parents[2]
+    block = re.search(
+        r"<!-- blocks: (\S+) -->\n(.*?)<!-- /blocks -->", (root / "docs/benchmarks.md").read_text(), re.DOTALL
+    )
+    assert block is not None
+    records = [json.loads(line) for line in (root / block[1]).read_text().splitlines()]
+    assert block[2] == blocks.block_tables(records)[-1].markdown()
+    by = {r["variant"]: r for r in records if r["kind"] == "block"}
+    now = record(FusedOperations("triton"))
+    assert by["engine, fused"]["launches"] == now["launches"], "trace again: pixelflow bench blocks"
+    assert by["engine, fused"]["bytes_per_value"] == now["bytes_per_value"]
 
 
 def traced(call: Any, *shapes: tuple[int, ...]) -> list[TracedOp]:
