@@ -112,6 +112,16 @@ def test_operations_are_counted_as_they_are() -> None:
     assert attention == [TracedOp("scaled_dot_product_attention", "attention", 1, 4 * 8 * size)]
 
 
+@pytest.mark.parametrize(("tokens", "launches"), [(0, 0), (4, 1)])
+def test_launches_are_those_of_the_launch_code(tokens: int, launches: int) -> None:
+    with fake_cuda():
+        layout = blocks.fake_layout(1 if tokens else 0, 2)
+        x, rows = fake((tokens, 16), torch.bfloat16), fake((layout.num_images, 16), torch.float32)
+        with tracing() as trace:
+            FusedOperations("triton").layer_norm_modulate(x, rows, rows, layout)
+    assert [(op.name, op.launches) for op in trace.ops] == [("layer_norm_modulate", launches)]
+
+
 def test_a_checkout_is_traced_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A made-up one: a block that adds the time to its tokens, and a table of places that lies on the CPU."""
     for name, text in {
