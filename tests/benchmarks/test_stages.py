@@ -14,14 +14,13 @@ from typer.testing import CliRunner
 from pixelflow_benchmarks.ceilings import Ceilings
 from pixelflow_benchmarks.cli import bench
 from pixelflow_benchmarks.random_models import SHAPES, random_weights
-from pixelflow_benchmarks.stage_runs import ATTEMPTS, Ran, StageProblem, true_first_state
+from pixelflow_benchmarks.stage_runs import ATTEMPTS, REFERENCE, Ran, StageProblem, true_first_state
+from pixelflow_benchmarks.stage_tables import absent
 from pixelflow_benchmarks.stages import (
     ENERGY_SECONDS,
-    REFERENCE,
     VARIANTS,
     Opponents,
     Task,
-    absent,
     ends_of,
     figures,
     measure_stages,
