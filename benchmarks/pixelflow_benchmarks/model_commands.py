@@ -94,7 +94,8 @@ def register(bench: typer.Typer, show: Callable[[TextTable], None], console: Con
         from .ceilings import measure_ceilings
         from .environment import clocks, commit, environment
         from .random_models import SHAPES, random_weights
-        from .stages import VARIANTS, Opponents, absent, measure_stages, stage_table, tasks
+        from .stage_tables import absent, stage_table
+        from .stages import VARIANTS, Opponents, measure_stages, tasks
 
         where, what, config = place(device), getattr(torch, dtype), SHAPES[shape]
         count = config.scheduler.num_stages

@@ -29,6 +29,9 @@ from pixelflow_engine.stages import OnStep, Stages, States
 
 from .random_models import random_reference
 
+REFERENCE = "reference"
+"""The opponent that the others are checked against."""
+
 GUIDANCE = 2.4
 ATTEMPTS = 4
 """Of Dopri5, after which a run ends wherever it is: with random weights it could need any number."""

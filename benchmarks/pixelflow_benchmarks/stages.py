@@ -26,6 +26,7 @@ from .energy import millijoules
 from .public_runs import PublicProcess, PublicRun
 from .random_models import random_engine
 from .stage_runs import (
+    REFERENCE,
     EngineRun,
     Ran,
     ReferenceRun,
@@ -35,11 +36,9 @@ from .stage_runs import (
     reference_model,
     true_first_state,
 )
-from .tables import TextTable
+from .tables import Record
 
-Record = dict[str, Any]
-
-REFERENCE, PUBLIC = "reference", "public"
+PUBLIC = "public"
 HOW = {
     "eager": {"compile": False, "graphs": False},
     "compiled": {"compile": True, "graphs": False},
@@ -392,45 +391,3 @@ def _energy(run: StageRun, problem: StageProblem, evaluations: int) -> Record:
 
 def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def absent(records: Iterable[Record]) -> dict[str, list[str]]:
-    """Who could not be had, by reason."""
-    found: dict[str, list[str]] = {}
-    for record in records:
-        if record["kind"] == "absent":
-            found.setdefault(record["reason"], []).append(record["variant"])
-    return found
-
-
-def stage_table(records: Sequence[Record]) -> TextTable:
-    """A row per problem and variant: time, share of the floor, speed against the reference, memory, energy."""
-    stages = [record for record in records if record["kind"] == "stage"]
-    key = ("stage", "batch", "solver")
-    plain = {tuple(r[k] for k in key): r for r in stages if r["variant"] == REFERENCE and r["right"]}
-    rows = []
-    for r in stages:
-        problem = f"stage {r['stage']}, batch {r['batch']}, {r['solver']}"
-        if not r["right"]:
-            rows.append((problem, r["variant"], "wrong: no time", r["fault"], "", "", ""))
-            continue
-        took, base = r["milliseconds"], plain.get(tuple(r[k] for k in key))
-        rows.append(
-            (
-                problem,
-                r["variant"],
-                f"{took['median']:.3f} ({took['low']:.3f} to {took['high']:.3f})",
-                f"{100 * r['fraction_of_floor']:.0f} %",
-                "" if base is None else f"{base['milliseconds']['median'] / took['median']:.2f}",
-                f"{r['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in r else "",
-                f"{r['joules_per_image']:.2f}" if "joules_per_image" in r else "",
-            )
-        )
-    header = ("problem", "variant", "ms", "floor reached", "times reference", "peak GiB", "joules")
-    head = next(r for r in records if r["kind"] == "environment")
-    title = (
-        f"Stages of the model, {head['shape']}, {head['dtype']}, {head.get('gpu', 'CPU')}, torch {head['torch']}; "
-        "ms and joules per image and evaluation (Euler: a step). Floor: products and attention at the rate of a large "
-        "product, 24 bytes a token, channel and block at the rate of a copy."
-    )
-    return TextTable(title, header, tuple(rows))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,20 @@ def test_the_reference_counts_like_the_published_code() -> None:
     assert not torch.is_autocast_enabled("cuda")
 
 
+def test_the_documented_figures_are_those_of_the_results() -> None:
+    root = Path(__file__).parents[2]
+    block = re.search(
+        r"<!-- blocks: (\S+) -->\n(.*?)<!-- /blocks -->", (root / "docs/benchmarks.md").read_text(), re.DOTALL
+    )
+    assert block is not None
+    records = [json.loads(line) for line in (root / block[1]).read_text().splitlines()]
+    assert block[2] == blocks.block_tables(records)[-1].markdown()
+    by = {r["variant"]: r for r in records if r["kind"] == "block"}
+    now = record(FusedOperations("triton"))
+    assert by["engine, fused"]["launches"] == now["launches"], "trace again: pixelflow bench blocks"
+    assert by["engine, fused"]["bytes_per_value"] == now["bytes_per_value"]
+
+
 def traced(call: Any, *shapes: tuple[int, ...]) -> list[TracedOp]:
     with fake_cuda():
         operands = [fake(shape, torch.float32) for shape in shapes]
@@ -94,6 +110,16 @@ def test_operations_are_counted_as_they_are() -> None:
     assert traced(lambda x, y: x @ y, (8, 16), (16, 8)) == [TracedOp("mm", "product", 1, 2 * size + 4 * 64)]
     attention = traced(F.scaled_dot_product_attention, *[(2, 4, 8, 16)] * 3)
     assert attention == [TracedOp("scaled_dot_product_attention", "attention", 1, 4 * 8 * size)]
+
+
+@pytest.mark.parametrize(("tokens", "launches"), [(0, 0), (4, 1)])
+def test_launches_are_those_of_the_launch_code(tokens: int, launches: int) -> None:
+    with fake_cuda():
+        layout = blocks.fake_layout(1 if tokens else 0, 2)
+        x, rows = fake((tokens, 16), torch.bfloat16), fake((layout.num_images, 16), torch.float32)
+        with tracing() as trace:
+            FusedOperations("triton").layer_norm_modulate(x, rows, rows, layout)
+    assert [(op.name, op.launches) for op in trace.ops] == [("layer_norm_modulate", launches)]
 
 
 def test_a_checkout_is_traced_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

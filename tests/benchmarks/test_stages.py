@@ -14,14 +14,13 @@ from typer.testing import CliRunner
 from pixelflow_benchmarks.ceilings import Ceilings
 from pixelflow_benchmarks.cli import bench
 from pixelflow_benchmarks.random_models import SHAPES, random_weights
-from pixelflow_benchmarks.stage_runs import ATTEMPTS, Ran, StageProblem, true_first_state
+from pixelflow_benchmarks.stage_runs import ATTEMPTS, REFERENCE, Ran, StageProblem, true_first_state
+from pixelflow_benchmarks.stage_tables import absent
 from pixelflow_benchmarks.stages import (
     ENERGY_SECONDS,
-    REFERENCE,
     VARIANTS,
     Opponents,
     Task,
-    absent,
     ends_of,
     figures,
     measure_stages,
@@ -87,7 +86,9 @@ def test_what_is_wrong_is_found() -> None:
     right = run.run(keep_first=True)
     assert right.first is not None
     truth = true_first_state(TINY, who.weights, ends_of(TINY))
-    for shift, image, said in ((1e-3, 0, True), (1e-3, 2, True), (1e-8, 0, False)):
+    error = (right.first[[0, 2]].double() - truth[0]).abs().max().item()
+    bound = 2 * error + torch.finfo(torch.float32).eps * truth[1]
+    for shift, image, said in ((2 * bound, 0, True), (2 * bound, 2, True), (bound / 100, 0, False)):
         first = right.first.clone()
         first[image, 0, 0, 0] += shift
         found = stage_faults(TINY, {REFERENCE: right, "x": replace(right, first=first)}, truth)
