@@ -3,14 +3,17 @@
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from pixelflow_benchmarks.cpu import cascade_table
 from pixelflow_benchmarks.digits import SETTINGS
-from pixelflow_benchmarks.tables import quality_table
+from pixelflow_benchmarks.distance import distance_table
+from pixelflow_benchmarks.tables import TextTable, quality_table
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -52,6 +55,17 @@ def test_the_figures_of_other_weights_are_those_of_their_results() -> None:
         assert [record["name"] for record in generated] == [SETTINGS[0].name] * 2
         *_, figures = quality_table(records).rows
         assert row[1:] == list(figures[1:7])
+
+
+@pytest.mark.parametrize(("name", "table"), [("cascade", cascade_table), ("distance", distance_table)])
+def test_the_tables_of_the_benchmarks_page_are_those_of_their_results(
+    name: str, table: Callable[[list[dict[str, Any]]], TextTable]
+) -> None:
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    block = re.search(rf"<!-- {name}: (\S+) -->\n(.*?)<!-- /{name} -->", page, re.DOTALL)
+    assert block is not None
+    records = [json.loads(line) for line in (ROOT / block[1]).read_text().splitlines()]
+    assert block[2].strip() == table(records).markdown().strip()
 
 
 def commands() -> list[list[str]]:
