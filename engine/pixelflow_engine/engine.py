@@ -14,6 +14,7 @@ from pixelflow_kernels import PackedLayout
 from . import arguments, backends, memory
 from .calls import Call, PlannedCall, Run, plan_call
 from .checkpoint import Checkpoint, load_checkpoint
+from .compilation import compile_blocks
 from .config import PixelFlowConfig
 from .events import Latents, StageEvent, StageReport, Status, StepEvent
 from .fusion import fuse
@@ -73,8 +74,7 @@ class PixelFlowEngine:
         if not self.exact:
             fuse(self.model)
         if compile:
-            for block in self.model.blocks:
-                block.compile(fullgraph=True)
+            compile_blocks(self.model)
         self.batch_sizes = None if batch_sizes is None else arguments.batch_sizes(batch_sizes)
         self._programs = ProgramStore(CudaCapture(model.device) if self.graphs else None)
 

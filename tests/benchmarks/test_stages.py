@@ -67,7 +67,7 @@ def test_an_unknown_opponent_is_refused() -> None:
 
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])
 def test_the_packed_stages_are_right_too(solver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    monkeypatch.setattr("pixelflow_engine.engine.compile_blocks", lambda model: None)
     problem = replace(TINY, solver=solver)
     task = Task(problem, (REFERENCE, "torch/eager", "torch/compiled"), energy=True)
     found = list(measure_task(task, opponents(problem), CEILINGS, rounds=2))

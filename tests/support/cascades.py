@@ -136,7 +136,7 @@ def exact_engine(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
 def packed_engine(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PixelFlowEngine:
     """Packed tokens and programs in plain PyTorch: the compiled engine with torch.compile left out."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.Module, "compile", lambda module, **options: None)
+        patch.setattr("pixelflow_engine.engine.compile_blocks", lambda model: None)
         engine = PixelFlowEngine.from_checkpoint(checkpoint, dtype=dtype, backend="torch", compile=True)
     assert not engine.exact
     return engine
