@@ -23,6 +23,9 @@ from .solvers import ab2_steps, step_length
 from .stage_pack import ModulationTable, StagePack
 from .stages import OnStep, StageOutcome, States
 
+MOST_PROGRAMS = 64
+"""Kept by one engine: four stages of sixteen kinds of batches."""
+
 
 class ProgramStore:
     """Programs that were made, to be used again; without capture none is kept.
@@ -59,6 +62,19 @@ class ProgramStore:
                 yield self
             finally:
                 self._borrower = None
+
+    def find(self, key: tuple[object, ...]) -> Program | None:
+        """The program for that use, if there is one."""
+        return self.programs.get(key)
+
+    def keep(self, key: tuple[object, ...], program: Program) -> None:
+        """Keep a program for later, and forget the one that was used longest ago where there are too many."""
+        if self.capture is None:
+            return
+        self.programs.pop(key, None)
+        self.programs[key] = program  # a dictionary is in the order of insertion
+        while len(self.programs) > MOST_PROGRAMS:
+            self.programs.pop(next(iter(self.programs)))
 
     def load_prompts(self, prompts: Prompts | None) -> Prompts | None:
         """These prompts where programs read them; without capture, where they are."""
@@ -132,12 +148,11 @@ class PackedStages:
         steps = self._steps(tau.tolist(), stage.first_step).to(x.device)
         table = ModulationTable(pack, self.condition, t_model.tolist())
         key = program_key(pack, prompts, "fixed")
-        program = store.programs.get(key)
+        program = store.find(key)
         if not isinstance(program, FixedSteps):
             program = FixedSteps(pack, prompts, store.capture)
         program.prepare(*({"ab2": ("heun", "ab2")}.get(solver, (solver,))))
-        if store.capture is not None:
-            store.programs[key] = program
+        store.keep(key, program)
         program.load(pack, x)
         evaluations = 0
         for step in range(stage.first_step, stage.num_steps):
@@ -174,13 +189,12 @@ class PackedStages:
     ) -> StageOutcome:
         tolerance = self.plan.tolerance
         key = program_key(pack, prompts, "adaptive", tolerance.error_norm, tolerance.max_attempts)
-        program = store.programs.get(key)
+        program = store.find(key)
         labels = labels_of(pack, self.condition)
         if not isinstance(program, AdaptiveSteps):
             program = AdaptiveSteps(pack, prompts, store.capture, pack.plan.stage, labels, tolerance)
         program.prepare("start", "attempt")
-        if store.capture is not None:
-            store.programs[key] = program
+        store.keep(key, program)
         program.load(pack, x)
         program.load_call(labels, tolerance)
         program.play("start")

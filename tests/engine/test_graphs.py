@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixelflow_engine import PixelFlowEngine, Request
+from pixelflow_engine import PixelFlowEngine, Request, packed_stages
 from pixelflow_engine.errors import CaptureError
 from pixelflow_engine.graphs import load_
 from support.engines import tiny_config, tiny_model
@@ -246,6 +246,21 @@ def test_other_shapes_and_solvers_have_their_own(change: dict[str, Any], program
     assert len(engine._programs.programs) == before + programs
     assert capture.captured > captured
     assert_same_bits(images(engine, **FIRST), images(packed_engine(), **FIRST))
+
+
+def test_the_program_used_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_stages, "MOST_PROGRAMS", 4)
+    engine = packed_engine(capture := RecordingCapture())  # three stages
+    one, two = {"labels": (1,)}, {"labels": (1, 2)}
+    first = images(engine, **FIRST | one)
+    images(engine, **FIRST | two)
+    assert len(engine._programs.programs) == 4
+    captured = capture.captured
+    images(engine, **FIRST | two)
+    assert capture.captured == captured, "those used last are kept"
+    assert_same_bits(images(engine, **FIRST | one), first)
+    assert capture.captured > captured
+    assert len(engine._programs.programs) == 4
 
 
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])
