@@ -1,0 +1,90 @@
+"""One step of images that are each at a stage, a time and a weight of their own.
+
+What a server needs that takes images in and lets them go between any two steps: it keeps their states, plans their
+times (:mod:`pixelflow_engine.schedule`) and brings them from stage to stage (:meth:`NoiseSource.enter`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pixelflow_kernels import ode_step
+
+from .layers import at_least_fp32
+from .model import PackedTransformer
+from .plan import Condition, StagePlan
+from .schedule import Stage
+from .stage_pack import StagePack
+
+NOWHERE = Stage(index=0, start=0.0, end=1.0, window=(0.0, 0.0), alpha=1.0, beta=0.0)
+"""A pack's images are at stages of their own: none is asked for."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class Underway:
+    """An image between two steps.
+
+    Attributes:
+        latents: its state ``[c, h, w]``, at any stage.
+        t_model: model time of the state, 0 to 999.
+        step: length of the step to take, in local time.
+        weight: of the guidance; at exactly 1 the null half is not computed.
+        class_label: for a class-conditional model.
+    """
+
+    latents: Tensor
+    t_model: float
+    step: float
+    weight: float = 1.0
+    class_label: int | None = None
+
+
+@torch.no_grad()
+def euler_step(model: PackedTransformer, images: Sequence[Underway]) -> list[Tensor]:
+    """Take one Euler step of every image, all of them one pack.
+
+    Args:
+        model: a class-conditional or unconditional transformer, its weights side by side.
+        images: in any order, of any sizes.
+
+    Returns:
+        the states after the step, in the same order, in at least float32.
+
+    Source: arXiv 2504.07963, section 3.4.
+    """
+    order = sorted(range(len(images)), key=lambda i: images[i].weight == 1)  # those with a null half first
+    pack_images = [images[i] for i in order]
+    device, high = model.device, at_least_fp32(model.dtype)
+    plan = StagePlan(
+        stage=NOWHERE,
+        shapes=tuple((1, *image.latents.shape) for image in pack_images),
+        weights=tuple(image.weight for image in pack_images),
+        num_steps=1,
+    )
+    pack = StagePack(model, plan)
+    x = pack.pack([image.latents[None].to(device, high) for image in pack_images])
+    labels = [image.class_label for image in pack_images]
+    told = None if None in labels else torch.tensor(labels, device=device)
+    times = [image.t_model for image in pack_images]
+    c = model.conditioning(
+        torch.tensor(times[: plan.guided] + times, dtype=torch.float64).to(device, torch.float32),
+        pack.latent_size,
+        pack.labels(Condition(class_labels=told)),
+    )
+    velocity = pack.velocity(x, model.modulations(c), model.surroundings(pack.layout, None))
+    sizes = torch.tensor(pack.sizes)
+    steps, weights = (
+        torch.tensor(values, dtype=torch.float64).repeat_interleave(sizes).to(device)
+        for values in ([image.step for image in pack_images], plan.weights)
+    )
+    guided = pack.guided_tokens  # to the update every token is an image
+    if guided:
+        ode_step.euler_step_(x[:guided], velocity[: 2 * guided], steps[:guided], weights[:guided])
+    if guided < pack.tokens:
+        ode_step.euler_step_(x[guided:], velocity[2 * guided :], steps[guided:])
+    moved = pack.unpack(x)
+    return [moved[order.index(i)][0] for i in range(len(images))]
