@@ -311,6 +311,7 @@ class PackedTransformer(nn.Module):
         latent_size: Tensor,
         class_labels: Tensor | None = None,
         text: Text | None = None,
+        around: Surroundings | None = None,
     ) -> Tensor:
         """The velocity of every token.
 
@@ -321,6 +322,7 @@ class PackedTransformer(nn.Module):
             latent_size: ``[n]``, the image's width in tokens (what the published model is told of the resolution).
             class_labels: ``[n]`` integers, ``num_classes`` for the null class; None for a model without classes.
             text: encoded prompts, for a model with cross-attention.
+            around: what :meth:`surroundings` makes of layout and text, where it was made before.
 
         Returns:
             ``[T, c * p * p]`` in (channel, row, column) order, in the model's type.
@@ -328,8 +330,9 @@ class PackedTransformer(nn.Module):
         Source: arXiv 2504.07963, section 3.3.
         """
         modulations = self.modulations(self.conditioning(t_model, latent_size, class_labels))
-        prompts = None if text is None else self.prompts(text)
-        out = self.trunk(self.patch_embed(tokens.to(self.dtype)), modulations, self.surroundings(layout, prompts))
+        if around is None:
+            around = self.surroundings(layout, None if text is None else self.prompts(text))
+        out = self.trunk(self.patch_embed(tokens.to(self.dtype)), modulations, around)
         p = self.config.patch_size
         return out.view(-1, p, p, self.config.out_channels).permute(0, 3, 1, 2).flatten(1)
 

@@ -130,12 +130,13 @@ class GuidedVelocity:
         self.layout = PackedLayout.from_grids([grid] * (copies * batch), model.device)
         self.latent_size = torch.full((copies * batch,), grid[1], device=model.device)
         self.class_labels = condition.class_labels
-        self.text = condition.text
+        text = condition.text
         if guided and condition.class_labels is not None:
             null_labels = torch.full_like(condition.class_labels, model.config.num_classes)
             self.class_labels = torch.cat([null_labels, condition.class_labels])
         if guided and condition.text is not None and condition.null_text is not None:
-            self.text = Text.concatenate(condition.null_text, condition.text)
+            text = Text.concatenate(condition.null_text, condition.text)
+        self.around = model.surroundings(self.layout, None if text is None else model.prompts(text))
         self.evaluations = 0
 
     def __call__(self, x: Tensor, t_model: Tensor) -> Tensor:
@@ -144,6 +145,6 @@ class GuidedVelocity:
         p = self.model.config.patch_size
         tokens = patchify(torch.cat([x] * self.copies), p)
         times = torch.cat([t_model] * self.copies)
-        out = self.model(tokens, times, self.layout, self.latent_size, self.class_labels, self.text)
+        out = self.model(tokens, times, self.layout, self.latent_size, self.class_labels, around=self.around)
         images = unpatchify(out if self.dtype is None else out.to(self.dtype), self.shape, p)
         return images if self.copies == 1 else guidance.combine(images, self.weight)
