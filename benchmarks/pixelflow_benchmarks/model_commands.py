@@ -1,4 +1,4 @@
-"""``pixelflow bench blocks``, ``cpu`` and ``stages``: benchmarks of the model, where ``kernels`` has single kernels."""
+"""The commands of ``pixelflow bench`` about the model, where ``kernels`` and ``tune`` are about single kernels."""
 
 from __future__ import annotations
 
@@ -163,6 +163,25 @@ def register(bench: typer.Typer, show: Callable[[TextTable], None], console: Con
         for record in records:
             if "absent" in record:
                 console.print(f"absent: {record['variant']}: {record['absent']}", highlight=False)
+
+    @bench.command("compare")
+    def compare_command(
+        before: Annotated[Path, typer.Argument(help="JSON lines of bench kernels, stages or cpu.")],
+        after: Annotated[Path, typer.Argument(help="The same of another version.")],
+    ) -> None:
+        """Compare two result files, measurement by measurement; leaves with 1 where something is slower."""
+        from .compare import compare, compare_table, different_surroundings
+
+        old, new = ([json.loads(line) for line in path.read_text().splitlines()] for path in (before, after))
+        changes, gone, added = compare(old, new)
+        show(compare_table(changes))
+        for said, names in (("only before", gone), ("only after", added)):
+            if names:
+                console.print(f"{said}: {'; '.join(names)}", highlight=False)
+        for difference in different_surroundings(old, new):
+            console.print(f"differs, {difference}", highlight=False)
+        if any(change.verdict == "slower" for change in changes):
+            raise typer.Exit(1)
 
 
 def known(**asked: tuple[Sequence[Any], Sequence[Any]]) -> None:
