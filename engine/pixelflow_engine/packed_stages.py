@@ -146,7 +146,8 @@ class PackedStages:
         stage, solver = pack.plan, self.plan.solver
         tau, t_model = step_times(stage.stage, self.config.scheduler, stage.num_steps, self.plan.shift)
         steps = self._steps(tau.tolist(), stage.first_step).to(x.device)
-        table = ModulationTable(pack, self.condition, t_model.tolist())
+        moments = t_model[:-1] if solver == "euler" else t_model  # only Heun's step takes a slope at its end
+        table = ModulationTable(pack, self.condition, moments.tolist())
         key = program_key(pack, prompts, "fixed")
         program = store.find(key)
         if not isinstance(program, FixedSteps):
