@@ -24,19 +24,14 @@ HEUN = Tableau(nodes=(0.0, 1.0), coupling=((), (1.0,), (0.5, 0.5)))
 
 
 @dataclass(frozen=True, slots=True)
-class EmbeddedTableau:
-    """An explicit Runge-Kutta pair whose last slope is the next step's first (FSAL).
+class EmbeddedTableau(Tableau):
+    """A Runge-Kutta pair whose last slope, at node 1, is the next step's first (FSAL).
 
     Attributes:
-        nodes: times ``c_i`` of the slopes, as fractions of the step; the first is 0, the last 1.
-        coupling: row i holds the weights of slopes 0..i-1 in the state at which slope i is taken; the last row is the
-            solution.
         error: weights of the slopes in the difference between the solution and its lower-order companion.
         order: of the solution.
     """
 
-    nodes: tuple[float, ...]
-    coupling: tuple[tuple[float, ...], ...]
     error: tuple[float, ...]
     order: int
 
