@@ -32,48 +32,15 @@ class PackedText:
     max_seqlen: int
 
 
-class FusedOperations:
-    """The operations as kernels, see :class:`pixelflow_engine.operations.Operations`.
+class PackedAttention:
+    """Attention as one call for the whole pack.
 
     Args:
         attention: who attends: ``triton`` (our kernels), ``flash`` (FlashAttention) or ``torch`` (PyTorch's).
     """
 
-    layer_norm_modulate = staticmethod(modulate.layer_norm_modulate)
-    add_gated_layer_norm_modulate = staticmethod(modulate.add_gated_layer_norm_modulate)
-    add_gated_rms_norm_modulate = staticmethod(modulate.add_gated_rms_norm_modulate)
-    add_gated_rms_norm = staticmethod(modulate.add_gated_rms_norm)
-    add_rms_norm_modulate = staticmethod(modulate.add_rms_norm_modulate)
-
     def __init__(self, attention: Literal["triton", "flash", "torch"]) -> None:
         self.attention = attention
-
-    def rotation(self, layout: PackedLayout, head_dim: int, dtype: torch.dtype) -> Rotation:
-        """One table for all places that the largest grid has."""
-        return (rope2d.rotation_table(layout, head_dim, dtype),)
-
-    def norm_rotate_qk(
-        self,
-        q: Tensor,
-        k: Tensor,
-        q_weight: Tensor,
-        k_weight: Tensor,
-        layout: PackedLayout,
-        rotation: Rotation,
-        heads: int,
-    ) -> tuple[Tensor, Tensor]:
-        """One pass over both, also where they are slices of one product."""
-        return rope2d.qk_norm_rope2d(q, k, q_weight, k_weight, layout, num_heads=heads, table=rotation[0])
-
-    def norm_rotate(self, q: Tensor, weight: Tensor, layout: PackedLayout, rotation: Rotation, heads: int) -> Tensor:
-        """Queries beside no keys at all: a prompt's keys are normed once, the queries in every step."""
-        table = rotation[0]
-        return rope2d.norm_rope2d_q_norm_k(q, q[:0], weight, weight, layout, num_heads=heads, table=table)[0]
-
-    def norm_heads(self, k: Tensor, weight: Tensor, heads: int) -> Tensor:
-        """Keys beside no queries at all."""
-        nowhere = PackedLayout.from_grids([], k.device)
-        return rope2d.norm_rope2d_q_norm_k(k[:0], k, weight, weight, nowhere, num_heads=heads)[1]
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
         """One call for the whole pack, whatever sizes its images have."""
@@ -101,6 +68,43 @@ class FusedOperations:
             raise TypeError(f"text: got {type(text).__name__}, expected PackedText, as text_tokens gives it")
         queries, keys = layout.cu_seqlens_and_none, text.cu_seqlens
         return varlen_attention(q, k, v, queries, keys, layout.max_seqlen, text.max_seqlen, backend=self.attention)
+
+
+class FusedOperations(PackedAttention):
+    """The operations as kernels, see :class:`pixelflow_engine.operations.Operations`."""
+
+    layer_norm_modulate = staticmethod(modulate.layer_norm_modulate)
+    add_gated_layer_norm_modulate = staticmethod(modulate.add_gated_layer_norm_modulate)
+    add_gated_rms_norm_modulate = staticmethod(modulate.add_gated_rms_norm_modulate)
+    add_gated_rms_norm = staticmethod(modulate.add_gated_rms_norm)
+    add_rms_norm_modulate = staticmethod(modulate.add_rms_norm_modulate)
+
+    def rotation(self, layout: PackedLayout, head_dim: int, dtype: torch.dtype) -> Rotation:
+        """One table for all places that the largest grid has."""
+        return (rope2d.rotation_table(layout, head_dim, dtype),)
+
+    def norm_rotate_qk(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        layout: PackedLayout,
+        rotation: Rotation,
+        heads: int,
+    ) -> tuple[Tensor, Tensor]:
+        """One pass over both, also where they are slices of one product."""
+        return rope2d.qk_norm_rope2d(q, k, q_weight, k_weight, layout, num_heads=heads, table=rotation[0])
+
+    def norm_rotate(self, q: Tensor, weight: Tensor, layout: PackedLayout, rotation: Rotation, heads: int) -> Tensor:
+        """Queries beside no keys at all: a prompt's keys are normed once, the queries in every step."""
+        table = rotation[0]
+        return rope2d.norm_rope2d_q_norm_k(q, q[:0], weight, weight, layout, num_heads=heads, table=table)[0]
+
+    def norm_heads(self, k: Tensor, weight: Tensor, heads: int) -> Tensor:
+        """Keys beside no queries at all."""
+        nowhere = PackedLayout.from_grids([], k.device)
+        return rope2d.norm_rope2d_q_norm_k(k[:0], k, weight, weight, nowhere, num_heads=heads)[1]
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """The library's product."""

@@ -221,7 +221,7 @@ class PlainOperations:
         """One batched call per run of images of one size."""
         return layers.self_attention(q, k, v, layout)
 
-    def text_tokens(self, text: Text) -> Text:
+    def text_tokens(self, text: Text) -> TextTokens:
         """Padded prompts as they came."""
         return text
 

@@ -9,13 +9,13 @@ from torch.library import custom_op
 from pixelflow_kernels import PackedLayout
 
 from . import layers
-from .fused import FusedOperations
+from .fused import PackedAttention
 from .operations import Linear, PlainOperations, SideBySide
 
 ONEDNN = torch.backends.mkldnn.is_available()
 
 
-class TraceableOperations(PlainOperations):
+class TraceableOperations(PackedAttention, PlainOperations):
     """Plain operations that read a layout's tensors alone, see :class:`pixelflow_engine.operations.Operations`.
 
     Per-image rows are gathered by token, not broadcast over a batch, and attention is one node of the graph; so nothing
@@ -23,10 +23,7 @@ class TraceableOperations(PlainOperations):
     """
 
     def __init__(self) -> None:
-        attention = FusedOperations("torch")
-        self.self_attention = attention.self_attention  # type: ignore[method-assign]
-        self.text_tokens = attention.text_tokens  # type: ignore[method-assign,assignment]
-        self.cross_attention = attention.cross_attention  # type: ignore[method-assign]
+        super().__init__("torch")
 
     def layer_norm_modulate(self, x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout) -> Tensor:
         """See :class:`pixelflow_engine.operations.Operations`."""
