@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
@@ -19,6 +18,8 @@ from pixelflow_engine import Checkpoint, ModelConfig, PixelFlowConfig, PixelFlow
 from pixelflow_engine.noise import CounterNoise
 from pixelflow_engine.reference import PixelFlowTransformer, euler_times, make_stages
 from pixelflow_engine.reference.sampler import enter_stage
+
+from .engines import uncompiled
 
 U32, U64 = 2.0**-24, 2.0**-53
 CPU = torch.device("cpu")
@@ -135,8 +136,7 @@ def exact_engine(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
 
 def packed_engine(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PixelFlowEngine:
     """Packed tokens and programs in plain PyTorch: the compiled engine with torch.compile left out."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pixelflow_engine.engine.compile_blocks", lambda model: None)
+    with uncompiled():
         engine = PixelFlowEngine.from_checkpoint(checkpoint, dtype=dtype, backend="torch", compile=True)
     assert not engine.exact
     return engine

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 from pixelflow_engine import ModelConfig, PixelFlowConfig, PixelFlowEngine, SchedulerConfig
@@ -27,6 +30,14 @@ def tiny_model(config: PixelFlowConfig, seed: int = 1) -> PackedTransformer:
     model.to_empty(device="cpu")
     randomize(model, seeded(seed))
     return model
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Engines made inside take the fast way through a stage with their blocks left as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pixelflow_engine.engine.compile_blocks", lambda model: None)
+        yield
 
 
 def tiny_engine(num_stages: int = 3, resolution: int = 16, seed: int = 1, **model_overrides: Any) -> PixelFlowEngine:

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -33,7 +32,7 @@ from pixelflow_engine.graphs import Launch, reported
 from pixelflow_engine.operations import PlainOperations
 from pixelflow_engine.packed_stages import ProgramStore
 
-from .engines import tiny_config, tiny_model
+from .engines import tiny_config, tiny_model, uncompiled
 
 # Values that come to the host, or shapes that depend on them.
 READS = {
@@ -280,8 +279,7 @@ def packed_engine(capture: RecordingCapture | None = None, seed: int = 1, **opti
     """
     batch_sizes, plain = options.pop("batch_sizes", None), options.pop("plain", False)
     config = tiny_config(**options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pixelflow_engine.engine.compile_blocks", lambda model: None)
+    with uncompiled():
         engine = PixelFlowEngine(config, tiny_model(config, seed), "torch", compile=True, batch_sizes=batch_sizes)
     if plain:
         engine.model.operations = PlainOperations()
