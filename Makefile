@@ -110,6 +110,7 @@ aot: $(DEV) $(OTHER) ## compile every kernel for GPUs that are not there; cubins
 	$(PY) -m pixelflow_kernels.aot --json build/aot/report.json --cubins build/aot/cubins $(ARGS)
 
 promises: $(DEV) $(OTHER) ## compile a sample of them and hold it to what it promises
+	$(if $(TRITON),$(PY) -c 'import triton; assert triton.__version__ == "$(TRITON)"')
 	$(PY) -m pytest tests/kernels/test_machine_code.py $(ARGS)
 
 lint: $(DEV) ## ruff: rules and format
