@@ -62,12 +62,12 @@ class PlainStages:
         tau, t_model = step_times(stage.stage, self.config.scheduler, stage.num_steps, self.plan.shift)
         times = torch.from_numpy(t_model).to(x.device)
         previous: tuple[Tensor, float] | None = None
+
+        def slope(y: Tensor, point: int) -> Tensor:
+            dtype = y.dtype if self.plan.state == "public" else torch.float32
+            return velocity(y, times[point].to(dtype).expand(y.shape[0]))
+
         for step in range(stage.first_step, stage.num_steps):
-
-            def slope(y: Tensor, point: int) -> Tensor:
-                dtype = y.dtype if self.plan.state == "public" else torch.float32
-                return velocity(y, times[point].to(dtype).expand(y.shape[0]))
-
             now, after = float(tau[step]), float(tau[step + 1])
             v = slope(x, step)
             if self.plan.solver == "euler":
