@@ -1,0 +1,1 @@
+"""What result files say: changes between two of them, pages, tables."""

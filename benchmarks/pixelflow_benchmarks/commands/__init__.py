@@ -1,0 +1,1 @@
+"""Commands of ``pixelflow bench`` and ``pixelflow eval``: a file each."""

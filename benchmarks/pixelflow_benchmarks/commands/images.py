@@ -1,0 +1,78 @@
+"""``pixelflow bench images``."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pixelflow_benchmarks.harness.results import Run
+
+from .options import Output, Repeats, finish, known, show
+
+
+def command(
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")] = "auto",
+    shape: Annotated[
+        Literal["xl", "cpu", "tiny"] | None, typer.Option(help="By default xl on a GPU, cpu elsewhere.")
+    ] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="Only this opponent; may be repeated.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Euler's, at each stage: 10 on a GPU, 4 elsewhere.")] = None,
+    repeats: Repeats = 20,
+    budget_seconds: Annotated[float, typer.Option(help="After that long no further turn is begun.")] = math.inf,
+    output: Output = None,
+) -> None:
+    """Time whole images, engine beside reference: the first, and in steady state; nothing wrong gets a time."""
+    from pixelflow_benchmarks.suites.images.table import image_table
+
+    run = measure(device, shape, variant, batch, steps, repeats, budget_seconds, output)
+    show(image_table(run))
+    finish(run)
+
+
+def measure(
+    device: str,
+    shape: str | None,
+    variant: list[str] | None,
+    batch: list[int] | None,
+    steps: int | None,
+    repeats: int,
+    budget_seconds: float,
+    output: Path | None,
+) -> Run:
+    """The suite's records; see :func:`command`."""
+    import torch
+    import torch._dynamo
+
+    from pixelflow_benchmarks.harness.ceilings import measure_ceilings
+    from pixelflow_benchmarks.harness.results import recording
+    from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
+    from pixelflow_benchmarks.suites.images.measure import measure_images
+    from pixelflow_benchmarks.suites.images.opponents import ON_CPU, ON_GPU, ImageOpponents, ImageProblem
+    from pixelflow_engine.arguments import place
+
+    deadline = time.perf_counter() + budget_seconds
+    where = place("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    on_gpu = where.type == "cuda"
+    names = ON_GPU if on_gpu else ON_CPU
+    known(variant=(variant or [], (*ON_CPU, *ON_GPU)))
+    shape = shape or ("xl" if on_gpu else "cpu")
+    config, dtype = SHAPES[shape], torch.bfloat16 if on_gpu else torch.float32
+    steps = steps or (10 if on_gpu else 4)
+    head = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "steps": steps}
+    with recording(output, "images", where, **head) as keep, torch._dynamo.config.patch(recompile_limit=64):
+        ceilings = measure_ceilings(where, dtype)
+        keep(ceilings.record())
+        opponents = ImageOpponents(config, random_weights(config, where, dtype), dtype, where)
+        try:
+            for count in batch or ([1, 16] if on_gpu else [1]):
+                problem = ImageProblem(config=config, batch=count, steps=steps, dtype=dtype, device=where)
+                wanted = tuple(variant or names)
+                keep.all(measure_images(problem, opponents, wanted, ceilings, repeats, deadline))
+        finally:
+            opponents.close()
+    return keep.run

@@ -1,0 +1,59 @@
+"""``pixelflow bench kernels``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from tqdm.auto import tqdm
+
+from pixelflow_benchmarks.harness.results import Run
+
+from .options import Output, Quiet, Repeats, finish, show
+
+
+def command(
+    op: Annotated[list[str] | None, typer.Option(help="Only this operation; may be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, ...; cpu tries the command out.")] = "cuda",
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option()] = "bfloat16",
+    batch: Annotated[int, typer.Option(min=1, help="Images; with guidance each counts twice.")] = 16,
+    stage: Annotated[list[int] | None, typer.Option(help="Only this stage, 0 to 3; may be repeated.")] = None,
+    repeats: Repeats = 20,
+    output: Output = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time every kernel beside PyTorch, at the sizes of the published model; nothing wrong gets a speed."""
+    from pixelflow_benchmarks.suites.kernels.table import kernel_table
+
+    run = measure_kernels(op, device, dtype, batch, stage, repeats, output, quiet)
+    show(kernel_table(run))
+    finish(run)
+
+
+def measure_kernels(
+    op: list[str] | None,
+    device: str,
+    dtype: str,
+    batch: int,
+    stage: list[int] | None,
+    repeats: int,
+    output: Path | None,
+    quiet: bool,
+) -> Run:
+    """The suite's records; see :func:`command`."""
+    import torch
+
+    from pixelflow_benchmarks.harness.ceilings import measure_ceilings
+    from pixelflow_benchmarks.harness.results import recording
+    from pixelflow_benchmarks.suites.kernels.cases import OPS, STAGE_SIDES, all_cases
+    from pixelflow_benchmarks.suites.kernels.measure import measure
+    from pixelflow_engine.arguments import place
+
+    where, what = place(device), getattr(torch, dtype)
+    cases = all_cases(op or OPS, stage or range(len(STAGE_SIDES)), batch, what, where)
+    with recording(output, "kernels", where, dtype=dtype, batch=batch) as keep:
+        ceilings = measure_ceilings(where, what)
+        keep(ceilings.record())
+        keep.all(tqdm(measure(cases, ceilings, where, repeats), unit="variant", delay=2, disable=quiet))
+    return keep.run

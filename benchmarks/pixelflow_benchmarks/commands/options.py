@@ -1,0 +1,57 @@
+"""What the commands have in common: options, printing, and how they end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pixelflow_benchmarks.harness.results import Run
+from pixelflow_benchmarks.harness.tables import TextTable, faults, missing
+
+console = Console()
+
+Output = Annotated[
+    Path | None,
+    typer.Option(help="Where records are appended: a .jsonl file, or a folder (DEVICE/DATE-COMMIT.jsonl in it)."),
+]
+Repeats = Annotated[int, typer.Option(min=3, help="Measurements of each variant, in turns.")]
+Public = Annotated[Path | None, typer.Option(help="Checkout of the published code, as an opponent.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+
+
+def show(text: TextTable) -> None:
+    """Print a table; in a narrow terminal its cells fold at blanks."""
+    table = Table(*text.header, title=text.title, padding=(0, 0))
+    for row in text.rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def finish(run: Run) -> None:
+    """Say who was absent and what was wrong.
+
+    Raises:
+        typer.Exit: something was wrong.
+    """
+    for reason, names in missing(run).items():
+        console.print(f"absent: {', '.join(dict.fromkeys(names))}: {reason}", highlight=False)
+    if wrong := faults(run):
+        console.print("\n".join(["wrong results:", *wrong]), style="red", highlight=False)
+        raise typer.Exit(1)
+
+
+def known(**asked: tuple[Sequence[Any], Sequence[Any]]) -> None:
+    """Refuse names that nothing has.
+
+    Raises:
+        ValueError: naming the option, what came and what was expected.
+    """
+    for option, (given, names) in asked.items():
+        for value in given:
+            if value not in names:
+                raise ValueError(f"{option}: got {value!r}, expected one of {', '.join(map(str, names))}")

@@ -1,0 +1,80 @@
+"""``pixelflow bench stages``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from pixelflow_benchmarks.harness.results import Run
+
+from .options import Output, Public, Repeats, finish, known, show
+
+
+def command(
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, ...; cpu tries the command out.")] = "cuda",
+    shape: Annotated[Literal["xl", "tiny"], typer.Option(help="tiny tries the command out.")] = "xl",
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option()] = "bfloat16",
+    variant: Annotated[list[str] | None, typer.Option(help="Only this opponent; may be repeated.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="1, 4, 16, 32; may be repeated.")] = None,
+    stage: Annotated[list[int] | None, typer.Option(help="Only this stage; may be repeated.")] = None,
+    solver: Annotated[list[str] | None, typer.Option(help="euler, dopri5; may be repeated.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Euler's; by default few where they are long.")] = None,
+    repeats: Repeats = 20,
+    budget_seconds: Annotated[float, typer.Option(help="After that long no further problem is begun.")] = 480,
+    public: Public = None,
+    output: Output = None,
+) -> None:
+    """Time the stages of the model, engine beside reference; nothing wrong gets a time."""
+    from pixelflow_benchmarks.suites.stages.table import stage_table
+
+    found = measure(device, shape, dtype, variant, batch, stage, solver, steps, repeats, budget_seconds, public, output)
+    show(stage_table(found))
+    finish(found)
+
+
+def measure(
+    device: str,
+    shape: str,
+    dtype: str,
+    variant: list[str] | None,
+    batch: list[int] | None,
+    stage: list[int] | None,
+    solver: list[str] | None,
+    steps: int | None,
+    repeats: int,
+    budget_seconds: float,
+    public: Path | None,
+    output: Path | None,
+) -> Run:
+    """The suite's records; see :func:`command`."""
+    import torch
+    import torch._dynamo
+
+    from pixelflow_benchmarks.harness.ceilings import measure_ceilings
+    from pixelflow_benchmarks.harness.results import recording
+    from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
+    from pixelflow_benchmarks.suites.stages.measure import measure_stages
+    from pixelflow_benchmarks.suites.stages.opponents import VARIANTS, Opponents
+    from pixelflow_benchmarks.suites.stages.tasks import tasks
+    from pixelflow_engine.arguments import place
+
+    where, what, config = place(device), getattr(torch, dtype), SHAPES[shape]
+    count = config.scheduler.num_stages
+    wanted = [name for name in VARIANTS if public is not None or name != "public"] if variant is None else variant
+    solvers: list[Any] = solver or ["euler", "dopri5"]
+    known(variant=(wanted, VARIANTS), solver=(solvers, ("euler", "dopri5")), stage=(stage or [], range(count)))
+    work = tasks(config, wanted, stage or range(count), batch or [16, 1, 4, 32], solvers, steps, what, where)
+    head = {"shape": shape, "dtype": dtype, "budget_seconds": budget_seconds}
+    with recording(output, "stages", where, **head) as keep:
+        ceilings = measure_ceilings(where, what)
+        keep(ceilings.record())
+        opponents = Opponents(config, random_weights(config, where, what), what, public)
+        try:
+            # Many models of one class are compiled here, a sampling has one: its limit would be reached too soon.
+            with torch._dynamo.config.patch(recompile_limit=64):
+                keep.all(measure_stages(work, opponents, ceilings, repeats, budget_seconds))
+        finally:
+            opponents.close()
+    return keep.run

@@ -1,0 +1,1 @@
+"""What every suite measures with: time, energy, ceilings, counts; and where results go."""

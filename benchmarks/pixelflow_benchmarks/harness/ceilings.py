@@ -1,0 +1,61 @@
+"""What a device can do at best, measured in the same run: the ceilings that a kernel's figures are a fraction of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .timing import REPEATS, time_calls
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """Measured rates of a device.
+
+    Attributes:
+        bytes_per_second: read and written by a copy too large for the cache.
+        flops_per_second: of a large square matrix product in ``dtype``; a multiplication and an addition are two.
+        dtype: of the product.
+    """
+
+    bytes_per_second: float
+    flops_per_second: float
+    dtype: torch.dtype
+
+    def floor(self, flops: float, bytes_moved: float) -> float:
+        """Seconds that products and what is bound by memory take at these rates, one after the other."""
+        return flops / self.flops_per_second + bytes_moved / self.bytes_per_second
+
+    def record(self) -> dict[str, object]:
+        """As a result file has it."""
+        return {
+            "kind": "ceilings",
+            "bytes_per_second": self.bytes_per_second,
+            "flops_per_second": self.flops_per_second,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = REPEATS) -> Ceilings:
+    """Measure both ceilings, with tensors that no cache holds.
+
+    Args:
+        device: where.
+        dtype: of the matrix product.
+        repeats: see :func:`~pixelflow_benchmarks.harness.timing.time_calls`.
+    """
+    copied, side = (2**30, 8192) if device.type == "cuda" else (2**27, 1024)
+    source = torch.empty(copied, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    a = torch.randn(side, side, device=device).to(dtype)
+    b = torch.randn(side, side, device=device).to(dtype)
+    out = torch.empty_like(a)
+    timings = time_calls(
+        {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=out)}, device, repeats
+    )
+    return Ceilings(
+        bytes_per_second=2 * copied / timings["copy"].median,
+        flops_per_second=2 * side**3 / timings["product"].median,
+        dtype=dtype,
+    )

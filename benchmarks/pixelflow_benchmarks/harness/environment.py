@@ -1,0 +1,133 @@
+"""What a measurement depends on: the machine, its state, the versions, the code's commit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+CPU = torch.device("cpu")
+
+
+def environment(device: torch.device = CPU) -> dict[str, str]:
+    """Versions and hardware as text: commit, python, torch, numpy, processor, threads; a GPU's name and driver."""
+    found = {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "processor": processor(),
+        "threads": str(torch.get_num_threads()),
+    }
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["triton"] = metadata.version("triton")
+    if device.type != "cuda":
+        return found
+    properties = torch.cuda.get_device_properties(device)
+    found |= {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "cuda": str(torch.version.cuda),
+    }
+    with _nvml() as nvml:
+        if nvml is not None:
+            found["driver"] = nvml.nvmlSystemGetDriverVersion()
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """A device's name as that of a folder: ``nvidia-h100-80gb-hbm3``, ``amd-epyc-7b13``."""
+    name = torch.cuda.get_device_properties(device).name if device.type == "cuda" else processor()
+    words = "".join(c if c.isalnum() else " " for c in name.lower().replace("(r)", "").replace("(tm)", "")).split()
+    return "-".join(words) or "unknown"
+
+
+def state(device: torch.device) -> dict[str, Any]:
+    """How the device is now: MHz, degrees Celsius, watts, the limit, why clocks are held down; a CPU's load.
+
+    What a driver does not tell is left out.
+    """
+    if device.type != "cuda":
+        return {"load": os.getloadavg()[0]}
+    with nvml_handle(device) as found:
+        if found is None:
+            return {}
+        nvml, handle = found
+        readings: dict[str, Callable[[], Any]] = {
+            "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            "memory_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+            "celsius": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+            "watts": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "watts_limit": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
+            "held_down_by": lambda: _reasons(nvml, nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)),
+        }
+        told = {}
+        for name, read in readings.items():
+            with contextlib.suppress(nvml.NVMLError):
+                told[name] = read()
+        return told
+
+
+def _reasons(nvml: Any, bits: int) -> list[str]:
+    """Names of what keeps clocks below their maximum, ``GpuIdle`` and the like."""
+    prefix = "nvmlClocksEventReason"
+    names = {getattr(nvml, name): name.removeprefix(prefix) for name in sorted(dir(nvml)) if name.startswith(prefix)}
+    return [name for bit, name in sorted(names.items()) if bit & bits and bit & (bit - 1) == 0]
+
+
+@contextlib.contextmanager
+def nvml_handle(device: torch.device) -> Iterator[tuple[Any, Any] | None]:
+    """The NVML bindings and their handle of a CUDA device; None for a CPU, and where there is no driver."""
+    with _nvml() as nvml:
+        if nvml is None or device.type != "cuda":
+            yield None
+        else:
+            uuid = torch.cuda.get_device_properties(device).uuid
+            yield nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+
+
+def commit() -> str:
+    """The commit of the checkout that this file is in, marked where files differ from it; ``unknown`` elsewhere."""
+    folder = Path(__file__).parent
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        head = _git(folder, "rev-parse", "HEAD")
+        return head + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    return "unknown"
+
+
+def processor() -> str:
+    """The CPU's name, where the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", folder, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[Any]:
+    """The NVML bindings, initialised; None where there is no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()

@@ -1,0 +1,157 @@
+"""A checkout of the published code, in a process of its own: ``python -m pixelflow_benchmarks.opponents.public_code``.
+
+It is never needed, and nothing of it is here: it is imported from where it lies, with what it imports in turn. It runs
+apart because its packages would otherwise be loaded beside ours, and because it prints what it likes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pixelflow_benchmarks.harness.tracing import fake, fake_cuda, fake_parameters, tracing
+from pixelflow_benchmarks.suites.kernels.case import HEAD_DIM, HEADS, WIDTH
+from pixelflow_benchmarks.suites.stages.problem import StageProblem
+
+from .random_models import SHAPES, random_weights
+
+
+def trace(path: Path, sequences: int, side: int) -> list[dict[str, Any]]:
+    """Operations of one of its blocks under bf16 autocast; the places' table comes from the CPU, as in its sampler."""
+    published = _import(path, "pixelflow.model")
+    places = rotary_places(side, HEAD_DIM)
+    with torch.device("meta"):
+        block = published.TransformerBlock(WIDTH, HEADS, HEAD_DIM, attention_bias=True).eval()
+    with fake_cuda():
+        weights = fake_parameters(block, torch.float32)
+        x = fake((sequences, side * side, WIDTH), torch.bfloat16)
+        conditioning = fake((sequences, WIDTH), torch.bfloat16)
+        table = torch.empty(places.shape, dtype=places.dtype)
+        with tracing(weights, torch.bfloat16) as found:
+            block(x, timestep=conditioning, rope_pos_embed=table)
+    return [asdict(op) for op in found.ops]
+
+
+def rotary_places(side: int, head_dim: int) -> torch.Tensor:
+    """The table of cosines and sines that its sampler makes for square images."""
+    embeddings = importlib.import_module("diffusers.models.embeddings")
+    table = embeddings.get_2d_rotary_pos_embed(
+        embed_dim=head_dim, crops_coords=((0, 0), (side, side)), grid_size=(side, side)
+    )
+    return torch.stack([torch.as_tensor(part) for part in table], dim=-1)
+
+
+def _import(path: Path, name: str) -> Any:
+    if not (path / "pixelflow" / "model.py").is_file():
+        raise FileNotFoundError(f"public: got {path}, expected a folder with pixelflow/model.py")
+    sys.path.insert(0, str(path))
+    return importlib.import_module(name)
+
+
+# --- an opponent -------------------------------------------------------------------------------------------
+
+
+class Server:
+    """Its model with random weights, run stage by stage on request.
+
+    Args:
+        path: the checkout.
+        shape: a name of :data:`pixelflow_benchmarks.opponents.random_models.SHAPES`.
+        dtype: bfloat16 by automatic casts, as its sampler is run, or float32.
+        device: where.
+    """
+
+    def __init__(self, path: Path, shape: str, dtype: str, device: str) -> None:
+        published = _import(path, "pixelflow.model")
+        scheduling = importlib.import_module("pixelflow.scheduling_pixelflow")
+        self.config, self.dtype, self.device = SHAPES[shape], getattr(torch, dtype), torch.device(device)
+        model = self.config.model
+        names = ("in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "depth", "patch_size")
+        fields = {name: getattr(model, name) for name in (*names, "attention_bias", "num_classes")}
+        self.model = published.PixelFlowModel(**fields).to(self.device).eval()
+        self.model.load_state_dict(random_weights(self.config, self.device, self.dtype), strict=True)
+        scheduler = self.config.scheduler
+        self.scheduler = scheduling.PixelFlowScheduler(scheduler.num_train_timesteps, num_stages=scheduler.num_stages)
+
+    def hello(self) -> dict[str, Any]:
+        """It is there."""
+        return {}
+
+    def prepare(self, stage: int, batch: int, steps: int) -> dict[str, Any]:
+        """Make what does not belong to a step."""
+        self.problem = StageProblem(
+            config=self.config,
+            stage=stage,
+            batch=batch,
+            steps=steps,
+            solver="euler",
+            dtype=self.dtype,
+            device=self.device,
+        )
+        side = self.problem.shape[3] // self.config.model.patch_size
+        labels = self.problem.labels()
+        self.labels = torch.cat([torch.full_like(labels, self.config.model.num_classes), labels])
+        self.size = torch.tensor([side], dtype=torch.int32, device=self.device)
+        self.places = rotary_places(side, self.config.model.attention_head_dim)
+        self.x = self.problem.start()
+        return {}
+
+    @torch.no_grad()
+    def run(self, keep: str | None = None) -> dict[str, Any]:
+        """All steps of the stage; the first and the last state go to the file ``keep``."""
+        steps, x, first = self.problem.steps, self.x, self.x
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            self.scheduler.set_timesteps(steps, self.problem.stage, device=self.device, shift=1.0)
+            for step, moment in enumerate(self.scheduler.Timesteps):
+                both = torch.cat([x, x])
+                times = moment.expand(len(both)).to(both.dtype)
+                out = self.model(
+                    both, timestep=times, class_labels=self.labels, latent_size=self.size, pos_embed=self.places
+                )
+                null, conditional = out.chunk(2)
+                x = self.scheduler.step(model_output=null + self.problem.weight * (conditional - null), sample=x)
+                first = x if step == 0 else first
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if keep is not None:
+            torch.save({"first": first.float().cpu(), "end": x.float().cpu()}, keep)
+        return {}
+
+
+def serve(path: Path, shape: str, dtype: str, device: str) -> None:
+    """Answer requests, a line of JSON each, until there are no more."""
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        server = Server(path, shape, dtype, device)
+        for line in sys.stdin:
+            request = json.loads(line)
+            requests: dict[str, Callable[..., dict[str, Any]]] = {
+                "hello": server.hello,
+                "prepare": server.prepare,
+                "run": server.run,
+            }
+            print(json.dumps(requests[request.pop("do")](**request)), file=answers, flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    """``trace PATH SEQUENCES SIDE``: JSON on the last line of the output. ``serve PATH SHAPE DTYPE DEVICE``."""
+    command, path, *rest = arguments
+    if command == "serve":
+        serve(Path(path), *rest)
+        return
+    sequences, side = map(int, rest)
+    with contextlib.redirect_stdout(sys.stderr):
+        found = trace(Path(path), sequences, side)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,72 @@
+"""The published code as an opponent: its process answers one request at a time, so that it takes turns with ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pixelflow_engine import PixelFlowConfig
+
+from .random_models import SHAPES
+
+
+class PublicProcess:
+    """A checkout of the published code in a process of its own, with the same random weights.
+
+    Args:
+        path: the checkout.
+        config: of the model, one of :data:`~.random_models.SHAPES`.
+        dtype: bfloat16 by automatic casts, or float32.
+        device: where.
+
+    Raises:
+        RuntimeError: it does not start; the message has the last line of what it said.
+    """
+
+    def __init__(self, path: Path, config: PixelFlowConfig, dtype: torch.dtype, device: torch.device) -> None:
+        shape = next(name for name, known in SHAPES.items() if known == config)
+        self.folder = tempfile.TemporaryDirectory(prefix="pixelflow-public-")
+        self.said = Path(self.folder.name) / "stderr"
+        command = [sys.executable, "-m", "pixelflow_benchmarks.opponents.public_code", "serve", str(path)]
+        command += [shape, str(dtype).removeprefix("torch."), str(device)]
+        with self.said.open("w") as stderr:
+            self.process = subprocess.Popen(
+                command,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        self.ask({"do": "hello"})
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send a request, wait for the answer."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            said = self.said.read_text().strip().splitlines() or ["nothing"]
+            raise RuntimeError(f"public: the published code's process ended: {said[-1]}")
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+    def close(self) -> None:
+        """End it."""
+        if self.process.stdin is not None and self.process.poll() is None:
+            self.process.stdin.close()
+            self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self.folder.cleanup()

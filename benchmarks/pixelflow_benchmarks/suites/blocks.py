@@ -1,0 +1,178 @@
+"""Launches and traffic of one transformer block, counted on fake tensors: nothing of it is measured.
+
+The block is the published model's (width 1152, 16 heads) at a stage, with guidance. Bytes are per token and channel of
+the residual stream, where bf16 tokens take 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixelflow_benchmarks.harness.results import Run
+from pixelflow_benchmarks.harness.tables import TextTable
+from pixelflow_benchmarks.harness.tracing import TracedOp, fake, fake_cuda, fake_parameters, tracing
+from pixelflow_engine.config import ModelConfig
+from pixelflow_engine.fused import FusedOperations
+from pixelflow_engine.fusion import fuse
+from pixelflow_engine.model import PackedTransformer
+from pixelflow_engine.operations import Operations, PlainOperations
+from pixelflow_engine.reference.model import TransformerBlock as ReferenceBlock
+from pixelflow_engine.reference.model import rotary_angles
+from pixelflow_kernels import PackedLayout
+
+from .kernels.case import HEAD_DIM, HEADS, STAGE_SIDES, WIDTH
+
+Ops = Sequence[TracedOp]
+
+CITED = {"kind": "cited", "variant": "published code, as traced by others", "launches": 73, "bytes_per_value": 371.0}
+
+KINDS = ("product", "attention", "pointwise")
+
+
+def trace_engine_block(operations: Operations, side_by_side: bool, sequences: int, side: int) -> list[TracedOp]:
+    """The engine's block in bf16, from a modulated norm to the next one.
+
+    Args:
+        operations: who computes.
+        side_by_side: queries, keys and values are one product.
+        sequences: images, null halves included.
+        side: tokens along a side of an image.
+    """
+    config = ModelConfig(num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, depth=1, num_classes=1000)
+    with torch.device("meta"):
+        model = PackedTransformer(config, operations)
+    with fake_cuda():
+        fake_parameters(model, torch.bfloat16)
+        if side_by_side:
+            fuse(model)
+        layout = fake_layout(sequences, side)
+        around = model.surroundings(layout, None)
+        x = fake((sequences * side * side, WIDTH), torch.bfloat16)
+        rows = fake((sequences, 6 * WIDTH), torch.float32)
+        following = fake((sequences, 2 * WIDTH), torch.float32)
+        with tracing() as trace:
+            model.blocks[0](x, x, rows, (following[:, :WIDTH], following[:, WIDTH:]), None, around, operations)
+    return trace.ops
+
+
+def fake_layout(sequences: int, side: int) -> PackedLayout:
+    """Square images of one size, on the fake device; inside ``fake_cuda``."""
+    layout = PackedLayout.from_grids([(side, side)] * sequences)
+    return replace(
+        layout,
+        cu_seqlens=fake(layout.cu_seqlens.shape, torch.int32),
+        image_index=fake(layout.image_index.shape, torch.int32),
+        row=fake(layout.row.shape, torch.int32),
+        column=fake(layout.column.shape, torch.int32),
+    )
+
+
+def trace_reference_block(sequences: int, side: int) -> list[TracedOp]:
+    """The reference model's block, float32 weights under bf16 autocast, as the published code samples."""
+    with torch.device("meta"):
+        block = ReferenceBlock(WIDTH, HEADS, True, None)
+    with fake_cuda():
+        weights = fake_parameters(block, torch.float32)
+        x = fake((sequences, side * side, WIDTH), torch.bfloat16)
+        conditioning = fake((sequences, WIDTH), torch.bfloat16)
+        angles: Tensor = rotary_angles(side, side, HEAD_DIM, "cuda")
+        with tracing(weights, torch.bfloat16) as trace:
+            block(x, conditioning, angles, None, None)
+    return trace.ops
+
+
+def trace_public_block(path: Path, sequences: int, side: int) -> list[TracedOp]:
+    """The block of a checkout of the published code, in a process of its own.
+
+    Raises:
+        RuntimeError: it cannot be imported or traced; the message has the last line of what it said.
+    """
+    command = [sys.executable, "-m", "pixelflow_benchmarks.opponents.public_code", "trace", str(path)]
+    roots = os.pathsep.join(filter(None, sys.path))
+    run = subprocess.run(
+        [*command, str(sequences), str(side)],
+        env=os.environ | {"PYTHONPATH": roots},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode != 0:
+        said = run.stderr.strip().splitlines() or ["nothing"]
+        raise RuntimeError(f"public: the code in {path} could not be traced: {said[-1]}")
+    return [TracedOp(**op) for op in json.loads(run.stdout.splitlines()[-1])]
+
+
+def trace_blocks(batch: int, stage: int, public: Path | None) -> list[dict[str, Any]]:
+    """A record for each block that there is: the engine's fused and plain one, the reference's, the published code's.
+
+    Args:
+        batch: images; with guidance a model sees twice as many.
+        stage: 0 to 3.
+        public: a checkout of the published code.
+    """
+    side, sequences = STAGE_SIDES[stage], 2 * batch
+    values = sequences * side * side * WIDTH
+    blocks = {
+        "engine, fused": trace_engine_block(FusedOperations("triton"), True, sequences, side),
+        "engine, plain": trace_engine_block(PlainOperations(), False, sequences, side),
+        "reference, bf16 autocast": trace_reference_block(sequences, side),
+    }
+    if public is not None:
+        blocks["published code, bf16 autocast"] = trace_public_block(public, sequences, side)
+    return [block_record(name, ops, values) for name, ops in blocks.items()]
+
+
+def block_record(variant: str, ops: Ops, values: int) -> dict[str, Any]:
+    """Totals of a block and its operations in order; ``values`` is tokens times channels."""
+    moved = {kind: sum(op.bytes_moved for op in ops if op.kind == kind) / values for kind in KINDS}
+    return {
+        "kind": "block",
+        "variant": variant,
+        "launches": sum(op.launches for op in ops),
+        "pointwise_launches": sum(op.launches for op in ops if op.kind == "pointwise"),
+        "bytes_per_value": moved,
+        "ops": [
+            {**asdict(op), "bytes_per_value": op.bytes_moved / values} for op in ops if op.launches or op.bytes_moved
+        ],
+    }
+
+
+def operation_tables(run: Run) -> Iterator[TextTable]:
+    """A table of operations for each block."""
+    for record in run.of_kind("block"):
+        rows: dict[tuple[str, str], list[float]] = {}
+        for op in record["ops"]:
+            row = rows.setdefault((op["name"], op["kind"]), [0, 0.0])
+            row[0] += op["launches"]
+            row[1] += op["bytes_per_value"]
+        lines = tuple((name, kind, str(int(n)), f"{moved:.1f}") for (name, kind), (n, moved) in rows.items())
+        yield TextTable(record["variant"], ("operation", "class", "launches", "bytes"), lines)
+
+
+def block_table(run: Run) -> TextTable:
+    """Launches and bytes of each block."""
+    totals = [
+        (
+            record["variant"],
+            str(record["launches"]),
+            str(record["pointwise_launches"]),
+            *(f"{record['bytes_per_value'][kind]:.1f}" for kind in KINDS),
+        )
+        for record in run.of_kind("block")
+    ]
+    totals += [
+        (r["variant"], str(r["launches"]), "", "", "", f"{r['bytes_per_value']:.1f}") for r in run.of_kind("cited")
+    ]
+    header = ("block", "launches", "of them pointwise", *(f"{kind} bytes" for kind in KINDS))
+    title = "Per transformer block; bytes per token and channel. Counted on fake tensors, nothing is measured."
+    return TextTable(title, header, tuple(totals))

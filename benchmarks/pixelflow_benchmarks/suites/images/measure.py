@@ -1,0 +1,142 @@
+"""Whole images by every opponent: equal images first, then wall time in turns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pixelflow_benchmarks.harness.ceilings import Ceilings
+from pixelflow_benchmarks.harness.energy import joules_of
+from pixelflow_benchmarks.harness.results import Record
+from pixelflow_benchmarks.harness.timing import Timing, first_line, graphs_compiled, seconds_of, time_runs
+from pixelflow_engine.errors import BackendUnavailableError
+
+from .opponents import EXACT, LOOP, OWN_NOISE, REFERENCE, Call, ImageOpponents, ImageProblem
+
+
+def measure_images(
+    problem: ImageProblem,
+    opponents: ImageOpponents,
+    names: tuple[str, ...],
+    ceilings: Ceilings,
+    repeats: int,
+    deadline: float = math.inf,
+) -> Iterator[Record]:
+    """Check every variant, then time the right ones.
+
+    Args:
+        problem: what is made.
+        opponents: who makes it.
+        names: of the variants; the reference is always one.
+        ceilings: of the device.
+        repeats: turns.
+        deadline: see :func:`~pixelflow_benchmarks.harness.timing.time_runs`.
+
+    Yields:
+        ``measurement`` of each variant, in seconds per image of the batch; ``first_seconds`` of the whole first call,
+        compilation and capture included. ``absent`` for what cannot run here.
+    """
+    calls: dict[str, Call] = {}
+    for name in dict.fromkeys((REFERENCE, *names)):
+        try:
+            calls[name] = opponents.call(name, problem)
+        except BackendUnavailableError as error:
+            yield {"kind": "absent", "variant": name, "reason": first_line(error)}
+    yield from check_and_time(problem, calls, partial(opponents.truth, problem), ceilings, repeats, deadline)
+
+
+def check_and_time(
+    problem: ImageProblem,
+    calls: Mapping[str, Call],
+    truth: Call,
+    ceilings: Ceilings,
+    repeats: int,
+    deadline: float = math.inf,
+) -> Iterator[Record]:
+    """The ``measurement`` of each call; see :func:`measure_images`."""
+    device = problem.device
+    records: dict[str, Record] = {}
+    images: dict[str, Tensor] = {}
+    for name, call in calls.items():
+        record: Record = {"kind": "measurement", "case": problem.case, "variant": name, "right": True}
+        record |= {"batch": problem.batch, "steps": problem.steps}
+        before = graphs_compiled()
+        try:
+            record["first_seconds"], images[name] = seconds_of(call, device)
+            record["graphs_compiled"] = graphs_compiled() - before
+        except Exception as error:  # a compiler fails in many ways; the others are measured all the same
+            record |= {"right": False, "fault": first_line(error)}
+        records[name] = record
+    for name, fault in wrong(images, truth()).items():
+        records[name] |= {"right": False, "fault": fault}
+    right = {name: calls[name] for name in calls if records[name]["right"]}
+    timed = time_runs(right, device, repeats, deadline)
+    for name, timing in timed.timings.items():
+        records[name] |= figures(problem, timing, ceilings)
+        others = {other: timed.timings[other] for other in (REFERENCE, LOOP) if other in timed.timings}
+        records[name]["times"] = {other: timing.times_faster_than(its) for other, its in others.items()}
+        if found := joules_of(right[name], device):
+            records[name] |= {**found, "joules": found["joules"] / problem.batch}
+        if device.type == "cpu":
+            records[name]["shares"] = shares(right[name])
+    for name, fault in timed.failed.items():
+        records[name] |= {"right": False, "fault": fault}
+    yield from records.values()
+
+
+def wrong(images: Mapping[str, Tensor], truth: Tensor) -> dict[str, str]:
+    """What is wrong with each variant's images, where something is.
+
+    On a CPU the exact engine and both references have the same bits. Whoever else draws the reference's noise is no
+    further from float64 than twice the reference plus two roundings, as root mean squares. Noise of its own gives other
+    images: finite ones is all that is asked there, the same engine is checked with the reference's noise.
+    """
+    found = {}
+    expected = images[REFERENCE]
+    bound = 2 * distance(expected, truth) + torch.finfo(torch.float32).eps
+    for name, got in images.items():
+        if name == OWN_NOISE:
+            if not bool(got.isfinite().all()):
+                found[name] = "not finite"
+        elif name in (LOOP, EXACT) and got.device.type == "cpu":
+            if not torch.equal(got, expected):
+                found[name] = f"{int((got != expected).sum())} of {got.numel()} values differ from the reference"
+        elif not (error := distance(got, truth)) <= bound:
+            found[name] = f"error {error:.3e}, bound {bound:.3e}"
+    return found
+
+
+def distance(images: Tensor, truth: Tensor) -> float:
+    """Root mean square of the difference."""
+    return (images.double() - truth.to(images.device)).square().mean().sqrt().item()
+
+
+def figures(problem: ImageProblem, timing: Timing, ceilings: Ceilings) -> Record:
+    """Seconds per image, images a second, and the share of the time that the device's ceilings alone would take."""
+    one = Timing(tuple(seconds / problem.batch for seconds in timing.turns))
+    floor = ceilings.floor(problem.flops, problem.pointwise_bytes) / problem.batch
+    return {
+        "per": "image",
+        "seconds": one.spread(),
+        "images_per_second": 1 / one.median,
+        "flops": problem.flops / problem.batch,
+        "floor_seconds": floor,
+        "fraction_of_floor": floor / one.median,
+    }
+
+
+def shares(call: Callable[[], object]) -> dict[str, float]:
+    """Of one run's time on a CPU: attention's and matrix products' share."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
+        call()
+    times = {event.key: event.self_cpu_time_total for event in found.key_averages()}
+    total = sum(times.values())
+    products = ("aten::addmm", "aten::mm", "aten::bmm", "mkldnn::_linear_pointwise", "mkl::_mkl_linear")
+    attention = sum(value for key, value in times.items() if "dot_product" in key)
+    return {"attention": attention / total, "products": sum(times.get(key, 0) for key in products) / total}

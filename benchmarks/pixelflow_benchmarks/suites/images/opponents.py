@@ -1,0 +1,208 @@
+"""Who makes images: the reference with and without the published noise loop, and the engine in its variants.
+
+All draw the same random stream, that of the published code, so that their images can be compared. It is drawn on the
+CPU; what the engine does without it, with its own noise, is a variant of its own on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pixelflow_benchmarks.opponents.random_models import compile_blocks, random_engine, random_reference
+from pixelflow_benchmarks.suites.stages.problem import GUIDANCE, StageProblem
+from pixelflow_engine import PixelFlowConfig, PixelFlowEngine
+from pixelflow_engine.noise import PublicNoise as DrawnAtOnce
+from pixelflow_engine.reference import PixelFlowTransformer, PublicNoise, guidance_weights, sample
+from pixelflow_engine.reference.noise import NoiseSource
+
+Call = Callable[[], Tensor]
+
+SEED = 0
+
+LOOP = "reference, noise block by block"
+REFERENCE = "reference"
+COMPILED_REFERENCE = "reference, compiled"
+EXACT = "engine, exact"
+ENGINES: dict[str, tuple[str, bool, bool]] = {
+    EXACT: ("torch", False, False),
+    "engine, compiled": ("torch", True, False),
+    "engine, triton": ("triton", False, True),
+    "engine, triton, compiled": ("triton", True, True),
+    "engine, flash, compiled": ("flash", True, True),
+}
+"""Backend, compiled, replayed from graphs."""
+OWN_NOISE = "engine, triton, compiled, its own noise"
+ON_CPU = (LOOP, REFERENCE, EXACT, "engine, compiled")
+ON_GPU = (
+    "engine, triton, compiled",
+    REFERENCE,
+    OWN_NOISE,
+    LOOP,
+    "engine, triton",
+    "engine, flash, compiled",
+    COMPILED_REFERENCE,
+    "engine, compiled",
+)
+"""Most important first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageProblem:
+    """What is made.
+
+    Attributes:
+        config: of the model.
+        batch: images at once; class labels in turn.
+        steps: Euler's, at each stage.
+        dtype: of the matrix products.
+        device: where.
+    """
+
+    config: PixelFlowConfig
+    batch: int
+    steps: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def case(self) -> str:
+        """Its name."""
+        return f"batch {self.batch}, euler {self.steps}"
+
+    @property
+    def labels(self) -> Tensor:
+        """Class labels ``[B]``, on the CPU."""
+        return torch.arange(self.batch) * 7 % self.config.model.num_classes
+
+    @property
+    def stages(self) -> list[StageProblem]:
+        """The stages that an image goes through."""
+        return [
+            StageProblem(
+                config=self.config,
+                stage=stage,
+                batch=self.batch,
+                steps=self.steps,
+                solver="euler",
+                dtype=self.dtype,
+                device=self.device,
+            )
+            for stage in range(self.config.scheduler.num_stages)
+        ]
+
+    @property
+    def flops(self) -> int:
+        """Of the products and the attention of all evaluations."""
+        return self.steps * sum(stage.flops for stage in self.stages)
+
+    @property
+    def pointwise_bytes(self) -> int:
+        """What all evaluations move beside them."""
+        return self.steps * sum(stage.pointwise_bytes for stage in self.stages)
+
+
+class ImageOpponents:
+    """Models of all variants, each made when it is first asked for.
+
+    Args:
+        config: of the model.
+        weights: of all models, exact in ``dtype``.
+        dtype: of the matrix products.
+        device: where.
+    """
+
+    def __init__(
+        self, config: PixelFlowConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.config, self.weights, self.dtype, self.device = config, weights, dtype, device
+        self._references: dict[bool, PixelFlowTransformer] = {}
+        self._engines: dict[str, PixelFlowEngine] = {}
+
+    def call(self, name: str, problem: ImageProblem) -> Call:
+        """What makes the images, ``[B, c, H, W]`` in [0, 1].
+
+        Raises:
+            BackendUnavailableError: it cannot run here.
+        """
+        if name == LOOP:
+            return lambda: self._with_loop(problem)
+        if name in (REFERENCE, COMPILED_REFERENCE):
+            model = self._reference(compiled=name == COMPILED_REFERENCE)
+            return lambda: reference_images(model, problem, drawn_at_once(problem.device))
+        engine = self._engine("engine, triton, compiled" if name == OWN_NOISE else name)
+        return lambda: engine_images(engine, problem, "counter" if name == OWN_NOISE else "public")
+
+    def truth(self, problem: ImageProblem) -> Tensor:
+        """The reference's images in float64."""
+        model = random_reference(self.config, self.weights, torch.float64)
+        return reference_images(model, problem, drawn_at_once(problem.device), torch.float64)
+
+    def close(self) -> None:
+        """Release the engines' graphs."""
+        for engine in self._engines.values():
+            engine.close()
+
+    def _with_loop(self, problem: ImageProblem) -> Tensor:
+        torch.manual_seed(SEED)  # the published code draws from the global stream
+        return reference_images(self._reference(compiled=False), problem, PublicNoise())
+
+    def _reference(self, compiled: bool) -> PixelFlowTransformer:
+        if compiled not in self._references:
+            # They want gradients: only then do automatic casts keep what they made.
+            model = random_reference(self.config, self.weights, torch.float32).requires_grad_(True)
+            if compiled:
+                compile_blocks(model)
+            self._references[compiled] = model
+        return self._references[compiled]
+
+    def _engine(self, name: str) -> PixelFlowEngine:
+        if name not in self._engines:
+            backend, compiled, graphs = ENGINES[name]
+            self._engines[name] = random_engine(
+                self.config, self.weights, self.dtype, backend, compile=compiled, graphs=graphs
+            )
+        return self._engines[name]
+
+
+def drawn_at_once(device: torch.device) -> NoiseSource:
+    """The published random stream without the published loop."""
+    return DrawnAtOnce(torch.Generator().manual_seed(SEED), device)
+
+
+@torch.no_grad()
+def reference_images(
+    model: PixelFlowTransformer, problem: ImageProblem, noise: NoiseSource, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The reference's sampler; products in the problem's type by automatic casts."""
+    side, stages = problem.config.resolution, problem.config.scheduler.num_stages
+    low = problem.dtype == torch.bfloat16 and dtype is None
+    with torch.autocast(problem.device.type, torch.bfloat16, enabled=low):
+        ends = sample(
+            model,
+            shape=(problem.batch, problem.config.model.in_channels, side, side),
+            num_stages=stages,
+            num_inference_steps=[problem.steps] * stages,
+            guidance=guidance_weights(GUIDANCE, stages),
+            noise=noise,
+            class_labels=problem.labels.to(problem.device),
+        )
+    return (ends[-1] / 2 + 0.5).clamp(0, 1)
+
+
+def engine_images(engine: PixelFlowEngine, problem: ImageProblem, noise: Literal["counter", "public"]) -> Tensor:
+    """The engine's, by its public call."""
+    out = engine(
+        problem.labels,
+        num_inference_steps=problem.steps,
+        guidance_scale=GUIDANCE,
+        seed=SEED,
+        noise=noise,
+        output_type="pt",
+    )
+    assert isinstance(out.images, Tensor)
+    return out.images

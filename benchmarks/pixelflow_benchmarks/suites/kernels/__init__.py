@@ -1,0 +1,1 @@
+"""Every kernel beside PyTorch, at the sizes of the published model."""

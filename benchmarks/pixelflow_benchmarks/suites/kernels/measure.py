@@ -1,0 +1,67 @@
+"""Measure kernels: check, then time, then compare with the device's ceilings.
+
+Nothing that computes a wrong result gets a speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from pixelflow_benchmarks.harness.ceilings import Ceilings
+from pixelflow_benchmarks.harness.results import Record
+from pixelflow_benchmarks.harness.timing import Timing, time_calls
+
+from .case import Case, faults
+
+EAGER = "eager"
+
+
+def measure(cases: Iterable[Case], ceilings: Ceilings, device: torch.device, repeats: int) -> Iterator[Record]:
+    """Yield a record per case and variant, as soon as the case is measured.
+
+    Yields:
+        ``measurement``, where it is right with ``gigabytes_per_second``, ``fraction_of_copy`` and, for cases with
+        matrix products, ``teraflops``, ``fraction_of_product``; ``absent``, with its ``case``, for a variant that is
+        not there.
+    """
+    for case in cases:
+        wrong = faults(case)
+        right = {name: call for name, call in case.variants.items() if not wrong[name]}
+        timings = time_calls(right, device, repeats) if right else {}
+        for name in case.variants:
+            record = {"kind": "measurement", "case": case.name, "variant": name, "right": not wrong[name]}
+            if wrong[name]:
+                yield record | {"fault": "; ".join(wrong[name])}
+                continue
+            record |= figures(case, timings[name], ceilings)
+            if EAGER in timings:
+                record["times"] = {EAGER: timings[name].times_faster_than(timings[EAGER])}
+            yield record
+        for name, reason in case.absent.items():
+            yield {"kind": "absent", "case": case.name, "variant": name, "reason": reason}
+
+
+def figures(case: Case, timing: Timing, ceilings: Ceilings) -> Record:
+    """Rates of one timing; the denominators are the least bytes and the products, not what a variant really does.
+
+    The floor is the larger of both times: one kernel computes while it reads.
+    """
+    bytes_share = case.bytes_moved / timing.median / ceilings.bytes_per_second
+    flops_share = case.flops / timing.median / ceilings.flops_per_second
+    found: Record = {
+        "per": "call",
+        "seconds": timing.spread(),
+        "captured": timing.captured,
+        "bytes": case.bytes_moved,
+        "flops": case.flops,
+        "gigabytes_per_second": case.bytes_moved / timing.median / 1e9,
+        "fraction_of_copy": bytes_share,
+        "floor_seconds": max(bytes_share, flops_share) * timing.median,
+        "fraction_of_floor": max(bytes_share, flops_share),
+    }
+    if case.flops:
+        found["teraflops"] = case.flops / timing.median / 1e12
+        found["fraction_of_product"] = flops_share
+    return found

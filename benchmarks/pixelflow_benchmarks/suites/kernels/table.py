@@ -1,0 +1,37 @@
+"""Records of ``bench kernels`` as a table."""
+
+from __future__ import annotations
+
+from pixelflow_benchmarks.harness.results import Run
+from pixelflow_benchmarks.harness.tables import TextTable, interval
+
+from .measure import EAGER
+
+
+def kernel_table(run: Run) -> TextTable:
+    """A row per case and variant: time, rates, and how many times faster than plain PyTorch."""
+    environment, ceilings = run.environment, run.of_kind("ceilings")[0]
+    rows = []
+    for r in run.records:
+        if r["kind"] == "absent":
+            rows.append((r["case"], r["variant"], r["reason"], "", "", ""))
+        elif r["kind"] == "measurement" and not r["right"]:
+            rows.append((r["case"], r["variant"], "wrong: no speed", "", "", ""))
+        elif r["kind"] == "measurement":
+            rows.append(
+                (
+                    r["case"],
+                    r["variant"],
+                    interval(r["seconds"], 1e6, 1),
+                    f"{r['gigabytes_per_second']:.0f} ({100 * r['fraction_of_copy']:.0f} %)",
+                    f"{r['teraflops']:.1f} ({100 * r['fraction_of_product']:.0f} %)" if "teraflops" in r else "",
+                    interval(r["times"][EAGER], 1, 2) if "times" in r else "",
+                )
+            )
+    title = (
+        f"{environment.get('gpu', 'CPU, only to try the command out')}, {environment['dtype']}, batch "
+        f"{environment['batch']}, torch {environment['torch']}; copy {ceilings['bytes_per_second'] / 1e9:.0f} GB/s, "
+        f"product {ceilings['flops_per_second'] / 1e12:.1f} TFLOP/s."
+    )
+    header = ("case", "variant", "us", "GB/s (of copy)", "TFLOP/s (of product)", "times eager's speed")
+    return TextTable(title, header, tuple(rows))

@@ -1,0 +1,1 @@
+"""A step of each stage of the model, engine beside its opponents."""

@@ -1,0 +1,190 @@
+"""Stages of the published model, one opponent after the other in turns: right first, then time, memory and energy.
+
+A budget of seconds ends the run between two problems: every record stands by itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pixelflow_benchmarks.harness.ceilings import Ceilings
+from pixelflow_benchmarks.harness.energy import joules_of
+from pixelflow_benchmarks.harness.results import Record
+from pixelflow_benchmarks.harness.timing import Timing, first_line, graphs_compiled, seconds_of, time_runs
+
+from .opponents import PUBLIC, Opponents
+from .problem import REFERENCE, Ran, StageProblem, StageRun
+from .runs import PublicRun, true_first_state
+from .tasks import Task
+
+TURNS_SECONDS = 60.0
+"""After which no further turn of a problem is begun."""
+
+
+def measure_stages(
+    work: Iterable[Task], opponents: Opponents, ceilings: Ceilings, repeats: int, budget: float
+) -> Iterator[Record]:
+    """Run one task after the other until the budget is spent; what runs then ends after the turn that it is in.
+
+    Yields:
+        ``measurement`` for each problem and variant; ``absent`` once for who cannot be had; ``skipped`` for what no
+        time was left for.
+    """
+    deadline, told = time.perf_counter() + budget, set[str]()
+    for task in work:
+        if time.perf_counter() > deadline:
+            yield {"kind": "skipped", **named(task.problem), "variants": list(task.variants)}
+            continue
+        yield from measure_task(task, opponents, ceilings, repeats, deadline)
+        for name, reason in opponents.absent.items():
+            if name not in told:
+                told.add(name)
+                yield {"kind": "absent", "variant": name, "reason": reason}
+        _tidy(task.problem)
+
+
+def named(problem: StageProblem) -> Record:
+    """What says which problem a record belongs to."""
+    return {
+        "case": f"stage {problem.stage}, batch {problem.batch}, {problem.solver}",
+        "stage": problem.stage,
+        "batch": problem.batch,
+        "solver": problem.solver,
+        "tokens": problem.tokens,
+        "weight": problem.weight,
+    }
+
+
+def measure_task(
+    task: Task, opponents: Opponents, ceilings: Ceilings, repeats: int, deadline: float = math.inf
+) -> Iterator[Record]:
+    """Check every variant, time the right ones in turns, then energy.
+
+    Args:
+        task: the problem and who runs it.
+        opponents: their models.
+        ceilings: of the device.
+        repeats: turns.
+        deadline: after which no turn is begun, on the clock of ``time.perf_counter``; there is one turn at least.
+    """
+    problem = task.problem
+    euler = problem.solver == "euler"
+    # First, while there is room: float64 takes much.
+    truth = true_first_state(problem, opponents.weights, ends_of(problem)) if euler else None
+    records: dict[str, Record] = {}
+    runs: dict[str, StageRun] = {}
+    checks: dict[str, Ran] = {}
+    for name in task.variants:
+        record = {"kind": "measurement", **named(problem), "variant": name}
+        try:
+            run = opponents.runs(name, problem)
+            if run is None:
+                continue
+            runs[name] = run
+            checks[name], found = _first_run(run, problem)
+        except Exception as error:  # a compiler fails in many ways; the others are measured all the same
+            found = {"right": False, "fault": first_line(error)}
+        if "peak_bytes" in found:
+            found["peak_bytes"] += opponents.size(name)
+        records[name] = record | found
+    for name, faults in stage_faults(problem, checks, truth).items():
+        records[name] |= {"right": not faults} | ({"fault": "; ".join(faults)} if faults else {})
+    right = {name: run for name, run in runs.items() if records[name]["right"]}
+    calls = {name: run.run for name, run in right.items()}
+    timed = time_runs(calls, problem.device, repeats, min(deadline, time.perf_counter() + TURNS_SECONDS))
+    for name, timing in timed.timings.items():
+        records[name] |= figures(problem, checks[name], timing, ceilings)
+        if REFERENCE in timed.timings:
+            records[name]["times"] = {REFERENCE: timing.times_faster_than(timed.timings[REFERENCE])}
+        if task.energy and (found := joules_of(calls[name], problem.device)):
+            found["joules"] /= problem.batch * checks[name].evaluations
+            records[name] |= found
+    for name, fault in timed.failed.items():
+        records[name] |= {"right": False, "fault": fault}
+    for run in runs.values():
+        run.close()
+    yield from records.values()
+
+
+def _first_run(run: StageRun, problem: StageProblem) -> tuple[Ran, Record]:
+    """Run for the first time, which compiles and captures; its memory is that beside what lay there before."""
+    on_gpu = problem.device.type == "cuda"
+    before = torch.cuda.memory_allocated(problem.device) if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(problem.device)
+    compiled = graphs_compiled()
+    seconds, ran = seconds_of(partial(run.run, keep_first=True), problem.device)
+    found: Record = {
+        "first_seconds": seconds,
+        "graphs_compiled": graphs_compiled() - compiled,
+        "steps": ran.steps,
+        "evaluations": ran.evaluations,
+    }
+    if on_gpu and not isinstance(run, PublicRun):
+        found["peak_bytes"] = torch.cuda.max_memory_allocated(problem.device) - before
+    return ran, found
+
+
+def ends_of(problem: StageProblem) -> list[int]:
+    """The images that are checked: the first and the last."""
+    return sorted({0, problem.batch - 1})
+
+
+def stage_faults(
+    problem: StageProblem, checks: Mapping[str, Ran], truth: tuple[Tensor, float] | None
+) -> dict[str, list[str]]:
+    """What is wrong with each variant: its end is not finite, or its first Euler step misses level D.
+
+    Args:
+        problem: the stage.
+        checks: first runs; the reference's, in the problem's type, sets the bound.
+        truth: the states of :func:`ends_of` in float64 after that step, and the largest change. None for Dopri5, whose
+            end depends on decisions: finiteness is all there, and Euler's check has the same model.
+    """
+    found: dict[str, list[str]] = {
+        name: [] if bool(ran.end.isfinite().all()) else ["not finite"] for name, ran in checks.items()
+    }
+    plain = checks.get(REFERENCE)
+    if truth is None or plain is None or plain.first is None:
+        return found
+    images, (state, change) = ends_of(problem), truth
+    unit = torch.finfo(problem.dtype).eps / 2
+    allowed = 2 * (plain.first[images].double() - state).abs().max().item() + 2 * unit * change
+    for name, ran in checks.items():
+        if ran.first is None:
+            continue
+        error = (ran.first[images].double() - state).abs().max().item()
+        # The published code rounds its state, too.
+        bound = allowed + (unit * state.abs().max().item() if name == PUBLIC else 0.0)
+        if not error <= bound:
+            found[name].append(f"error {error:.3e}, bound {bound:.3e}")
+    return found
+
+
+def figures(problem: StageProblem, ran: Ran, timing: Timing, ceilings: Ceilings) -> Record:
+    """Seconds per image and evaluation of the model, and the share of them that the device's ceilings alone would take.
+
+    A step of Euler's is one evaluation; an attempt of Dopri5 is six, and its start two.
+    """
+    one = Timing(tuple(s / (problem.batch * ran.evaluations) for s in timing.turns))
+    floor = ceilings.floor(problem.flops, problem.pointwise_bytes) / problem.batch
+    return {
+        "per": "image and evaluation",
+        "seconds": one.spread(),
+        "flops": problem.flops / problem.batch,
+        "floor_seconds": floor,
+        "fraction_of_floor": floor / one.median,
+    }
+
+
+def _tidy(problem: StageProblem) -> None:
+    gc.collect()
+    if problem.device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,234 @@
+"""A stage run by each opponent: the reference, plain, compiled and by torchdiffeq; the engine; the published code."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pixelflow_benchmarks.opponents.public_process import PublicProcess
+from pixelflow_benchmarks.opponents.random_models import random_reference
+from pixelflow_engine import PixelFlowEngine
+from pixelflow_engine.graphs import CudaCapture
+from pixelflow_engine.packed_stages import PackedStages, ProgramStore
+from pixelflow_engine.plain_stages import PlainStages
+from pixelflow_engine.plan import Condition, SamplingPlan, StagePlan
+from pixelflow_engine.reference import PixelFlowTransformer, Stage, dopri5, euler_times, make_stages
+from pixelflow_engine.reference.sampler import guided_velocity
+from pixelflow_engine.reference.solvers import euler_step
+from pixelflow_engine.schedule import make_stages as engine_stages
+from pixelflow_engine.solvers import Tolerance
+from pixelflow_engine.stages import OnStep, Stages, States
+
+from .problem import ATTEMPTS, Ran, StageProblem
+
+Field = Callable[[Tensor, Tensor], Tensor]
+"""The velocity of a state at a place within the stage."""
+
+
+class EngineRun:
+    """The engine's own stages, see :class:`~.problem.StageRun`.
+
+    Args:
+        engine: whose model, backend, compilation and graphs are used.
+        problem: the stage.
+    """
+
+    def __init__(self, engine: PixelFlowEngine, problem: StageProblem) -> None:
+        config = problem.config
+        self.plan = StagePlan(
+            stage=engine_stages(config.scheduler)[problem.stage],
+            shapes=(problem.shape,),
+            weights=(problem.weight,) * problem.batch,
+            num_steps=problem.steps,
+        )
+        sampling = SamplingPlan(
+            stages=(self.plan,),
+            solver=problem.solver,
+            shift=1.0,
+            state="fp32",
+            tolerance=Tolerance(max_attempts=ATTEMPTS),
+        )
+        condition = Condition(class_labels=problem.labels())
+        self.store = ProgramStore(CudaCapture(problem.device) if engine.graphs else None)
+        self.stages: Stages
+        if engine.exact:
+            self.stages = PlainStages(engine.model, config, sampling, condition)
+        else:
+            self.stages = PackedStages(engine.model, config, sampling, condition, self.store)
+        self.x = problem.start()
+
+    @torch.no_grad()
+    def run(self, keep_first: bool = False) -> Ran:
+        """See :class:`~.problem.StageRun`."""
+        kept: list[Tensor] = []
+
+        def keep(step: int, tau: object, states: object) -> States | None:
+            if keep_first and step == 0 and callable(states):
+                kept.append(states()[0].clone())
+            return None
+
+        on_step: OnStep = keep
+        outcome = self.stages.run([self.x], self.plan, on_step)
+        return Ran(kept[0] if kept else None, outcome.states[0], outcome.steps, outcome.evaluations)
+
+    def close(self) -> None:
+        """See :class:`~.problem.StageRun`."""
+        self.store.close()
+
+
+class ReferenceRun:
+    """The reference's step, its products in the problem's type by automatic casts, see :class:`~.problem.StageRun`."""
+
+    def __init__(self, model: PixelFlowTransformer, problem: StageProblem) -> None:
+        self.model = model
+        self.problem = problem
+        self.x, self.labels = problem.start(), problem.labels()
+
+    @torch.no_grad()
+    def run(self, keep_first: bool = False) -> Ran:
+        """See :class:`~.problem.StageRun`."""
+        with autocast(self.problem):
+            return self._euler(keep_first) if self.problem.solver == "euler" else self._dopri5()
+
+    def _euler(self, keep_first: bool) -> Ran:
+        problem, x, first = self.problem, self.x, None
+        tau, t_model = euler_times(_stage(problem), problem.steps)
+        for step in range(problem.steps):
+            x = euler_step(x, self._velocity(x, t_model[step].float()), tau[step], tau[step + 1])
+            if step == 0 and keep_first:
+                first = x
+        return Ran(first, x, problem.steps, problem.steps)
+
+    def _dopri5(self) -> Ran:
+        begin, last = _stage(self.problem).window
+        evaluations, x = 0, self.x
+
+        def field(y: Tensor, tau: Tensor) -> Tensor:
+            nonlocal evaluations, x
+            evaluations, x = evaluations + 1, y
+            return self._velocity(y, (begin + (last - begin) * tau).float())
+
+        end = self.integrate(field, self.x)
+        return Ran(None, x if end is None else end, (evaluations - 2) // 6, evaluations)
+
+    @staticmethod
+    def integrate(field: Field, x: Tensor) -> Tensor | None:
+        """The stage's end; None where the attempts ended before it."""
+        try:
+            return dopri5(field, x, max_attempts=ATTEMPTS).x
+        except RuntimeError as error:
+            if "attempts did not reach" not in str(error):
+                raise
+        return None
+
+    def _velocity(self, x: Tensor, t_model: Tensor) -> Tensor:
+        times = t_model.to(x.device).expand(x.shape[0])
+        return guided_velocity(self.model, x, times, self.problem.weight, self.labels, None, None, torch.float32)
+
+    def close(self) -> None:
+        """See :class:`~.problem.StageRun`."""
+
+
+class TorchdiffeqRun(ReferenceRun):
+    """The reference's velocity under torchdiffeq's Dopri5, see :class:`~.problem.StageRun`.
+
+    Raises:
+        NotImplementedError: the solver is another.
+    """
+
+    def __init__(self, model: PixelFlowTransformer, problem: StageProblem) -> None:
+        if problem.solver != "dopri5":
+            raise NotImplementedError("torchdiffeq: only Dopri5 is run")
+        super().__init__(model, problem)
+
+    @staticmethod
+    def integrate(field: Field, x: Tensor) -> Tensor | None:
+        """See :class:`ReferenceRun`."""
+        from torchdiffeq import odeint
+
+        tolerance = Tolerance()
+        try:
+            states = odeint(
+                lambda tau, y: field(y, tau),
+                x,
+                torch.tensor([0.0, 1.0], dtype=torch.float64, device=x.device),
+                rtol=tolerance.rtol,
+                atol=tolerance.atol,
+                method="dopri5",
+                options={"max_num_steps": ATTEMPTS},
+            )
+        except AssertionError as error:
+            if "max_num_steps" not in str(error):
+                raise
+            return None
+        return states[-1]
+
+
+class PublicRun:
+    """A stage by the published code's Euler steps, see :class:`pixelflow_benchmarks.suites.stages.runs.StageRun`.
+
+    Raises:
+        NotImplementedError: the solver is another.
+    """
+
+    def __init__(self, process: PublicProcess, problem: StageProblem) -> None:
+        if problem.solver != "euler":
+            raise NotImplementedError("public: only its Euler steps are run")
+        self.process = process
+        self.problem = problem
+        process.ask({"do": "prepare", "stage": problem.stage, "batch": problem.batch, "steps": problem.steps})
+
+    def run(self, keep_first: bool = False) -> Ran:
+        """See :class:`pixelflow_benchmarks.suites.stages.runs.StageRun`; waits until it is done."""
+        file = Path(self.process.folder.name) / "states.pt"
+        self.process.ask({"do": "run", "keep": str(file) if keep_first else None})
+        first = end = torch.zeros(1)
+        if keep_first:
+            states = torch.load(file, weights_only=True)
+            first, end = states["first"].to(self.problem.device), states["end"].to(self.problem.device)
+        return Ran(first if keep_first else None, end, self.problem.steps, self.problem.steps)
+
+    def close(self) -> None:
+        """Nothing to release: the process serves the next problem."""
+
+
+def reference_model(problem: StageProblem, weights: Mapping[str, Tensor]) -> PixelFlowTransformer:
+    """The reference with float32 weights. They want gradients: only then do automatic casts keep what they made."""
+    return random_reference(problem.config, weights, torch.float32).requires_grad_(True)
+
+
+@contextlib.contextmanager
+def autocast(problem: StageProblem) -> Iterator[None]:
+    """Automatic casts to the problem's type; none where that is float32."""
+    with torch.autocast(problem.device.type, torch.bfloat16, enabled=problem.dtype == torch.bfloat16):
+        yield
+
+
+@torch.no_grad()
+def true_first_state(problem: StageProblem, weights: Mapping[str, Tensor], images: list[int]) -> tuple[Tensor, float]:
+    """Some images' state after the first Euler step, in float64, and the largest true change."""
+    model = random_reference(problem.config, weights, torch.float64)
+    tau, t_model = euler_times(_stage(problem), problem.steps)
+    x, labels = problem.start(), problem.labels()
+    step = tau[1].float() - tau[0].float()
+    states, change = [], 0.0
+    for image in images:  # one by one: float64 attention writes its logits out
+        one = slice(image, image + 1)
+        time = t_model[0].float().to(x.device).expand(1)
+        v = guided_velocity(model, x[one], time, problem.weight, labels[one], None, None, torch.float64)
+        states.append(x[one].double() + step.to(v) * v)
+        change = max(change, (step.to(v) * v).abs().max().item())
+    del model
+    gc.collect()
+    if problem.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return torch.cat(states), change
+
+
+def _stage(problem: StageProblem) -> Stage:
+    return make_stages(problem.config.scheduler.num_stages)[problem.stage]

@@ -1,0 +1,73 @@
+"""What ``bench stages`` runs, in which order: what matters most comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pixelflow_engine import PixelFlowConfig
+
+from .opponents import FIRST, SOLVER_OF, VARIANTS
+from .problem import REFERENCE, StageProblem, StageSolver
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A problem and who runs it.
+
+    Attributes:
+        problem: the stage.
+        variants: opponents.
+        energy: whether joules are measured too.
+    """
+
+    problem: StageProblem
+    variants: tuple[str, ...]
+    energy: bool
+
+
+def tasks(
+    config: PixelFlowConfig,
+    variants: Sequence[str],
+    stages: Sequence[int],
+    batches: Sequence[int],
+    solvers: Sequence[StageSolver],
+    steps: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[Task]:
+    """What to run, most important first: batch 16 before 1, 4 and 32, Euler before Dopri5, large stages before small.
+
+    Args:
+        config: of the model.
+        variants: opponents; the reference, which the others are checked against, is always one.
+        stages, batches, solvers: which; in any order.
+        steps: Euler's; by default few where they are long.
+        dtype: of the matrix products.
+        device: where.
+    """
+    by_batch = sorted(batches, key=lambda b: ([16, 1, 4, 32].index(b) if b in (16, 1, 4, 32) else 4, b))
+    first = (REFERENCE, *(v for v in FIRST if v in variants and v != REFERENCE))
+    rest = (REFERENCE, *(v for v in VARIANTS if v in variants and v not in FIRST))
+
+    def problems(batch: int, solver: StageSolver) -> Iterator[StageProblem]:
+        for stage in sorted(stages, reverse=True):
+            p = StageProblem(
+                config=config, stage=stage, batch=batch, steps=2, solver=solver, dtype=dtype, device=device
+            )
+            number = min(30, max(4, 10240 // p.tokens)) if steps is None else steps
+            yield StageProblem(
+                config=config, stage=stage, batch=batch, steps=number, solver=solver, dtype=dtype, device=device
+            )
+
+    order = [(batch, solver, first) for solver in ("euler", "dopri5") if solver in solvers for batch in by_batch[:1]]
+    order += [(batch, "euler", first) for batch in by_batch[1:2] if "euler" in solvers]
+    order += [(batch, "euler", rest) for batch in by_batch[:1] if "euler" in solvers and rest != (REFERENCE,)]
+    order += [(batch, "euler", first) for batch in by_batch[2:] if "euler" in solvers]
+    order += [(batch, "dopri5", first) for batch in by_batch[1:] if "dopri5" in solvers]
+    for place, (batch, solver, who) in enumerate(order):
+        for problem in problems(batch, "euler" if solver == "euler" else "dopri5"):
+            variants = tuple(v for v in who if SOLVER_OF.get(v, solver) == solver)
+            yield Task(problem, variants, energy=place == 0)

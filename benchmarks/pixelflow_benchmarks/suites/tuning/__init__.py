@@ -1,0 +1,1 @@
+"""Launch configurations: candidates, measurements, choices."""
