@@ -69,7 +69,7 @@ $(DEV): $(PY) pyproject.toml constraints.txt
 
 # --- targets -----------------------------------------------------------------------------------------------
 
-.PHONY: help setup quickstart test fuzz mutants aot promises lint types check clean
+.PHONY: help setup quickstart test fuzz mutants aot promises tables lint types check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -112,6 +112,9 @@ aot: $(DEV) $(OTHER) ## compile every kernel for GPUs that are not there; cubins
 promises: $(DEV) $(OTHER) ## compile a sample of them and hold it to what it promises
 	$(if $(TRITON),$(PY) -c 'import triton; assert triton.__version__ == "$(TRITON)"')
 	$(PY) -m pytest tests/kernels/test_machine_code.py $(ARGS)
+
+tables: $(DEV) ## fill the tables of the documentation in from benchmarks/results
+	$(VENV)/bin/pixelflow bench tables README.md docs/benchmarks.md docs/performance.md $(ARGS)
 
 lint: $(DEV) ## ruff: rules and format
 	$(PY) -m ruff check .

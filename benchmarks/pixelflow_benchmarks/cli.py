@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from .commands import blocks, compare, digits, distance, images, kernels, stages, tune
+from .commands import blocks, compare, digits, distance, images, kernels, stages, tables, tune
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure the quality of generated images.")
 evaluate.command("digits")(digits.evaluate)
@@ -18,3 +18,4 @@ bench.command("distance")(distance.command)
 bench.command("blocks")(blocks.command)
 bench.command("tune")(tune.command)
 bench.command("compare")(compare.command)
+bench.command("tables")(tables.command)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixelflow_benchmarks import blocks
-from pixelflow_benchmarks.kernel_cases.case import STAGE_SIDES, WIDTH
-from pixelflow_benchmarks.tracing import TracedOp, fake, fake_cuda, tracing
+from pixelflow_benchmarks.harness.results import newest, read_runs, result_files
+from pixelflow_benchmarks.harness.tracing import TracedOp, fake, fake_cuda, tracing
+from pixelflow_benchmarks.suites import blocks
+from pixelflow_benchmarks.suites.kernels.case import STAGE_SIDES, WIDTH
 from pixelflow_engine.fused import FusedOperations
 from pixelflow_engine.operations import Operations, PlainOperations
 
@@ -75,15 +74,11 @@ def test_the_reference_counts_like_the_published_code() -> None:
     assert not torch.is_autocast_enabled("cuda")
 
 
-def test_the_documented_figures_are_those_of_the_results() -> None:
-    root = Path(__file__).parents[2]
-    block = re.search(
-        r"<!-- blocks: (\S+) -->\n(.*?)<!-- /blocks -->", (root / "docs/benchmarks.md").read_text(), re.DOTALL
-    )
-    assert block is not None
-    records = [json.loads(line) for line in (root / block[1]).read_text().splitlines()]
-    assert block[2] == blocks.block_tables(records)[-1].markdown()
-    by = {r["variant"]: r for r in records if r["kind"] == "block"}
+def test_the_committed_figures_are_those_of_today() -> None:
+    files = result_files(Path(__file__).parents[2] / "benchmarks/results")
+    run = newest([run for file in files for run in read_runs(file)], "blocks")
+    assert run is not None
+    by = {r["variant"]: r for r in run.of_kind("block")}
     now = record(FusedOperations("triton"))
     assert by["engine, fused"]["launches"] == now["launches"], "trace again: pixelflow bench blocks"
     assert by["engine, fused"]["bytes_per_value"] == now["bytes_per_value"]

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from pixelflow_benchmarks.distance import Variant, distance_table, measure_distance
+from pixelflow_benchmarks.suites.distance import Variant, distance_table, measure_distance
 from pixelflow_engine import Checkpoint, ModelConfig, PixelFlowConfig, PixelFlowEngine, SchedulerConfig
 from support.reference_models import random_reference
+from support.results import run_of
 
 CPU = torch.device("cpu")
 PLAIN = [Variant(dtype, "torch", False) for dtype in ("float64", "float32", "bfloat16")]
@@ -55,6 +56,7 @@ def test_a_wrong_engine_shows(checkpoint: Checkpoint, monkeypatch: pytest.Monkey
 
 def test_what_cannot_run_is_named_and_left_out_of_the_table(checkpoint: Checkpoint) -> None:
     records = [*measure_distance(checkpoint, [1], 3, CPU, [PLAIN[1], Variant("float32", "flash", False)])]
-    assert "'flash' cannot run" in records[1]["absent"]
-    head = {"kind": "environment", "model": "m", "images": 1, "steps": 3, "machine": "x86_64", "torch": "2"}
-    assert [row[0] for row in distance_table([head, *records]).rows] == ["float32, torch"]
+    assert records[1]["kind"] == "absent"
+    assert "'flash' cannot run" in records[1]["reason"]
+    run = run_of("distance", *records, model="m", images=1, steps=3)
+    assert [row[0] for row in distance_table(run).rows] == ["float32, torch"]

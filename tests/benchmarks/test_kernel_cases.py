@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from pixelflow_benchmarks.kernel_cases import OPS, all_cases, attention_truth, cascade, modulate, rope2d
-from pixelflow_benchmarks.kernel_cases import case as case_module
-from pixelflow_benchmarks.kernel_cases import varlen_attention as attention_cases
-from pixelflow_benchmarks.kernel_cases.case import Case, Outputs, Problem, faults, level_d
+from pixelflow_benchmarks.suites.kernels import attention_truth, cascade, modulate, rope2d
+from pixelflow_benchmarks.suites.kernels import case as case_module
+from pixelflow_benchmarks.suites.kernels import varlen_attention as attention_cases
+from pixelflow_benchmarks.suites.kernels.case import Case, Outputs, Problem, faults, level_d
+from pixelflow_benchmarks.suites.kernels.cases import OPS, all_cases
 
 CPU = torch.device("cpu")
 HEADS, HEAD_DIM = 2, 72

@@ -13,7 +13,7 @@ from scipy import linalg
 from sklearn.datasets import load_digits as load_scans
 from sklearn.neighbors import NearestNeighbors
 
-from pixelflow_benchmarks.quality import Judge, frechet_distance, nearest, scan_values
+from pixelflow_benchmarks.quality.scores import Judge, frechet_distance, nearest, scan_values
 from pixelflow_training.config import DataConfig
 from pixelflow_training.data import load_digits
 

@@ -3,34 +3,33 @@
 import json
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from pixelflow_benchmarks.cpu import cascade_table
-from pixelflow_benchmarks.digits import SETTINGS
-from pixelflow_benchmarks.distance import distance_table
-from pixelflow_benchmarks.tables import TextTable, quality_table
+from pixelflow_benchmarks.analysis.pages import fill
+from pixelflow_benchmarks.quality.digits import SETTINGS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-BLOCK = re.compile(r"<!-- quality: pixelflow eval table (\S+) -->\n(.*?)<!-- /quality -->", re.DOTALL)
+
+
+PAGES = ("README.md", "docs/benchmarks.md", "docs/performance.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tables_are_those_of_the_results(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert fill(text, ROOT) == text, "make tables"
 
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
-    block = BLOCK.search(README)
-    assert block is not None
-    return [json.loads(line) for line in (ROOT / block[1]).read_text().splitlines()]
-
-
-def test_the_quality_table_is_the_one_of_the_results(results: list[dict[str, Any]]) -> None:
-    block = BLOCK.search(README)
-    assert block is not None
-    assert block[2].strip() == quality_table(results).markdown().strip()
+    lines = (ROOT / "benchmarks/results/digits/quality.jsonl").read_text().splitlines()
+    assert "<!-- table: quality benchmarks/results/digits/quality.jsonl -->" in README
+    return [json.loads(line) for line in lines]
 
 
 def test_the_results_hold_what_the_bundled_model_promises(results: list[dict[str, Any]]) -> None:
@@ -41,31 +40,6 @@ def test_the_results_hold_what_the_bundled_model_promises(results: list[dict[str
     assert all(record["agreement"] >= 0.98 for record in default)
     assert all(record["copies"] <= 0.02 for record in generated)
     assert f"pixelflow eval digits --repeats {len(default)}`" in README
-
-
-def test_the_figures_of_other_weights_are_those_of_their_results() -> None:
-    """The recipe run again with another seed, and the short recipe."""
-    block = re.search(r"<!-- again: (\S+) (\S+) -->\n(.*?)<!-- /again -->", README, re.DOTALL)
-    assert block is not None
-    rows = [[cell.strip() for cell in row.strip("| ").split("|")] for row in block[3].splitlines()[2:]]
-    assert [row[0] for row in rows] == ["`digits`, seed 1", "`digits-two-minutes`"]
-    for row, path in zip(rows, block.group(1, 2), strict=True):
-        records = [json.loads(line) for line in (ROOT / path).read_text().splitlines()]
-        generated = [record for record in records if record["kind"] == "generated"]
-        assert [record["name"] for record in generated] == [SETTINGS[0].name] * 2
-        *_, figures = quality_table(records).rows
-        assert row[1:] == list(figures[1:7])
-
-
-@pytest.mark.parametrize(("name", "table"), [("cascade", cascade_table), ("distance", distance_table)])
-def test_the_tables_of_the_benchmarks_page_are_those_of_their_results(
-    name: str, table: Callable[[list[dict[str, Any]]], TextTable]
-) -> None:
-    page = (ROOT / "docs/benchmarks.md").read_text()
-    block = re.search(rf"<!-- {name}: (\S+) -->\n(.*?)<!-- /{name} -->", page, re.DOTALL)
-    assert block is not None
-    records = [json.loads(line) for line in (ROOT / block[1]).read_text().splitlines()]
-    assert block[2].strip() == table(records).markdown().strip()
 
 
 def commands() -> list[list[str]]:

@@ -11,23 +11,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pixelflow_benchmarks.ceilings import Ceilings
 from pixelflow_benchmarks.cli import bench
-from pixelflow_benchmarks.random_models import SHAPES, random_weights
-from pixelflow_benchmarks.stage_runs import ATTEMPTS, REFERENCE, Ran, StageProblem, true_first_state
-from pixelflow_benchmarks.stage_tables import absent
-from pixelflow_benchmarks.stages import (
-    ENERGY_SECONDS,
-    VARIANTS,
-    Opponents,
-    Task,
-    ends_of,
-    figures,
-    measure_stages,
-    measure_task,
-    stage_faults,
-    tasks,
-)
+from pixelflow_benchmarks.harness.ceilings import Ceilings
+from pixelflow_benchmarks.harness.energy import WINDOW
+from pixelflow_benchmarks.harness.tables import missing
+from pixelflow_benchmarks.harness.timing import Timing
+from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
+from pixelflow_benchmarks.suites.stages.measure import ends_of, figures, measure_stages, measure_task, stage_faults
+from pixelflow_benchmarks.suites.stages.opponents import COMPILED_REFERENCE, TORCHDIFFEQ, VARIANTS, Opponents
+from pixelflow_benchmarks.suites.stages.problem import ATTEMPTS, REFERENCE, Ran, StageProblem
+from pixelflow_benchmarks.suites.stages.runs import true_first_state
+from pixelflow_benchmarks.suites.stages.tasks import Task, tasks
+from support.engines import uncompiled
+from support.results import run_of
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(bytes_per_second=1e9, flops_per_second=1e12, dtype=torch.float32)
@@ -42,18 +38,19 @@ def test_the_command(tmp_path: Path) -> None:
     output = tmp_path / "stages.jsonl"
     who = [word for name in ("reference", "torch/eager", "triton/graphs") for word in ("--variant", name)]
     command = ["stages", "--device", "cpu", "--shape", "tiny", "--dtype", "float32", "--batch", "2", "--steps", "2"]
-    result = CliRunner().invoke(bench, [*command, *who, "--rounds", "1", "--output", str(output)])
+    result = CliRunner().invoke(bench, [*command, *who, "--repeats", "3", "--output", str(output)])
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert [r["kind"] for r in records[:2]] == ["environment", "ceilings"]
-    measured = [(r["solver"], r["stage"], r["variant"]) for r in records if r["kind"] == "stage"]
+    measured = [(r["solver"], r["stage"], r["variant"]) for r in records if r["kind"] == "measurement"]
     assert measured == [
         (solver, stage, variant)
         for solver in ("euler", "dopri5")
         for stage in (1, 0)
         for variant in ("reference", "torch/eager")
     ]
-    assert all(r["right"] and r["milliseconds"]["median"] > 0 for r in records if r["kind"] == "stage")
+    assert all(r["right"] and r["seconds"]["median"] > 0 for r in records if r["kind"] == "measurement")
+    assert all(r["times"][REFERENCE]["repeats"] == 3 for r in records if r["kind"] == "measurement")
     assert [r["variant"] for r in records if r["kind"] == "absent"] == ["triton/graphs"], "told once"
     assert "absent: triton/graphs" in result.output
 
@@ -66,17 +63,17 @@ def test_an_unknown_opponent_is_refused() -> None:
 
 
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])
-def test_the_packed_stages_are_right_too(solver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pixelflow_engine.engine.compile_blocks", lambda model: None)
+def test_the_packed_stages_are_right_too(solver: Any) -> None:
     problem = replace(TINY, solver=solver)
     task = Task(problem, (REFERENCE, "torch/eager", "torch/compiled"), energy=True)
-    found = list(measure_task(task, opponents(problem), CEILINGS, rounds=2))
+    with uncompiled():
+        found = list(measure_task(task, opponents(problem), CEILINGS, repeats=2))
     assert [r["variant"] for r in found] == list(task.variants)
     assert all(r["right"] for r in found), found
     steps, evaluations = (2, {2}) if solver == "euler" else (ATTEMPTS, {2 + 6 * ATTEMPTS, 2 + 6 * (ATTEMPTS + 1)})
     assert all(r["steps"] == steps for r in found)
     assert {r["evaluations"] for r in found} <= evaluations, "the last attempt may have been launched unseen"
-    assert not any("joules_per_image" in r for r in found), "a CPU has no counter"
+    assert not any("joules" in r for r in found), "a CPU has no counter"
 
 
 def test_what_is_wrong_is_found() -> None:
@@ -107,11 +104,12 @@ def test_a_failure_of_one_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("FailOnRecompileLimitHit\nmore")
 
     monkeypatch.setattr(type(run), "run", lambda self, keep_first=False: fail())
-    records = list(measure_task(Task(TINY, (REFERENCE, "torch/eager"), False), who, CEILINGS, rounds=1))
+    records = list(measure_task(Task(TINY, (REFERENCE, "torch/eager"), False), who, CEILINGS, repeats=1))
     by = {r["variant"]: r for r in records}
     assert by[REFERENCE]["right"]
     assert by["torch/eager"] == {
-        "kind": "stage", "stage": 1, "batch": 3, "solver": "euler", "tokens": 64, "weight": 2.4,
+        "kind": "measurement", "case": "stage 1, batch 3, euler",
+        "stage": 1, "batch": 3, "solver": "euler", "tokens": 64, "weight": 2.4,
         "variant": "torch/eager", "right": False, "fault": "RuntimeError: FailOnRecompileLimitHit",
     }  # fmt: skip
 
@@ -123,9 +121,9 @@ def test_the_floor_is_that_of_the_shapes() -> None:
     assert xl.flops / 32 == pytest.approx((3653 + 2165) * 1e9, rel=1e-3)
     assert xl.pointwise_bytes == 24 * 32 * 4096 * 1152 * 28
     ran = Ran(None, torch.zeros(1), steps=4, evaluations=4)
-    found = figures(xl, ran, [0.2 * 16], Ceilings(3.0e12, 798e12, torch.bfloat16))
-    assert found["milliseconds"]["median"] == pytest.approx(50.0)
-    assert found["floor_milliseconds"] == pytest.approx(16.7, abs=0.05)
+    found = figures(xl, ran, Timing((0.2 * 16,)), Ceilings(3.0e12, 798e12, torch.bfloat16))
+    assert found["seconds"]["median"] == pytest.approx(0.05)
+    assert found["floor_seconds"] == pytest.approx(0.0167, abs=5e-5)
     assert found["fraction_of_floor"] == pytest.approx(16.7 / 50, abs=0.001)
 
 
@@ -140,12 +138,46 @@ def test_the_most_important_comes_first() -> None:
     assert [t.problem.steps for t in everything[:4]] == [4, 10, 30, 30]
     assert [t.energy for t in everything[:5]] == [True] * 4 + [False]
     assert {name for t in everything for name in t.variants} == set(VARIANTS)
-    assert ENERGY_SECONDS >= 2
+    assert WINDOW >= 2
 
 
 def test_the_budget_ends_the_run() -> None:
     work = [Task(TINY, (REFERENCE, "flash/eager"), False), Task(replace(TINY, stage=0), (REFERENCE,), False)]
-    records = list(measure_stages(work, opponents(), CEILINGS, rounds=1, budget=0.001))
-    assert [r["kind"] for r in records] == ["stage", "absent", "skipped"]
-    assert list(absent(records).values()) == [["flash/eager"]]
+    records = list(measure_stages(work, opponents(), CEILINGS, repeats=1, budget=0.001))
+    assert [r["kind"] for r in records] == ["measurement", "absent", "skipped"]
+    assert list(missing(run_of("stages", *records)).values()) == [["flash/eager"]]
     assert (records[2]["stage"], records[2]["variants"]) == (0, [REFERENCE])
+
+
+def test_torchdiffeq_takes_the_references_steps() -> None:
+    """The same attempts, the same evaluations, and within the attempts the same states up to the order of sums."""
+    problem = replace(TINY, solver="dopri5")
+    who = opponents(problem)
+    plain, theirs = (who.runs(name, problem) for name in (REFERENCE, TORCHDIFFEQ))
+    assert plain is not None
+    assert theirs is not None
+    ours, other = plain.run(), theirs.run()
+    assert (other.steps, other.evaluations) == (ours.steps, ours.evaluations)
+    torch.testing.assert_close(other.end, ours.end, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(other.end, problem.start())
+
+
+def test_who_has_one_solver_is_asked_for_no_other() -> None:
+    everything = tasks(TINY.config, VARIANTS, [1], [2], ["euler", "dopri5"], None, torch.float32, CPU)
+    by = {solver: {v for t in everything if t.problem.solver == solver for v in t.variants} for solver in ("euler",)}
+    assert TORCHDIFFEQ not in by["euler"]
+    dopri5 = {
+        v for t in tasks(TINY.config, VARIANTS, [1], [2], ["dopri5"], None, torch.float32, CPU) for v in t.variants
+    }
+    assert TORCHDIFFEQ in dopri5
+    assert "public" not in dopri5
+
+
+def test_the_compiled_reference_is_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[object] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(options))
+    who = opponents()
+    assert who.runs(REFERENCE, TINY) is not None
+    assert compiled == []
+    assert who.runs(COMPILED_REFERENCE, TINY) is not None
+    assert compiled == [{"dynamic": False}] * TINY.config.model.depth

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixelflow_benchmarks.ceilings import Ceilings, measure_ceilings
-from pixelflow_benchmarks.kernel_cases.case import Case, faults
-from pixelflow_benchmarks.kernels import measure
-from pixelflow_benchmarks.tables import kernel_table
-from pixelflow_benchmarks.timing import summary, time_calls
+from pixelflow_benchmarks.harness.ceilings import Ceilings, measure_ceilings
+from pixelflow_benchmarks.harness.timing import Timing, spread, time_calls, time_runs
+from pixelflow_benchmarks.suites.kernels.case import Case, faults
+from pixelflow_benchmarks.suites.kernels.measure import measure
+from pixelflow_benchmarks.suites.kernels.table import kernel_table
+from support.results import run_of
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(bytes_per_second=1e9, flops_per_second=1e12, dtype=torch.float32)
@@ -30,26 +31,55 @@ def test_a_call_takes_as_long_as_it_takes() -> None:
         called.append("slow")
         time.sleep(0.02)
 
-    timings = time_calls({"slow": slow, "fast": lambda: called.append("fast")}, CPU, rounds=4)
+    timings = time_calls({"slow": slow, "fast": lambda: called.append("fast")}, CPU, repeats=4)
     assert timings["slow"].median >= 0.02
-    assert timings["fast"].low <= timings["fast"].median <= timings["fast"].high
-    assert timings["slow"].rounds == 4
+    fast = timings["fast"].spread()
+    assert fast["low"] <= fast["median"] <= fast["high"]
+    assert len(timings["slow"].turns) == 4
     assert not timings["slow"].captured
     assert called[2:] == ["slow", "fast"] * 4, "variants take turns"
 
 
-def test_too_few_rounds_are_refused() -> None:
-    with pytest.raises(ValueError, match="rounds: got 2, expected at least 3"):
-        time_calls({}, CPU, rounds=2)
+def test_too_few_repeats_are_refused() -> None:
+    with pytest.raises(ValueError, match="repeats: got 2, expected at least 3"):
+        time_calls({}, CPU, repeats=2)
 
 
-def test_quartiles() -> None:
-    timing = summary([5.0, 1.0, 4.0, 2.0, 3.0, 6.0, 7.0], captured=True)
-    assert (timing.low, timing.median, timing.high, timing.rounds, timing.captured) == (2.0, 4.0, 6.0, 7, True)
+def test_a_fifth_lies_below_and_a_fifth_above() -> None:
+    values = [5.0, 1.0, 4.0, 2.0, 3.0, 6.0]
+    assert spread(values) == {"median": 3.5, "low": 2.0, "high": 5.0, "repeats": 6}
+    assert Timing(tuple(values)).spread() == spread(values)
+
+
+def test_ratios_are_of_one_turn() -> None:
+    """A machine that is four times slower in one turn disturbs neither ratio."""
+    ours, theirs = Timing((1.0, 4.0, 1.0)), Timing((2.0, 8.0, 2.0))
+    assert ours.times_faster_than(theirs) == {"median": 2.0, "low": 2.0, "high": 2.0, "repeats": 3}
+    assert theirs.times_faster_than(ours)["median"] == 0.5
+
+
+def test_runs_take_turns_and_who_fails_is_left_out() -> None:
+    called: list[str] = []
+
+    def fail() -> None:
+        called.append("fails")
+        if called.count("fails") == 2:
+            raise RuntimeError("out of paper\nand more")
+
+    runs = time_runs({"works": lambda: called.append("works"), "fails": fail}, CPU, repeats=3)
+    assert called == ["works", "fails", "works", "fails", "works"]
+    assert len(runs.timings["works"].turns) == 3
+    assert runs.timings.keys() == {"works"}
+    assert runs.failed == {"fails": "RuntimeError: out of paper"}
+
+
+def test_no_turn_is_begun_after_the_deadline() -> None:
+    runs = time_runs({"works": lambda: None}, CPU, repeats=5, deadline=time.perf_counter() - 1)
+    assert len(runs.timings["works"].turns) == 1, "one turn at least"
 
 
 def test_ceilings_are_rates() -> None:
-    found = measure_ceilings(CPU, torch.float32, copy_bytes=2**20, side=64, rounds=3)
+    found = measure_ceilings(CPU, torch.float32, repeats=3)
     assert found.bytes_per_second > 0
     assert found.flops_per_second > 0
 
@@ -95,26 +125,30 @@ def test_nothing_wrong_gets_a_speed() -> None:
         case(lambda x: x * x, name="right", flops=500),
         case(lambda x: x * x + 1, name="wrong", absent={"other": "not installed"}),
     ]
-    records = list(measure(cases, CEILINGS, CPU, rounds=3))
+    records = list(measure(cases, CEILINGS, CPU, repeats=3))
     by_name = {(r["case"], r["variant"]): r for r in records}
     right, wrong = by_name["right", "ours"], by_name["wrong", "ours"]
     assert right["right"]
-    assert right["fraction_of_copy"] == pytest.approx(8000 / right["median"] / 1e9)
+    median = right["seconds"]["median"]
+    assert right["fraction_of_copy"] == pytest.approx(8000 / median / 1e9)
     assert right["gigabytes_per_second"] == pytest.approx(right["fraction_of_copy"])
-    assert right["teraflops"] == pytest.approx(500 / right["median"] / 1e12)
+    assert right["teraflops"] == pytest.approx(500 / median / 1e12)
+    assert right["floor_seconds"] == pytest.approx(8000 / 1e9), "the bytes take longer than the products"
+    assert right["fraction_of_floor"] == pytest.approx(right["fraction_of_copy"])
+    assert right["times"]["eager"]["repeats"] == 3
     assert not wrong["right"]
-    assert "median" not in wrong
-    assert "error" in wrong["faults"][0]
-    assert "median" in by_name["wrong", "eager"]
-    assert by_name["wrong", "other"]["absent"] == "not installed"
+    assert "seconds" not in wrong
+    assert "error" in wrong["fault"]
+    assert "seconds" in by_name["wrong", "eager"]
+    other = by_name["wrong", "other"]
+    assert (other["kind"], other["reason"]) == ("absent", "not installed")
 
-    head = [{"kind": "environment", "dtype": "float32", "batch": 1, "torch": "x"}]
-    head += [{"kind": "ceilings", "bytes_per_second": 1e9, "flops_per_second": 1e12}]
-    rows = {row[:2]: row for row in kernel_table([*head, *records, {"kind": "end"}]).rows}
+    run = run_of("kernels", CEILINGS.record(), *records, dtype="float32", batch=1)
+    rows = {row[:2]: row for row in kernel_table(run).rows}
     assert rows["wrong", "ours"][2] == "wrong: no speed"
     assert rows["wrong", "other"][2] == "not installed"
-    assert float(rows["right", "ours"][2]) == pytest.approx(right["median"] * 1e6, abs=0.06)
-    assert float(rows["right", "eager"][6]) == 1.0
+    assert rows["right", "ours"][2].startswith(f"{median * 1e6:.1f} (")
+    assert rows["right", "eager"][5] == "1.00 (1.00 to 1.00)"
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, inside inductor
@@ -125,7 +159,7 @@ def test_every_operation_has_cases_that_are_right_and_timed(tmp_path: Path) -> N
     from pixelflow_benchmarks.cli import bench
 
     output = tmp_path / "kernels.jsonl"
-    command = ["kernels", "--device", "cpu", "--dtype", "float32", "--batch", "1", "--rounds", "3", "--output"]
+    command = ["kernels", "--device", "cpu", "--dtype", "float32", "--batch", "1", "--repeats", "3", "--output"]
     stages = ["--stage", "0", "--op", "rope2d", "--op", "modulate", "--op", "ode_step"]
     result = CliRunner().invoke(bench, [*command, str(output), *stages])
     assert result.exit_code == 0, result.output
@@ -134,4 +168,4 @@ def test_every_operation_has_cases_that_are_right_and_timed(tmp_path: Path) -> N
     assert records[-1]["kind"] == "end"
     ours = {r["case"]: r for r in records if r.get("variant") == "ours"}
     assert len(ours) == 10
-    assert all(r["right"] and r["median"] > 0 for r in ours.values())
+    assert all(r["right"] and r["seconds"]["median"] > 0 for r in ours.values())

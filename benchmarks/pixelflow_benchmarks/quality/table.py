@@ -54,6 +54,14 @@ def quality_table(records: Sequence[Record]) -> TextTable:
     return TextTable(title, header, tuple(rows))
 
 
+def again_table(*evaluations: Sequence[Record]) -> TextTable:
+    """The first setting of other weights: the recipe with another seed, and the short recipe."""
+    names = ("`digits`, seed 1", "`digits-two-minutes`")
+    tables = [quality_table(records) for records in evaluations]
+    rows = [(name, *table.rows[-1][1:7]) for name, table in zip(names, tables, strict=True)]
+    return TextTable(tables[0].title, ("weights", *tables[0].header[1:7]), tuple(rows))
+
+
 def spread(values: list[float], digits: int) -> str:
     """Mean, and half the range where there are several."""
     mean = f"{np.mean(values):.{digits}f}"

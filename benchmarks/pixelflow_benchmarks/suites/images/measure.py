@@ -95,6 +95,8 @@ def wrong(images: Mapping[str, Tensor], truth: Tensor) -> dict[str, str]:
     further from float64 than twice the reference plus two roundings, as root mean squares. Noise of its own gives other
     images: finite ones is all that is asked there, the same engine is checked with the reference's noise.
     """
+    if REFERENCE not in images:
+        return dict.fromkeys(images, "nothing to compare with: the reference failed")
     found = {}
     expected = images[REFERENCE]
     bound = 2 * distance(expected, truth) + torch.finfo(torch.float32).eps

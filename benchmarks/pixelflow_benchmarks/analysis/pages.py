@@ -1,0 +1,65 @@
+"""Tables in Markdown pages, filled in from result files.
+
+A page says where a table goes and what it is of::
+
+    <!-- table: stages benchmarks/results/nvidia-h100-80gb-hbm3 -->
+    <!-- /table -->
+
+First the table's name, then a result file, or a device's folder: of the runs there the newest counts. Where there is
+none, the page says that it was not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from pixelflow_benchmarks.harness.results import Run, newest, read_runs, result_files
+from pixelflow_benchmarks.harness.tables import TextTable
+from pixelflow_benchmarks.quality.table import again_table, quality_table
+from pixelflow_benchmarks.suites.blocks import block_table
+from pixelflow_benchmarks.suites.distance import distance_table
+from pixelflow_benchmarks.suites.images.table import image_table
+from pixelflow_benchmarks.suites.kernels.table import kernel_table
+from pixelflow_benchmarks.suites.stages.table import stage_table
+
+PLACE = re.compile(r"(<!-- table: (\S+) ([^>]*?) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+
+OF_SUITES: Mapping[str, Callable[[Run], TextTable]] = {
+    "blocks": block_table,
+    "distance": distance_table,
+    "images": image_table,
+    "kernels": kernel_table,
+    "stages": stage_table,
+}
+OF_EVALUATIONS: Mapping[str, Callable[..., TextTable]] = {"quality": quality_table, "again": again_table}
+"""From the lines of files that ``pixelflow eval`` wrote."""
+
+
+def fill(page: str, root: Path) -> str:
+    """The page with every table made anew.
+
+    Args:
+        page: Markdown.
+        root: what the sources' paths are relative to.
+
+    Raises:
+        ValueError: there is no table of a name, or a source cannot be read.
+    """
+    return PLACE.sub(lambda found: f"{found[1]}{_table(found[2], found[3].split(), root)}{found[5]}", page)
+
+
+def _table(name: str, sources: list[str], root: Path) -> str:
+    paths = [root / source for source in sources]
+    if name in OF_EVALUATIONS:
+        evaluations = [[json.loads(line) for line in path.read_text("utf-8").splitlines()] for path in paths]
+        return OF_EVALUATIONS[name](*evaluations).markdown()
+    if name not in OF_SUITES:
+        raise ValueError(f"table: got {name!r}, expected one of {', '.join([*OF_SUITES, *OF_EVALUATIONS])}")
+    files = [file for path in paths for file in ([path] if path.is_file() else result_files(path))]
+    run = newest([run for file in files for run in read_runs(file)], name)
+    if run is None:
+        return f"Not measured: no run of `pixelflow bench {name}` in {', '.join(sources)}.\n"
+    return OF_SUITES[name](run).markdown()

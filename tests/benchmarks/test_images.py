@@ -1,0 +1,157 @@
+"""``bench images``: images are compared before anything is timed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from pixelflow_benchmarks.cli import bench
+from pixelflow_benchmarks.harness.ceilings import Ceilings
+from pixelflow_benchmarks.harness.timing import Timing
+from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
+from pixelflow_benchmarks.suites.images.measure import check_and_time, figures, measure_images
+from pixelflow_benchmarks.suites.images.opponents import (
+    EXACT,
+    LOOP,
+    ON_CPU,
+    ON_GPU,
+    OWN_NOISE,
+    REFERENCE,
+    ImageOpponents,
+    ImageProblem,
+)
+from support.engines import uncompiled
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(bytes_per_second=3e12, flops_per_second=8e14, dtype=torch.float32)
+PROBLEM = ImageProblem(config=SHAPES["tiny"], batch=2, steps=2, dtype=torch.float32, device=CPU)
+TRUTH = torch.linspace(0, 1, 48, dtype=torch.float64).view(1, 3, 4, 4)
+COMPILED = "engine, compiled"
+
+
+def tiny_opponents() -> ImageOpponents:
+    config = PROBLEM.config
+    return ImageOpponents(config, random_weights(config, CPU), torch.float32, CPU)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    output = tmp_path / "images.jsonl"
+    command = [
+        "images",
+        "--device",
+        "cpu",
+        "--shape",
+        "tiny",
+        "--steps",
+        "2",
+        "--repeats",
+        "3",
+        "--output",
+        str(output),
+    ]
+    with uncompiled():
+        result = CliRunner().invoke(bench, command)
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [r["kind"] for r in records[:2]] == ["environment", "ceilings"]
+    assert records[-1]["kind"] == "end"
+    measured = {r["variant"]: r for r in records if r["kind"] == "measurement"}
+    assert measured.keys() == {*ON_CPU}
+    assert all(r["right"] and r["per"] == "image" and r["seconds"]["repeats"] == 3 for r in measured.values())
+    assert all(r["times"].keys() == {REFERENCE, LOOP} for r in measured.values())
+    assert measured[REFERENCE]["times"][REFERENCE]["median"] == 1
+    assert all(0 < r["shares"][part] < 1 for r in measured.values() for part in ("attention", "products"))
+
+
+def test_an_unknown_opponent_is_refused() -> None:
+    result = CliRunner().invoke(bench, ["images", "--device", "cpu", "--shape", "tiny", "--variant", "fast"])
+    assert isinstance(result.exception, ValueError)
+    assert "variant: got 'fast', expected one of" in str(result.exception)
+
+
+def test_all_draw_the_same_noise() -> None:
+    opponents = tiny_opponents()
+    with uncompiled():
+        images = {name: opponents.call(name, PROBLEM)() for name in ON_CPU}
+    assert images[REFERENCE].shape == (2, 3, 16, 16)
+    assert images[REFERENCE].std() > 0.1, "an image, not a constant"
+    assert torch.equal(images[LOOP], images[EXACT])
+    assert not torch.equal(images[COMPILED], images[EXACT]), "the packed stages round otherwise"
+    assert (images[EXACT].double() - opponents.truth(PROBLEM)).abs().max() < 1e-4
+
+
+def test_who_cannot_run_is_named_and_the_rest_runs() -> None:
+    records = list(measure_images(PROBLEM, tiny_opponents(), ("engine, triton", EXACT), CEILINGS, repeats=1))
+    assert [(r["kind"], r["variant"]) for r in records] == [
+        ("absent", "engine, triton"),
+        ("measurement", REFERENCE),
+        ("measurement", EXACT),
+    ]
+    assert "'triton' cannot run" in records[0]["reason"]
+
+
+def raising() -> Tensor:
+    raise RuntimeError("no compiler\nand more")
+
+
+@pytest.mark.parametrize(
+    ("variant", "call", "said"),
+    [
+        (EXACT, lambda: TRUTH.float().nextafter(torch.tensor(2.0)), "48 of 48 values differ"),
+        (LOOP, lambda: 1 - TRUTH.float(), "values differ"),
+        (COMPILED, lambda: TRUTH.float() + 1e-4, "error 1.0"),
+        (COMPILED, lambda: TRUTH.float() * torch.nan, "error nan"),
+        (COMPILED, raising, "RuntimeError: no compiler"),
+        (COMPILED, lambda: TRUTH.float().nextafter(torch.tensor(2.0)), None),
+        (OWN_NOISE, lambda: 1 - TRUTH.float(), None),
+        (OWN_NOISE, lambda: TRUTH.float() * torch.nan, "not finite"),
+    ],
+)
+def test_nothing_wrong_gets_a_time(variant: str, call: Callable[[], Tensor], said: str | None) -> None:
+    calls: dict[str, Callable[[], Tensor]] = dict.fromkeys((REFERENCE, LOOP, EXACT, COMPILED), lambda: TRUTH.float())
+    calls[variant] = call
+    records = {r["variant"]: r for r in check_and_time(PROBLEM, calls, lambda: TRUTH, CEILINGS, repeats=1)}
+    assert records.keys() == calls.keys()
+    faults = {name: r["fault"] for name, r in records.items() if "fault" in r}
+    timed = {name for name, r in records.items() if "seconds" in r}
+    if said is None:
+        assert faults == {}
+        assert timed == calls.keys()
+    else:
+        assert list(faults) == [variant]
+        assert said in faults[variant]
+        assert timed == calls.keys() - {variant}
+        assert all(variant not in r.get("times", {}) for r in records.values())
+
+
+def test_the_reference_has_no_time_where_it_fails_and_the_others_have_none_either() -> None:
+    calls = {REFERENCE: raising, EXACT: lambda: TRUTH.float()}
+    records = list(check_and_time(PROBLEM, calls, lambda: TRUTH, CEILINGS, repeats=1))
+    assert [r["right"] for r in records] == [False, False]
+    assert "nothing to compare with" in records[1]["fault"]
+
+
+def test_the_floor_is_that_of_all_stages() -> None:
+    """Thirty steps of the published model: 2 x 5818 GFLOP at the last stage, no null half at the first."""
+    xl = ImageProblem(config=SHAPES["xl"], batch=1, steps=30, dtype=torch.bfloat16, device=CPU)
+    per_stage = [57.5e9, 2 * 236.5e9, 2 * 1048e9, 2 * 5818e9]
+    assert xl.flops == pytest.approx(30 * sum(per_stage), rel=0.01)
+    values = 30 * (64 + 2 * 256 + 2 * 1024 + 2 * 4096) * 1152 * 28
+    assert xl.pointwise_bytes == 24 * values
+    found = figures(replace(xl, batch=2), Timing((3.0, 5.0, 4.0)), CEILINGS)
+    assert found["seconds"]["median"] == pytest.approx(2.0)
+    assert found["images_per_second"] == pytest.approx(0.5)
+    assert found["floor_seconds"] == pytest.approx(xl.flops / 8e14 + xl.pointwise_bytes / 3e12)
+    assert found["fraction_of_floor"] == pytest.approx(found["floor_seconds"] / 2)
+
+
+def test_the_most_important_variants_of_a_gpu_come_first() -> None:
+    assert ON_GPU[:2] == ("engine, triton, compiled", REFERENCE)
+    assert {LOOP, OWN_NOISE} <= {*ON_GPU}
