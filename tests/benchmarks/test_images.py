@@ -6,6 +6,9 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,9 +26,11 @@ from pixelflow_benchmarks.suites.images.opponents import (
     ON_CPU,
     ON_GPU,
     OWN_NOISE,
+    PUBLIC,
     REFERENCE,
     ImageOpponents,
     ImageProblem,
+    PublicImages,
 )
 from support.engines import uncompiled
 
@@ -63,7 +68,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert [r["kind"] for r in records[:2]] == ["environment", "ceilings"]
     assert records[-1]["kind"] == "end"
     measured = {r["variant"]: r for r in records if r["kind"] == "measurement"}
-    assert measured.keys() == {*ON_CPU}
+    assert measured.keys() == {*ON_CPU} - {PUBLIC}, "there is no checkout"
     assert all(r["right"] and r["per"] == "image" and r["seconds"]["repeats"] == 3 for r in measured.values())
     assert all(r["times"].keys() == {REFERENCE, LOOP} for r in measured.values())
     assert measured[REFERENCE]["times"][REFERENCE]["median"] == 1
@@ -79,7 +84,7 @@ def test_an_unknown_opponent_is_refused() -> None:
 def test_all_draw_the_same_noise() -> None:
     opponents = tiny_opponents()
     with uncompiled():
-        images = {name: opponents.call(name, PROBLEM)() for name in ON_CPU}
+        images = {name: opponents.call(name, PROBLEM)() for name in ON_CPU if name != PUBLIC}
     assert images[REFERENCE].shape == (2, 3, 16, 16)
     assert images[REFERENCE].std() > 0.1, "an image, not a constant"
     assert torch.equal(images[LOOP], images[EXACT])
@@ -88,13 +93,39 @@ def test_all_draw_the_same_noise() -> None:
 
 
 def test_who_cannot_run_is_named_and_the_rest_runs() -> None:
-    records = list(measure_images(PROBLEM, tiny_opponents(), ("engine, triton", EXACT), CEILINGS, repeats=1))
+    records = list(measure_images(PROBLEM, tiny_opponents(), ("engine, triton", EXACT, PUBLIC), CEILINGS, repeats=1))
     assert [(r["kind"], r["variant"]) for r in records] == [
         ("absent", "engine, triton"),
+        ("absent", PUBLIC),
         ("measurement", REFERENCE),
         ("measurement", EXACT),
     ]
     assert "'triton' cannot run" in records[0]["reason"]
+    assert "no checkout" in records[1]["reason"]
+
+
+def test_the_published_code_makes_images_in_its_own_process() -> None:
+    """Of which the first are fetched, to be compared."""
+
+    class Process:
+        asked: ClassVar[list[dict[str, Any]]] = []
+
+        def __init__(self, folder: str) -> None:
+            self.folder = SimpleNamespace(name=folder)
+
+        def ask(self, request: dict[str, Any]) -> None:
+            self.asked.append(request)
+            if request["keep"] is not None:
+                torch.save(TRUTH.float(), request["keep"])
+
+    with TemporaryDirectory() as folder:
+        call = PublicImages(Process(folder), PROBLEM)  # type: ignore[arg-type]
+        assert torch.equal(call(), TRUTH.float())
+        assert torch.equal(call(), TRUTH.float())
+    first, second = Process.asked
+    assert (first["labels"], first["steps"], first["seed"], first["guidance"]) == ([0, 7], 2, 0, 2.4)
+    assert first["keep"].startswith(folder)
+    assert second == {**first, "keep": None}
 
 
 def raising() -> Tensor:

@@ -103,7 +103,7 @@ def test_the_present_configuration_comes_first_and_once() -> None:
         (128, False, "timed"),
     ]
     assert records[0].items() >= {"kind": "candidate", "kernel": "op.kernel", "problem": "large"}.items()
-    assert records[0].items() >= {"shape_class": "wide", "median": 1e-6, "rounds": 3, "same_bits": True}.items()
+    assert records[0].items() >= {"shape_class": "wide", "median": 1e-6, "repeats": 3, "same_bits": True}.items()
 
 
 @pytest.mark.parametrize("jobs", [1, 3])

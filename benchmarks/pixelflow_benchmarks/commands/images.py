@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pixelflow_benchmarks.harness.results import Run
+from .options import Device, Output, Public, Repeats, finish, known, place_of, show
 
-from .options import Output, Repeats, finish, known, show
+if TYPE_CHECKING:
+    from pixelflow_benchmarks.harness.results import Run
 
 
 def command(
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")] = "auto",
+    device: Device = "auto",
     shape: Annotated[
         Literal["xl", "cpu", "tiny"] | None, typer.Option(help="By default xl on a GPU, cpu elsewhere.")
     ] = None,
@@ -24,12 +25,13 @@ def command(
     steps: Annotated[int | None, typer.Option(min=1, help="Euler's, at each stage: 10 on a GPU, 4 elsewhere.")] = None,
     repeats: Repeats = 20,
     budget_seconds: Annotated[float, typer.Option(help="After that long no further turn is begun.")] = math.inf,
+    public: Public = None,
     output: Output = None,
 ) -> None:
     """Time whole images, engine beside reference: the first, and in steady state; nothing wrong gets a time."""
     from pixelflow_benchmarks.suites.images.table import image_table
 
-    run = measure(device, shape, variant, batch, steps, repeats, budget_seconds, output)
+    run = measure(device, shape, variant, batch, steps, repeats, budget_seconds, public, output)
     show(image_table(run))
     finish(run)
 
@@ -42,6 +44,7 @@ def measure(
     steps: int | None,
     repeats: int,
     budget_seconds: float,
+    public: Path | None,
     output: Path | None,
 ) -> Run:
     """The suite's records; see :func:`command`."""
@@ -52,11 +55,10 @@ def measure(
     from pixelflow_benchmarks.harness.results import recording
     from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
     from pixelflow_benchmarks.suites.images.measure import measure_images
-    from pixelflow_benchmarks.suites.images.opponents import ON_CPU, ON_GPU, ImageOpponents, ImageProblem
-    from pixelflow_engine.arguments import place
+    from pixelflow_benchmarks.suites.images.opponents import ON_CPU, ON_GPU, PUBLIC, ImageOpponents, ImageProblem
 
     deadline = time.perf_counter() + budget_seconds
-    where = place("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    where = place_of(device)
     on_gpu = where.type == "cuda"
     names = ON_GPU if on_gpu else ON_CPU
     known(variant=(variant or [], (*ON_CPU, *ON_GPU)))
@@ -67,11 +69,11 @@ def measure(
     with recording(output, "images", where, **head) as keep, torch._dynamo.config.patch(recompile_limit=64):
         ceilings = measure_ceilings(where, dtype)
         keep(ceilings.record())
-        opponents = ImageOpponents(config, random_weights(config, where, dtype), dtype, where)
+        opponents = ImageOpponents(config, random_weights(config, where, dtype), dtype, where, public)
         try:
             for count in batch or ([1, 16] if on_gpu else [1]):
                 problem = ImageProblem(config=config, batch=count, steps=steps, dtype=dtype, device=where)
-                wanted = tuple(variant or names)
+                wanted = tuple(variant or (name for name in names if public is not None or name != PUBLIC))
                 keep.all(measure_images(problem, opponents, wanted, ceilings, repeats, deadline))
         finally:
             opponents.close()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from tqdm.auto import tqdm
 
-from pixelflow_benchmarks.harness.results import Run
-
 from .options import Output, Quiet, Repeats, finish, show
+
+if TYPE_CHECKING:
+    from pixelflow_benchmarks.harness.results import Run
 
 
 def command(

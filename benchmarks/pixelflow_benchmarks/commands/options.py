@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from pixelflow_benchmarks.harness.results import Run
 from pixelflow_benchmarks.harness.tables import TextTable, faults, missing
+
+if TYPE_CHECKING:
+    import torch
+
+    from pixelflow_benchmarks.harness.results import Run
 
 console = Console()
 
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is a GPU if there is one.")]
 Output = Annotated[
     Path | None,
     typer.Option(help="Where records are appended: a .jsonl file, or a folder (DEVICE/DATE-COMMIT.jsonl in it)."),
@@ -22,6 +27,19 @@ Output = Annotated[
 Repeats = Annotated[int, typer.Option(min=3, help="Measurements of each variant, in turns.")]
 Public = Annotated[Path | None, typer.Option(help="Checkout of the published code, as an opponent.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+
+
+def place_of(device: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import torch
+
+    from pixelflow_engine.arguments import place
+
+    return place(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
 def show(text: TextTable) -> None:

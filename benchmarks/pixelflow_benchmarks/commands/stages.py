@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pixelflow_benchmarks.harness.results import Run
+from .options import Device, Output, Public, Repeats, finish, known, place_of, show
 
-from .options import Output, Public, Repeats, finish, known, show
+if TYPE_CHECKING:
+    from pixelflow_benchmarks.harness.results import Run
 
 
 def command(
-    device: Annotated[str, typer.Option(help="cuda, cuda:1, ...; cpu tries the command out.")] = "cuda",
-    shape: Annotated[Literal["xl", "tiny"], typer.Option(help="tiny tries the command out.")] = "xl",
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option()] = "bfloat16",
+    device: Device = "auto",
+    shape: Annotated[
+        Literal["xl", "cpu", "tiny"] | None, typer.Option(help="By default xl on a GPU, cpu elsewhere.")
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None, typer.Option(help="By default bfloat16 on a GPU, float32 elsewhere.")
+    ] = None,
     variant: Annotated[list[str] | None, typer.Option(help="Only this opponent; may be repeated.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="1, 4, 16, 32; may be repeated.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="May be repeated; 1, 4, 16, 32 on a GPU, 1 elsewhere.")
+    ] = None,
     stage: Annotated[list[int] | None, typer.Option(help="Only this stage; may be repeated.")] = None,
     solver: Annotated[list[str] | None, typer.Option(help="euler, dopri5; may be repeated.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Euler's; by default few where they are long.")] = None,
@@ -36,8 +43,8 @@ def command(
 
 def measure(
     device: str,
-    shape: str,
-    dtype: str,
+    shape: str | None,
+    dtype: str | None,
     variant: list[str] | None,
     batch: list[int] | None,
     stage: list[int] | None,
@@ -58,14 +65,18 @@ def measure(
     from pixelflow_benchmarks.suites.stages.measure import measure_stages
     from pixelflow_benchmarks.suites.stages.opponents import VARIANTS, Opponents
     from pixelflow_benchmarks.suites.stages.tasks import tasks
-    from pixelflow_engine.arguments import place
 
-    where, what, config = place(device), getattr(torch, dtype), SHAPES[shape]
+    where = place_of(device)
+    on_gpu = where.type == "cuda"
+    shape, dtype = shape or ("xl" if on_gpu else "cpu"), dtype or ("bfloat16" if on_gpu else "float32")
+    what, config = getattr(torch, dtype), SHAPES[shape]
     count = config.scheduler.num_stages
     wanted = [name for name in VARIANTS if public is not None or name != "public"] if variant is None else variant
     solvers: list[Any] = solver or ["euler", "dopri5"]
     known(variant=(wanted, VARIANTS), solver=(solvers, ("euler", "dopri5")), stage=(stage or [], range(count)))
-    work = tasks(config, wanted, stage or range(count), batch or [16, 1, 4, 32], solvers, steps, what, where)
+    work = tasks(
+        config, wanted, stage or range(count), batch or ([16, 1, 4, 32] if on_gpu else [1]), solvers, steps, what, where
+    )
     head = {"shape": shape, "dtype": dtype, "budget_seconds": budget_seconds}
     with recording(output, "stages", where, **head) as keep:
         ceilings = measure_ceilings(where, what)

@@ -60,7 +60,7 @@ def _import(path: Path, name: str) -> Any:
 
 
 class Server:
-    """Its model with random weights, run stage by stage on request.
+    """Its model with random weights, run on request: a stage, or whole images.
 
     Args:
         path: the checkout.
@@ -125,6 +125,19 @@ class Server:
             torch.save({"first": first.float().cpu(), "end": x.float().cpu()}, keep)
         return {}
 
+    @torch.no_grad()
+    def images(self, labels: list[int], steps: int, guidance: float, seed: int, keep: str | None) -> dict[str, Any]:
+        """Whole images by its pipeline; they go to the file ``keep``, ``[B, c, H, W]`` in [0, 1]."""
+        pipelines = importlib.import_module("pixelflow.pipeline_pixelflow")
+        pipeline = pipelines.PixelFlowPipeline(self.scheduler, self.model)
+        torch.manual_seed(seed)
+        side = self.config.resolution
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            found = pipeline(labels, side, side, steps, guidance, device=self.device)
+        if keep is not None:
+            torch.save(torch.from_numpy(found).permute(0, 3, 1, 2).contiguous(), keep)
+        return {}
+
 
 def serve(path: Path, shape: str, dtype: str, device: str) -> None:
     """Answer requests, a line of JSON each, until there are no more."""
@@ -137,6 +150,7 @@ def serve(path: Path, shape: str, dtype: str, device: str) -> None:
                 "hello": server.hello,
                 "prepare": server.prepare,
                 "run": server.run,
+                "images": server.images,
             }
             print(json.dumps(requests[request.pop("do")](**request)), file=answers, flush=True)
 

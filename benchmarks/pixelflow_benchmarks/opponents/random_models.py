@@ -88,7 +88,7 @@ def random_reference(
 
 def compile_blocks(model: PixelFlowTransformer) -> None:
     """The reference under torch.compile, block by block, a graph for each shape."""
-    for block in list(model.blocks):  # type: ignore[arg-type]
+    for block in model.transformer_blocks:
         block.compile(dynamic=False)
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pixelflow_benchmarks.opponents.public_process import PublicProcess
 from pixelflow_benchmarks.opponents.random_models import compile_blocks, random_engine, random_reference
 from pixelflow_benchmarks.suites.stages.problem import GUIDANCE, StageProblem
 from pixelflow_engine import PixelFlowConfig, PixelFlowEngine
@@ -36,12 +38,14 @@ ENGINES: dict[str, tuple[str, bool, bool]] = {
     "engine, flash, compiled": ("flash", True, True),
 }
 """Backend, compiled, replayed from graphs."""
+PUBLIC = "published code"
 OWN_NOISE = "engine, triton, compiled, its own noise"
-ON_CPU = (LOOP, REFERENCE, EXACT, "engine, compiled")
+ON_CPU = (LOOP, REFERENCE, EXACT, "engine, compiled", PUBLIC)
 ON_GPU = (
     "engine, triton, compiled",
     REFERENCE,
     OWN_NOISE,
+    PUBLIC,
     LOOP,
     "engine, triton",
     "engine, flash, compiled",
@@ -114,12 +118,19 @@ class ImageOpponents:
         weights: of all models, exact in ``dtype``.
         dtype: of the matrix products.
         device: where.
+        public: a checkout of the published code.
     """
 
     def __init__(
-        self, config: PixelFlowConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+        self,
+        config: PixelFlowConfig,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        public: Path | None = None,
     ) -> None:
-        self.config, self.weights, self.dtype, self.device = config, weights, dtype, device
+        self.config, self.weights, self.dtype, self.device, self.public = config, weights, dtype, device, public
+        self._process: PublicProcess | None = None
         self._references: dict[bool, PixelFlowTransformer] = {}
         self._engines: dict[str, PixelFlowEngine] = {}
 
@@ -128,7 +139,11 @@ class ImageOpponents:
 
         Raises:
             BackendUnavailableError: it cannot run here.
+            RuntimeError: the published code cannot be run.
+            ValueError: there is no checkout of it.
         """
+        if name == PUBLIC:
+            return self._public(problem)
         if name == LOOP:
             return lambda: self._with_loop(problem)
         if name in (REFERENCE, COMPILED_REFERENCE):
@@ -143,9 +158,18 @@ class ImageOpponents:
         return reference_images(model, problem, drawn_at_once(problem.device), torch.float64)
 
     def close(self) -> None:
-        """Release the engines' graphs."""
+        """Release the engines' graphs, end the published code's process."""
         for engine in self._engines.values():
             engine.close()
+        if self._process is not None:
+            self._process.close()
+
+    def _public(self, problem: ImageProblem) -> Call:
+        if self.public is None:
+            raise ValueError("public: no checkout of the published code was given")
+        if self._process is None:
+            self._process = PublicProcess(self.public, self.config, self.dtype, self.device)
+        return PublicImages(self._process, problem)
 
     def _with_loop(self, problem: ImageProblem) -> Tensor:
         torch.manual_seed(SEED)  # the published code draws from the global stream
@@ -167,6 +191,29 @@ class ImageOpponents:
                 self.config, self.weights, self.dtype, backend, compile=compiled, graphs=graphs
             )
         return self._engines[name]
+
+
+class PublicImages:
+    """The published code's pipeline; the images of the first call are fetched from its process, later ones are not."""
+
+    def __init__(self, process: PublicProcess, problem: ImageProblem) -> None:
+        self._process = process
+        self._request = {
+            "do": "images",
+            "labels": problem.labels.tolist(),
+            "steps": problem.steps,
+            "guidance": GUIDANCE,
+            "seed": SEED,
+        }
+        self._images: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        """Make the images."""
+        file = Path(self._process.folder.name) / "images.pt"
+        self._process.ask(self._request | {"keep": None if self._images is not None else str(file)})
+        if self._images is None:
+            self._images = torch.load(file, weights_only=True)
+        return self._images
 
 
 def drawn_at_once(device: torch.device) -> NoiseSource:

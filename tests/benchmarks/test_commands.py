@@ -1,0 +1,29 @@
+"""The commands as such: they come quickly, and each can be asked what it does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from pixelflow_benchmarks.cli import bench, evaluate
+
+
+def test_the_commands_are_there_before_torch_is() -> None:
+    program = "import sys, pixelflow_benchmarks.cli; assert not {'torch', 'numpy', 'matplotlib'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("name", [command.name for command in bench.registered_commands])
+def test_each_says_what_it_does(name: str) -> None:
+    result = CliRunner().invoke(bench, [name, "--help"])
+    assert result.exit_code == 0, result.output
+    assert len(" ".join(result.output.split())) > 100
+
+
+def test_the_names_are_unique() -> None:
+    for group in (bench, evaluate):
+        names = [command.name for command in group.registered_commands]
+        assert len(names) == len({*names})
