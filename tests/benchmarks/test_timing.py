@@ -115,6 +115,13 @@ def test_what_is_wrong_is_found(ours: Callable[[Tensor], Tensor], exact: bool, s
     assert (found == []) if said is None else (len(found) == 1 and said in found[0])
 
 
+def test_no_case_is_begun_after_the_deadline() -> None:
+    cases = [case(lambda x: x * x, name=name) for name in "abc"]
+    records = list(measure(cases, CEILINGS, CPU, 3, deadline=time.perf_counter() - 1))
+    assert [r.get("case") for r in records] == ["a", "a", None]
+    assert records[-1] == {"kind": "skipped", "reason": "no time was left after 1 cases"}
+
+
 def test_a_missing_output_is_wrong() -> None:
     two = replace(case(lambda x: x * x), plain=lambda: (torch.zeros(1),) * 2)
     assert faults(two)["ours"] == ["1 outputs, expected 2"]

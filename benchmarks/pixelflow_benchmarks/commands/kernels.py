@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,24 +23,26 @@ def command(
     batch: Annotated[int, typer.Option(min=1, help="Images; with guidance each counts twice.")] = 16,
     stage: Annotated[list[int] | None, typer.Option(help="Only this stage, 0 to 3; may be repeated.")] = None,
     repeats: Repeats = 20,
+    budget_seconds: Annotated[float, typer.Option(help="After that long no further case is begun.")] = math.inf,
     output: Output = None,
     quiet: Quiet = False,
 ) -> None:
     """Time every kernel beside PyTorch, at the sizes of the published model; nothing wrong gets a speed."""
     from pixelflow_benchmarks.suites.kernels.table import kernel_table
 
-    run = measure_kernels(op, device, dtype, batch, stage, repeats, output, quiet)
+    run = measure(op, device, dtype, batch, stage, repeats, budget_seconds, output, quiet)
     show(kernel_table(run))
     finish(run)
 
 
-def measure_kernels(
+def measure(
     op: list[str] | None,
     device: str,
     dtype: str,
     batch: int,
     stage: list[int] | None,
     repeats: int,
+    budget_seconds: float,
     output: Path | None,
     quiet: bool,
 ) -> Run:
@@ -48,13 +52,14 @@ def measure_kernels(
     from pixelflow_benchmarks.harness.ceilings import measure_ceilings
     from pixelflow_benchmarks.harness.results import recording
     from pixelflow_benchmarks.suites.kernels.cases import OPS, STAGE_SIDES, all_cases
-    from pixelflow_benchmarks.suites.kernels.measure import measure
+    from pixelflow_benchmarks.suites.kernels.measure import measure as measure_cases
     from pixelflow_engine.arguments import place
 
+    deadline = time.perf_counter() + budget_seconds
     where, what = place(device), getattr(torch, dtype)
     cases = all_cases(op or OPS, stage or range(len(STAGE_SIDES)), batch, what, where)
     with recording(output, "kernels", where, dtype=dtype, batch=batch) as keep:
         ceilings = measure_ceilings(where, what)
         keep(ceilings.record())
-        keep.all(tqdm(measure(cases, ceilings, where, repeats), unit="variant", delay=2, disable=quiet))
+        keep.all(tqdm(measure_cases(cases, ceilings, where, repeats, deadline), unit="variant", delay=2, disable=quiet))
     return keep.run

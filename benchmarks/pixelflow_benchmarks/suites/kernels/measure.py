@@ -5,6 +5,8 @@ Nothing that computes a wrong result gets a speed.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -18,15 +20,27 @@ from .case import Case, faults
 EAGER = "eager"
 
 
-def measure(cases: Iterable[Case], ceilings: Ceilings, device: torch.device, repeats: int) -> Iterator[Record]:
+def measure(
+    cases: Iterable[Case], ceilings: Ceilings, device: torch.device, repeats: int, deadline: float = math.inf
+) -> Iterator[Record]:
     """Yield a record per case and variant, as soon as the case is measured.
+
+    Args:
+        cases: the most important first.
+        ceilings: of the device.
+        device: where.
+        repeats: of each variant.
+        deadline: after which no case is begun, on the clock of ``time.perf_counter``; there is one case at least.
 
     Yields:
         ``measurement``, where it is right with ``gigabytes_per_second``, ``fraction_of_copy`` and, for cases with
         matrix products, ``teraflops``, ``fraction_of_product``; ``absent``, with its ``case``, for a variant that is
-        not there.
+        not there. ``skipped``, without a case, where the deadline came first.
     """
-    for case in cases:
+    for number, case in enumerate(cases):
+        if number > 0 and time.perf_counter() > deadline:
+            yield {"kind": "skipped", "reason": f"no time was left after {number} cases"}
+            return
         wrong = faults(case)
         right = {name: call for name, call in case.variants.items() if not wrong[name]}
         timings = time_calls(right, device, repeats) if right else {}
