@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from .commands import blocks, compare, digits, distance, images, kernels, stages, tables, tune
+from .commands import blocks, compare, digits, distance, everything, images, kernels, stages, tables, tune
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure the quality of generated images.")
 evaluate.command("digits")(digits.evaluate)
 evaluate.command("table")(digits.table)
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
+bench.command("all")(everything.command)
 bench.command("kernels")(kernels.command)
 bench.command("stages")(stages.command)
 bench.command("images")(images.command)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from .options import Device, Output, Public, Repeats, finish, known, place_of, show
-
-if TYPE_CHECKING:
-    from pixelflow_benchmarks.harness.results import Run
 
 
 def command(
@@ -29,25 +25,6 @@ def command(
     output: Output = None,
 ) -> None:
     """Time whole images, engine beside reference: the first, and in steady state; nothing wrong gets a time."""
-    from pixelflow_benchmarks.suites.images.table import image_table
-
-    run = measure(device, shape, variant, batch, steps, repeats, budget_seconds, public, output)
-    show(image_table(run))
-    finish(run)
-
-
-def measure(
-    device: str,
-    shape: str | None,
-    variant: list[str] | None,
-    batch: list[int] | None,
-    steps: int | None,
-    repeats: int,
-    budget_seconds: float,
-    public: Path | None,
-    output: Path | None,
-) -> Run:
-    """The suite's records; see :func:`command`."""
     import torch
     import torch._dynamo
 
@@ -56,6 +33,7 @@ def measure(
     from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
     from pixelflow_benchmarks.suites.images.measure import measure_images
     from pixelflow_benchmarks.suites.images.opponents import ON_CPU, ON_GPU, PUBLIC, ImageOpponents, ImageProblem
+    from pixelflow_benchmarks.suites.images.table import image_table
 
     deadline = time.perf_counter() + budget_seconds
     where = place_of(device)
@@ -77,4 +55,5 @@ def measure(
                 keep.all(measure_images(problem, opponents, wanted, ceilings, repeats, deadline))
         finally:
             opponents.close()
-    return keep.run
+    show(image_table(keep.run))
+    finish(keep.run)

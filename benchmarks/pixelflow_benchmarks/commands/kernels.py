@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from tqdm.auto import tqdm
 
 from .options import Output, Quiet, Repeats, finish, show
-
-if TYPE_CHECKING:
-    from pixelflow_benchmarks.harness.results import Run
 
 
 def command(
@@ -28,31 +24,13 @@ def command(
     quiet: Quiet = False,
 ) -> None:
     """Time every kernel beside PyTorch, at the sizes of the published model; nothing wrong gets a speed."""
-    from pixelflow_benchmarks.suites.kernels.table import kernel_table
-
-    run = measure(op, device, dtype, batch, stage, repeats, budget_seconds, output, quiet)
-    show(kernel_table(run))
-    finish(run)
-
-
-def measure(
-    op: list[str] | None,
-    device: str,
-    dtype: str,
-    batch: int,
-    stage: list[int] | None,
-    repeats: int,
-    budget_seconds: float,
-    output: Path | None,
-    quiet: bool,
-) -> Run:
-    """The suite's records; see :func:`command`."""
     import torch
 
     from pixelflow_benchmarks.harness.ceilings import measure_ceilings
     from pixelflow_benchmarks.harness.results import recording
     from pixelflow_benchmarks.suites.kernels.cases import OPS, STAGE_SIDES, all_cases
-    from pixelflow_benchmarks.suites.kernels.measure import measure as measure_cases
+    from pixelflow_benchmarks.suites.kernels.measure import measure
+    from pixelflow_benchmarks.suites.kernels.table import kernel_table
     from pixelflow_engine.arguments import place
 
     deadline = time.perf_counter() + budget_seconds
@@ -61,5 +39,6 @@ def measure(
     with recording(output, "kernels", where, dtype=dtype, batch=batch) as keep:
         ceilings = measure_ceilings(where, what)
         keep(ceilings.record())
-        keep.all(tqdm(measure_cases(cases, ceilings, where, repeats, deadline), unit="variant", delay=2, disable=quiet))
-    return keep.run
+        keep.all(tqdm(measure(cases, ceilings, where, repeats, deadline), unit="variant", delay=2, disable=quiet))
+    show(kernel_table(keep.run))
+    finish(keep.run)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from .options import Device, Output, Public, Repeats, finish, known, place_of, show
-
-if TYPE_CHECKING:
-    from pixelflow_benchmarks.harness.results import Run
 
 
 def command(
@@ -34,28 +30,6 @@ def command(
     output: Output = None,
 ) -> None:
     """Time the stages of the model, engine beside reference; nothing wrong gets a time."""
-    from pixelflow_benchmarks.suites.stages.table import stage_table
-
-    found = measure(device, shape, dtype, variant, batch, stage, solver, steps, repeats, budget_seconds, public, output)
-    show(stage_table(found))
-    finish(found)
-
-
-def measure(
-    device: str,
-    shape: str | None,
-    dtype: str | None,
-    variant: list[str] | None,
-    batch: list[int] | None,
-    stage: list[int] | None,
-    solver: list[str] | None,
-    steps: int | None,
-    repeats: int,
-    budget_seconds: float,
-    public: Path | None,
-    output: Path | None,
-) -> Run:
-    """The suite's records; see :func:`command`."""
     import torch
     import torch._dynamo
 
@@ -64,6 +38,7 @@ def measure(
     from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
     from pixelflow_benchmarks.suites.stages.measure import measure_stages
     from pixelflow_benchmarks.suites.stages.opponents import VARIANTS, Opponents
+    from pixelflow_benchmarks.suites.stages.table import stage_table
     from pixelflow_benchmarks.suites.stages.tasks import tasks
 
     where = place_of(device)
@@ -88,4 +63,5 @@ def measure(
                 keep.all(measure_stages(work, opponents, ceilings, repeats, budget_seconds))
         finally:
             opponents.close()
-    return keep.run
+    show(stage_table(keep.run))
+    finish(keep.run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
@@ -34,12 +35,17 @@ def measure_images(
         names: of the variants; the reference is always one.
         ceilings: of the device.
         repeats: turns.
-        deadline: see :func:`~pixelflow_benchmarks.harness.timing.time_runs`.
+        deadline: after which no variant is begun and no turn, on the clock of ``time.perf_counter``; who has begun has
+            one turn at least.
 
     Yields:
         ``measurement`` of each variant, in seconds per image of the batch; ``first_seconds`` of the whole first call,
-        compilation and capture included. ``absent`` for what cannot run here.
+        compilation and capture included. ``absent`` for what cannot run here, ``skipped`` for what no time was left
+        for.
     """
+    if time.perf_counter() > deadline:
+        yield {"kind": "skipped", "case": problem.case, "reason": "no time was left"}
+        return
     calls: dict[str, Call] = {}
     for name in dict.fromkeys((REFERENCE, *names)):
         try:
@@ -65,6 +71,9 @@ def check_and_time(
         record: Record = {"kind": "measurement", "case": problem.case, "variant": name, "right": True}
         record |= {"batch": problem.batch, "steps": problem.steps}
         before = graphs_compiled()
+        if images and time.perf_counter() > deadline:
+            yield {"kind": "skipped", "case": problem.case, "variant": name, "reason": "no time was left"}
+            continue
         try:
             record["first_seconds"], images[name] = seconds_of(call, device)
             record["graphs_compiled"] = graphs_compiled() - before
@@ -73,7 +82,7 @@ def check_and_time(
         records[name] = record
     for name, fault in wrong(images, truth()).items():
         records[name] |= {"right": False, "fault": fault}
-    right = {name: calls[name] for name in calls if records[name]["right"]}
+    right = {name: calls[name] for name, record in records.items() if record["right"]}
     timed = time_runs(right, device, repeats, deadline)
     for name, timing in timed.timings.items():
         records[name] |= figures(problem, timing, ceilings)
