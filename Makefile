@@ -85,7 +85,7 @@ quickstart: $(BASE) ## sample images with the bundled model into out/quickstart
 test: $(DEV) ## run the tests; with ARGS, one pytest run with these arguments
 ifeq ($(strip $(ARGS)),)
 	@mkdir -p build; export OMP_NUM_THREADS=1; \
-	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret >build/interpret.log 2>&1 & interpreted=$$!; \
+	TRITON_INTERPRET=1 $(PY) -m pytest -p no:cacheprovider -m interpret >build/interpret.log 2>&1 & interpreted=$$!; \
 	trap 'kill $$interpreted 2>/dev/null' EXIT; \
 	others=0; $(PY) -m pytest -m "not interpret" || others=$$?; \
 	code=0; wait $$interpreted || code=$$?; \
