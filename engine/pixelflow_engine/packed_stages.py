@@ -68,13 +68,15 @@ class ProgramStore:
         return self.programs.get(key)
 
     def keep(self, key: tuple[object, ...], program: Program) -> None:
-        """Keep a program for later, and forget the one that was used longest ago where there are too many."""
+        """Keep a program for later; where there are too many, forget the one used longest ago and its prompts."""
         if self.capture is None:
             return
         self.programs.pop(key, None)
         self.programs[key] = program  # a dictionary is in the order of insertion
         while len(self.programs) > MOST_PROGRAMS:
             self.programs.pop(next(iter(self.programs)))
+        read = {id(kept.around.prompts) for kept in self.programs.values()}
+        self.prompts = {kind: prompts for kind, prompts in self.prompts.items() if id(prompts) in read}
 
     def load_prompts(self, prompts: Prompts | None) -> Prompts | None:
         """These prompts where programs read them; without capture, where they are."""

@@ -263,6 +263,22 @@ def test_the_program_used_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPat
     assert len(engine._programs.programs) == 4
 
 
+def test_prompts_that_no_program_reads_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server sees prompts of many lengths; each kind has tensors of its own."""
+    monkeypatch.setattr(packed_stages, "MOST_PROGRAMS", 4)
+    engine = packed_engine(RecordingCapture(), **TEXT)
+    first = None
+    for padded_to in (5, 6, 7, 5):
+        call = prompts([3, 5], seed=1, padded_to=padded_to)
+        found = images(engine, None, **call)
+        assert_same_bits(found, images(packed_engine(**TEXT), None, **call))
+        kept = {id(program.around.prompts) for program in engine._programs.programs.values()}
+        assert {id(static) for static in engine._programs.prompts.values()} == kept
+        assert len(kept) <= 4
+        first = found if first is None else first
+    assert_same_bits(found, first)
+
+
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])
 def test_a_size_of_one_stage_may_be_anothers(solver: str) -> None:
     """At twice the size the second stage has the third one's shape, and other times."""
