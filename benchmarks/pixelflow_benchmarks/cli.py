@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from .commands import blocks, compare, digits, distance, everything, images, kernels, stages, tables, tune
+from .commands import blocks, compare, digits, distance, everything, images, kernels, stages, tables, training, tune
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure the quality of generated images.")
 evaluate.command("digits")(digits.evaluate)
@@ -15,6 +15,7 @@ bench.command("all")(everything.command)
 bench.command("kernels")(kernels.command)
 bench.command("stages")(stages.command)
 bench.command("images")(images.command)
+bench.command("training")(training.command)
 bench.command("distance")(distance.command)
 bench.command("blocks")(blocks.command)
 bench.command("tune")(tune.command)

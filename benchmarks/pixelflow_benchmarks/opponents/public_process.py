@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,16 +25,24 @@ class PublicProcess:
         config: of the model, one of :data:`~.random_models.SHAPES`.
         dtype: bfloat16 by automatic casts, or float32.
         device: where.
+        serve: what it does, ``sample`` or ``train``.
 
     Raises:
         RuntimeError: it does not start; the message has the last line of what it said.
     """
 
-    def __init__(self, path: Path, config: PixelFlowConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: PixelFlowConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        serve: Literal["sample", "train"] = "sample",
+    ) -> None:
         shape = next(name for name, known in SHAPES.items() if known == config)
         self.folder = tempfile.TemporaryDirectory(prefix="pixelflow-public-")
         self.said = Path(self.folder.name) / "stderr"
-        command = [sys.executable, "-m", "pixelflow_benchmarks.opponents.public_code", "serve", str(path)]
+        command = [sys.executable, "-m", "pixelflow_benchmarks.opponents.public_code", serve, str(path)]
         command += [shape, str(dtype).removeprefix("torch."), str(device)]
         with self.said.open("w") as stderr:
             self.process = subprocess.Popen(
