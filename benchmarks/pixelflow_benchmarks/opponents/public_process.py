@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -53,7 +54,16 @@ class PublicProcess:
                 stderr=stderr,
                 text=True,
             )
-        self.ask({"do": "hello"})
+        try:
+            self.ask({"do": "hello"})
+        except RuntimeError:
+            self.close()
+            raise
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is no more."""
+        return self.process.poll() is not None
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send a request, wait for the answer."""
@@ -72,9 +82,10 @@ class PublicProcess:
 
     def close(self) -> None:
         """End it."""
-        if self.process.stdin is not None and self.process.poll() is None:
-            self.process.stdin.close()
-            self.process.wait()
+        if self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # what it did not read any more
+                self.process.stdin.close()
+        self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
         self.folder.cleanup()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 
@@ -43,8 +44,12 @@ def measure_training(
 
     Yields:
         ``measurement`` of each variant, in seconds per step; ``first_seconds`` of its first forward and backward pass,
-        compilation included. ``absent`` for who cannot be had, or has not enough memory for this batch.
+        compilation included. ``absent`` for who cannot be had, or has not enough memory for this batch. ``skipped``
+        where no time was left for the problem.
     """
+    if time.perf_counter() > deadline:
+        yield {"kind": "skipped", "case": problem.case, "variants": list(names)}
+        return
     opponents.reset()
     runs: dict[str, TrainingRun] = {}
     told = set(opponents.absent)
@@ -88,7 +93,7 @@ def check_and_time(
             faults = gradient_faults(found, plain, truth, problem.dtype)
             faults += batch_faults(run.draw(), problem, data)
         except Exception as error:  # a compiler fails in many ways; the others are measured all the same
-            _note(error, records[name], lacking)
+            _note(first_line(error), records[name], lacking)
         else:
             _blame(records[name], faults)
     # Steps come last: they move the weights that all others are checked with.
@@ -100,7 +105,7 @@ def check_and_time(
             run.step(UNTIMED)
             _blame(records[name], _step_faults(run) + move_faults(weights, run.probe(), rate))
         except Exception as error:
-            _note(error, records[name], lacking)
+            _note(first_line(error), records[name], lacking)
     right = {name: run for name, run in runs.items() if records[name]["right"] and name not in lacking}
     calls = {name: partial(run.step, UNTIMED) for name, run in right.items()}
     timed = time_runs(calls, problem.device, repeats, deadline)
@@ -109,7 +114,7 @@ def check_and_time(
             found_beside = _beside(problem, right[name])
             _blame(records[name], _step_faults(right[name]))
         except Exception as error:
-            _note(error, records[name], lacking)
+            _note(first_line(error), records[name], lacking)
             continue
         if not records[name]["right"]:
             continue
@@ -118,8 +123,8 @@ def check_and_time(
         records[name]["times"] = {other: timing.times_faster_than(its) for other, its in others.items()}
         if energy := joules_of(calls[name], problem.device):
             records[name] |= energy
-    for name, fault in timed.failed.items():
-        records[name] |= {"right": False, "fault": fault}
+    for name, said in timed.failed.items():
+        _note(said, records[name], lacking)
     yield from (lacking.get(name, record) for name, record in records.items())
 
 
@@ -171,13 +176,13 @@ def _blame(record: Record, faults: list[str]) -> None:
         record |= {"right": False, "fault": "; ".join(faults)}
 
 
-def _note(error: Exception, record: Record, lacking: dict[str, Record]) -> None:
+def _note(said: str, record: Record, lacking: dict[str, Record]) -> None:
     """A failure is a fault, but for too little memory: nothing was wrong then."""
-    name, case = record["variant"], record["case"]
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        lacking[name] = {"kind": "absent", "case": case, "variant": name, "reason": f"{case}: not enough memory"}
+    if "out of memory" not in said:
+        record |= {"right": False, "fault": said}
         return
-    record |= {"right": False, "fault": first_line(error)}
+    case, name = record["case"], record["variant"]
+    lacking[name] = {"kind": "absent", "case": case, "variant": name, "reason": f"{case}: not enough memory"}
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -118,6 +118,9 @@ class TrainingOpponents:
     def _public(self) -> PublicProcess:
         if self.public is None:
             raise ValueError("public: no checkout of the published code was given")
+        if self._process is not None and self._process.ended:  # for want of memory, in a larger batch
+            self._process.close()
+            self._process = None
         if self._process is None:
             self._process = PublicProcess(self.public, self.config, self.dtype, self.device, serve="train")
         return self._process

@@ -79,7 +79,8 @@ class PublicRun:
 
     def close(self) -> None:
         """See :class:`~.problem.TrainingRun`; the process serves the next problem."""
-        self.process.ask({"do": "release"})
+        if not self.process.ended:
+            self.process.ask({"do": "release"})
 
     def _kept(self, do: str, **more: str) -> dict[str, Any]:
         """What it writes to a file."""
