@@ -39,7 +39,7 @@ from pixelflow_benchmarks.suites.training.phases import OTHER, PHASES, UNTIMED, 
 from pixelflow_benchmarks.suites.training.problem import REFERENCE, Gradients, TrainingProblem, TrainingRun
 from pixelflow_benchmarks.suites.training.public import PublicRun
 from pixelflow_benchmarks.suites.training.runs import EngineRun, ReferenceRun
-from pixelflow_benchmarks.suites.training.table import training_tables
+from pixelflow_benchmarks.suites.training.table import training_table
 from pixelflow_engine.checkpoint import load_checkpoint
 from pixelflow_training import loop
 from pixelflow_training.collate import Batch
@@ -200,6 +200,14 @@ def test_wrong_batches_are_found(change: Callable[[Batch], Batch], said: str) ->
     batch = run(PLAIN).draw()
     (fault,) = batch_faults(change(batch), TINY, TINY.images())
     assert said in fault
+
+
+@pytest.mark.parametrize("name", [PLAIN, REFERENCE])
+def test_labels_are_dropped_as_the_settings_say(name: str) -> None:
+    who, null = run(name), TINY.config.model.num_classes
+    labels = torch.cat([batch.labels for batch in (who.draw() for _ in range(100)) if batch.labels is not None])
+    share = (labels == null).double().mean().item()
+    assert abs(share - 0.1) < 4 * (0.1 * 0.9 / 400) ** 0.5
 
 
 def test_an_image_may_not_come_twice_and_noise_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,9 +401,16 @@ def test_too_little_memory_is_no_fault() -> None:
     assert found[REFERENCE]["right"]
 
 
-def test_no_time_is_left() -> None:
-    (found,) = measure_training(TINY, opponents(), (PLAIN,), CEILINGS, 3, deadline=0.0)
-    assert found == {"kind": "skipped", "case": "batch 4", "variants": [PLAIN]}
+def test_when_no_time_is_left_nothing_is_begun() -> None:
+    left = {"case": "batch 4", "reason": "no time was left"}
+    assert list(measure_training(TINY, opponents(), (PLAIN,), CEILINGS, 3, deadline=0.0)) == [
+        {"kind": "skipped", **left}
+    ]
+    who = opponents()
+    runs: dict[str, TrainingRun] = {name: run(name, who) for name in (REFERENCE, PLAIN)}
+    skipped, first = check_and_time(TINY, runs, who, CEILINGS, 3, deadline=0.0)
+    assert skipped == {"kind": "skipped", "variant": PLAIN, **left}
+    assert (first["variant"], first["seconds"]["repeats"]) == (REFERENCE, 1)
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -416,7 +431,7 @@ def test_the_command(tmp_path: Path) -> None:
     ]
     assert all(r["right"] for r in measurements)
     assert "absent: engine, triton" in result.output
-    assert "Where a step's time goes" in result.output
+    assert "Steps of training, tiny, float32" in " ".join(result.output.split())
 
 
 def test_an_unknown_opponent_is_refused() -> None:
@@ -425,16 +440,15 @@ def test_an_unknown_opponent_is_refused() -> None:
     assert "variant: got 'engine', expected one of engine, plain" in str(result.exception)
 
 
-def test_the_tables_have_a_row_for_each() -> None:
+def test_the_table_has_a_row_for_each() -> None:
     records = list(measured({}).values())
     wrong = {"kind": "measurement", "case": "batch 4", "variant": "x", "right": False, "fault": "loss: error"}
-    head = {"shape": "tiny", "dtype": "float32"}
-    speed, shares = training_tables(run_of("training", *records, wrong, **head))
-    assert [row[1] for row in speed.rows] == [REFERENCE, PLAIN, "x"]
-    assert speed.rows[2][2:4] == ("wrong: no time", "loss: error")
-    assert all(len(row) == len(speed.header) for row in speed.rows)
-    assert [row[1] for row in shares.rows] == [REFERENCE, PLAIN]
-    assert sum(float(cell) for cell in shares.rows[0][2:]) == pytest.approx(100, abs=0.5)
+    table = training_table(run_of("training", *records, wrong, shape="tiny", dtype="float32"))
+    assert [row[1] for row in table.rows] == [REFERENCE, PLAIN, "x"]
+    assert table.rows[2][2:4] == ("wrong: no time", "loss: error")
+    assert all(len(row) == len(table.header) for row in table.rows)
+    assert table.rows[0][6] == "1.00 (1.00 to 1.00)"
+    assert 80 < sum(float(share) for share in table.rows[0][-1].split(" / ")) < 104
 
 
 # --- the published code's process --------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from pixelflow_benchmarks.suites.distance import distance_table
 from pixelflow_benchmarks.suites.images.table import image_table
 from pixelflow_benchmarks.suites.kernels.table import kernel_table
 from pixelflow_benchmarks.suites.stages.table import stage_table
+from pixelflow_benchmarks.suites.training.table import training_table
 
 PLACE = re.compile(r"(<!-- table: (\S+) ([^>]*?) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
@@ -33,6 +34,7 @@ OF_SUITES: Mapping[str, Callable[[Run], TextTable]] = {
     "images": image_table,
     "kernels": kernel_table,
     "stages": stage_table,
+    "training": training_table,
 }
 OF_EVALUATIONS: Mapping[str, Callable[..., TextTable]] = {"quality": quality_table, "again": again_table}
 """From the lines of files that ``pixelflow eval`` wrote."""

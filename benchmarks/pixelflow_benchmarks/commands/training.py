@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from pixelflow_benchmarks.harness.results import Run
-
-from .options import Output, Public, Repeats, finish, known, show
+from .options import Device, Output, Public, Repeats, finish, known, place_of, show
 
 
 def command(
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")] = "auto",
+    device: Device = "auto",
     shape: Annotated[
         Literal["xl", "cpu", "small", "tiny"] | None, typer.Option(help="By default xl on a GPU, small elsewhere.")
     ] = None,
@@ -29,25 +26,6 @@ def command(
     output: Output = None,
 ) -> None:
     """Time steps of training, the project's loop beside others; nothing wrong gets a time."""
-    from pixelflow_benchmarks.suites.training.table import training_tables
-
-    run = measure(device, shape, variant, batch, repeats, budget_seconds, public, output)
-    for table in training_tables(run):
-        show(table)
-    finish(run)
-
-
-def measure(
-    device: str,
-    shape: str | None,
-    variant: list[str] | None,
-    batch: list[int] | None,
-    repeats: int,
-    budget_seconds: float,
-    public: Path | None,
-    output: Path | None,
-) -> Run:
-    """The suite's records; see :func:`command`."""
     import torch
     import torch._dynamo
 
@@ -57,13 +35,14 @@ def measure(
     from pixelflow_benchmarks.suites.training.measure import measure_training
     from pixelflow_benchmarks.suites.training.opponents import BATCHES, ON_CPU, ON_GPU, PUBLIC, TrainingOpponents
     from pixelflow_benchmarks.suites.training.problem import TrainingProblem
-    from pixelflow_engine.arguments import place
+    from pixelflow_benchmarks.suites.training.table import training_table
 
     deadline = time.perf_counter() + budget_seconds
-    where = place("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    where = place_of(device)
     on_gpu = where.type == "cuda"
+    names = ON_GPU if on_gpu else ON_CPU
     known(variant=(variant or [], (*ON_CPU, *ON_GPU)))
-    names = [name for name in (ON_GPU if on_gpu else ON_CPU) if name != PUBLIC or public is not None]
+    wanted = tuple(variant or (name for name in names if public is not None or name != PUBLIC))
     shape = shape or ("xl" if on_gpu else "small")
     config, dtype = SHAPES[shape], torch.bfloat16 if on_gpu else torch.float32
     problems = [
@@ -76,7 +55,8 @@ def measure(
         opponents = TrainingOpponents(config, random_weights(config, where), dtype, where, public)
         try:
             for problem in problems:
-                keep.all(measure_training(problem, opponents, tuple(variant or names), ceilings, repeats, deadline))
+                keep.all(measure_training(problem, opponents, wanted, ceilings, repeats, deadline))
         finally:
             opponents.close()
-    return keep.run
+    show(training_table(keep.run))
+    finish(keep.run)

@@ -40,15 +40,16 @@ def measure_training(
         names: of the variants; the reference is always one.
         ceilings: of the device.
         repeats: turns.
-        deadline: see :func:`~pixelflow_benchmarks.harness.timing.time_runs`.
+        deadline: after which no variant is begun and no turn, on the clock of ``time.perf_counter``; who has begun has
+            one turn at least.
 
     Yields:
         ``measurement`` of each variant, in seconds per step; ``first_seconds`` of its first forward and backward pass,
         compilation included. ``absent`` for who cannot be had, or has not enough memory for this batch. ``skipped``
-        where no time was left for the problem.
+        for what no time was left for.
     """
     if time.perf_counter() > deadline:
-        yield {"kind": "skipped", "case": problem.case, "variants": list(names)}
+        yield {"kind": "skipped", "case": problem.case, "reason": "no time was left"}
         return
     opponents.reset()
     runs: dict[str, TrainingRun] = {}
@@ -83,6 +84,9 @@ def check_and_time(
     batch, data, rate = problem.fixed_batch(), problem.images(), problem.recipe.optimizer.lr
     truth, plain = (reference_gradients(problem, opponents.weights, batch, t) for t in (torch.float64, torch.float32))
     for name, run in runs.items():
+        if records and time.perf_counter() > deadline:
+            yield {"kind": "skipped", "case": problem.case, "variant": name, "reason": "no time was left"}
+            continue
         record: Record = {"kind": "measurement", "case": problem.case, "variant": name, "right": True}
         records[name] = record | {"batch": problem.batch, "tokens": problem.tokens}
         before = graphs_compiled()
@@ -98,7 +102,7 @@ def check_and_time(
             _blame(records[name], faults)
     # Steps come last: they move the weights that all others are checked with.
     for name, run in runs.items():
-        if not records[name]["right"] or name in lacking:
+        if name not in records or not records[name]["right"] or name in lacking:
             continue
         try:
             weights = run.probe()
@@ -106,7 +110,7 @@ def check_and_time(
             _blame(records[name], _step_faults(run) + move_faults(weights, run.probe(), rate))
         except Exception as error:
             _note(first_line(error), records[name], lacking)
-    right = {name: run for name, run in runs.items() if records[name]["right"] and name not in lacking}
+    right = {name: runs[name] for name, record in records.items() if record["right"] and name not in lacking}
     calls = {name: partial(run.step, UNTIMED) for name, run in right.items()}
     timed = time_runs(calls, problem.device, repeats, deadline)
     for name, timing in timed.timings.items():

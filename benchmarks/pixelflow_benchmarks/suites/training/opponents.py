@@ -85,12 +85,12 @@ class TrainingOpponents:
             if name == PUBLIC:
                 return PublicRun(self._public(), problem)
             model = self._engine(name)
+            if self._state is None:
+                self._state = EngineState.of(problem.recipe, model)
+            return EngineRun(problem, model, self._state)
         except (BackendUnavailableError, ImportError, ValueError, RuntimeError, OSError) as error:
             self.absent[name] = first_line(error)
             return None
-        if self._state is None:
-            self._state = EngineState.of(problem.recipe, model)
-        return EngineRun(problem, model, self._state)
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -1,23 +1,21 @@
-"""Records of ``bench training`` as tables."""
+"""Records of ``bench training`` as a table."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 from pixelflow_benchmarks.harness.results import Run
 from pixelflow_benchmarks.harness.tables import TextTable, interval
 
 from .opponents import PUBLIC
-from .phases import OTHER, PHASES
+from .phases import PHASES
 from .problem import REFERENCE
 
 
-def training_tables(run: Run) -> Iterator[TextTable]:
-    """How fast each variant trains, then where its step's time goes."""
+def training_table(run: Run) -> TextTable:
+    """A row per case and variant: a step's time, rates, speed beside two opponents, memory, parts of the step."""
     rows = []
     for r in run.of_kind("measurement"):
         if not r["right"]:
-            rows.append((r["case"], r["variant"], "wrong: no time", r["fault"], "", "", "", "", ""))
+            rows.append((r["case"], r["variant"], "wrong: no time", r["fault"], *[""] * 6))
             continue
         beside = (interval(r["times"][o], 1, 2) if o in r["times"] else "" for o in (REFERENCE, PUBLIC))
         rows.append(
@@ -30,6 +28,7 @@ def training_tables(run: Run) -> Iterator[TextTable]:
                 f"{100 * r['mfu']:.1f} %",
                 *beside,
                 f"{r['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in r else "",
+                " / ".join(f"{100 * r['shares'][part]:.0f}" for part in PHASES),
             )
         )
     header = (
@@ -42,6 +41,7 @@ def training_tables(run: Run) -> Iterator[TextTable]:
         "times faster than reference",
         "than published",
         "peak GiB",
+        f"{' / '.join(PHASES)}, %",
     )
     head = run.environment
     where = head.get("gpu") or f"{head['processor']}, {head['threads']} threads, load {head['load']:.1f}"
@@ -49,8 +49,4 @@ def training_tables(run: Run) -> Iterator[TextTable]:
         f"Steps of training, {head['shape']}, {head['dtype']}; {where}; torch {head['torch']}. MFU: operations of "
         "forward and backward, over the rate of a large product in the same run."
     )
-    yield TextTable(title, header, tuple(rows))
-    parts = (*PHASES, OTHER)
-    right = [r for r in run.of_kind("measurement") if "shares" in r]
-    shares = tuple((r["case"], r["variant"], *(f"{100 * r['shares'][part]:.1f}" for part in parts)) for r in right)
-    yield TextTable("Where a step's time goes, %.", ("case", "variant", *parts), shares)
+    return TextTable(title, header, tuple(rows))
