@@ -27,6 +27,7 @@ from pixelflow_benchmarks.opponents.public_training import TrainingServer
 from pixelflow_benchmarks.opponents.random_models import SHAPES, random_reference, random_weights
 from pixelflow_benchmarks.suites.training import runs as training_runs
 from pixelflow_benchmarks.suites.training.checks import (
+    Expected,
     batch_faults,
     gradient_faults,
     images_of,
@@ -36,7 +37,14 @@ from pixelflow_benchmarks.suites.training.checks import (
 from pixelflow_benchmarks.suites.training.measure import breakdown, check_and_time, figures, measure_training
 from pixelflow_benchmarks.suites.training.opponents import PLAIN, PUBLIC, TrainingOpponents
 from pixelflow_benchmarks.suites.training.phases import OTHER, PHASES, UNTIMED, PhaseClock
-from pixelflow_benchmarks.suites.training.problem import REFERENCE, Gradients, TrainingProblem, TrainingRun
+from pixelflow_benchmarks.suites.training.problem import (
+    IMAGES,
+    REFERENCE,
+    SEED,
+    Gradients,
+    TrainingProblem,
+    TrainingRun,
+)
 from pixelflow_benchmarks.suites.training.public import PublicRun
 from pixelflow_benchmarks.suites.training.runs import EngineRun, ReferenceRun
 from pixelflow_benchmarks.suites.training.table import training_table
@@ -44,6 +52,7 @@ from pixelflow_engine.checkpoint import load_checkpoint
 from pixelflow_training import loop
 from pixelflow_training.collate import Batch
 from pixelflow_training.data import ImageSet
+from pixelflow_training.draws import sample_ids
 from support.results import run_of
 
 CPU = torch.device("cpu")
@@ -64,11 +73,11 @@ def run(name: str, who: TrainingOpponents | None = None) -> Any:
 
 
 @pytest.fixture(scope="module")
-def gradients() -> tuple[Batch, Gradients, Gradients]:
-    """The fixed batch; the reference's gradients there in float32 and in float64."""
+def gradients() -> tuple[Batch, Gradients, Expected]:
+    """The fixed batch; the reference's gradients there in float32, and what is expected."""
     batch = TINY.fixed_batch()
     plain, truth = (reference_gradients(TINY, WEIGHTS, batch, t) for t in (torch.float32, torch.float64))
-    return batch, plain, truth
+    return batch, plain, Expected.of(plain, truth, torch.float32)
 
 
 # --- what a step costs -------------------------------------------------------------------------------------
@@ -137,17 +146,18 @@ def test_a_batch_has_equally_many_images_of_each_stage(batch: int) -> None:
 
 
 @pytest.mark.parametrize("name", [PLAIN, REFERENCE])
-def test_right_gradients_and_batches_pass(name: str, gradients: tuple[Batch, Gradients, Gradients]) -> None:
-    batch, plain, truth = gradients
+def test_right_gradients_and_batches_pass(name: str, gradients: tuple[Batch, Gradients, Expected]) -> None:
+    batch, _, expected = gradients
     who = run(name)
-    assert gradient_faults(who.gradients(batch), plain, truth, torch.float32) == []
+    assert gradient_faults(who.gradients(batch), expected) == []
     for _ in range(5):
         assert batch_faults(who.draw(), TINY, TINY.images()) == []
 
 
-def test_the_truth_is_a_derivative(gradients: tuple[Batch, Gradients, Gradients]) -> None:
+def test_the_truth_is_a_derivative(gradients: tuple[Batch, Gradients, Expected]) -> None:
     """By a difference of losses, along a direction that all parameters have a part in."""
-    batch, _, truth = gradients
+    batch, _, expected = gradients
+    truth = expected.truth
     generator = torch.Generator().manual_seed(3)
     way = {name: torch.randn(g.shape, generator=generator, dtype=torch.float64) for name, g in truth.by_name.items()}
     losses = []
@@ -175,13 +185,13 @@ def test_the_truth_is_a_derivative(gradients: tuple[Batch, Gradients, Gradients]
     ids=["loss", "one loss is no number", "scaled", "a row is gone", "no number", "all scaled", "missing"],
 )
 def test_wrong_losses_and_gradients_are_found(
-    change: Callable[[Gradients], object], said: str, gradients: tuple[Batch, Gradients, Gradients]
+    change: Callable[[Gradients], object], said: str, gradients: tuple[Batch, Gradients, Expected]
 ) -> None:
-    _, plain, truth = gradients
+    _, plain, expected = gradients
     found = Gradients(plain.losses.clone(), {name: g.clone() for name, g in plain.by_name.items()})
-    assert gradient_faults(found, plain, truth, torch.float32) == []
+    assert gradient_faults(found, expected) == []
     change(found)
-    faults = gradient_faults(found, plain, truth, torch.float32)
+    faults = gradient_faults(found, expected)
     assert any(said in fault for fault in faults), faults
 
 
@@ -259,6 +269,9 @@ def test_both_loops_take_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
         who = run(name)
         who.step(UNTIMED)
         ends.append((who.last(), who.probe()[0]))
+        # Adam does not care how long a gradient is; its first moment tells what the clip left of it.
+        moment = sum(state["exp_avg"].double().square().sum().item() for state in who.optimizer.state.values()) ** 0.5
+        assert moment == pytest.approx(0.1 * who.recipe.optimizer.max_grad_norm, rel=1e-5)
     assert ends[0][0].loss == pytest.approx(ends[1][0].loss, rel=1e-5)
     assert ends[0][0].norm == pytest.approx(ends[1][0].norm, rel=1e-5)
     assert ends[0][0].norm > 1, "the clip has something to do"
@@ -551,14 +564,18 @@ class InThisProcess(PublicProcess):
         return found
 
 
-def test_the_published_step_is_checked_and_timed(tmp_path: Path, gradients: tuple[Batch, Gradients, Gradients]) -> None:
-    batch, plain, truth = gradients
+def test_the_published_step_is_checked_and_timed(tmp_path: Path, gradients: tuple[Batch, Gradients, Expected]) -> None:
+    batch, _, expected = gradients
     with checkout(tmp_path), torch.random.fork_rng():
         process = InThisProcess(TrainingServer(tmp_path, "tiny", "float32", "cpu"), tmp_path)
         who = PublicRun(process, TINY)
-        assert gradient_faults(who.gradients(batch), plain, truth, torch.float32) == [], "no label may be dropped here"
+        assert gradient_faults(who.gradients(batch), expected) == [], "no label may be dropped here"
         assert process.server.model.class_embedder.dropout_prob == 0.1
-        assert batch_faults(who.draw(), TINY, TINY.images()) == []
+        for step in range(2):  # the images that the other loops see
+            drawn, ids = who.draw(), sample_ids(SEED, step, TINY.batch, IMAGES)
+            assert batch_faults(drawn, TINY, TINY.images()) == []
+            assert drawn.labels is not None
+            assert sorted(drawn.labels.tolist()) == sorted(TINY.images().labels[ids].tolist())
         before = who.probe()
         who.step(UNTIMED)
         assert move_faults(before, who.probe(), 1e-4) == []

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -71,29 +72,56 @@ def images_of(tokens: Tensor, batch: Batch, patch_size: int) -> list[Tensor]:
     ]
 
 
-def gradient_faults(found: Gradients, plain: Gradients, truth: Gradients, dtype: torch.dtype) -> list[str]:
-    """Where losses or gradients miss level D, the worst parameter named.
+@dataclass(frozen=True, eq=False, slots=True)
+class Expected:
+    """What losses and gradients must be, and how far from it they may be.
 
-    Args:
-        found: a variant's.
-        plain: the reference's in the problem's type.
+    Attributes:
         truth: the reference's in float64.
-        dtype: the problem's, whose rounding is meant.
+        norm: of all its gradients together.
+        loss_bound: of the largest error of a loss.
+        bounds: of the length of each gradient's error.
+        norm_bound: of the norm's error.
     """
+
+    truth: Gradients
+    norm: float
+    loss_bound: float
+    bounds: dict[str, float]
+    norm_bound: float
+
+    @classmethod
+    def of(cls, plain: Gradients, truth: Gradients, dtype: torch.dtype) -> Expected:
+        """By the reference's own errors.
+
+        Args:
+            plain: the reference's in the problem's type.
+            truth: the reference's in float64.
+            dtype: the problem's, whose rounding is meant.
+        """
+        unit, norm = torch.finfo(dtype).eps / 2, truth.norm
+        errors = {name: _length(plain.by_name[name].double() - true) for name, true in truth.by_name.items()}
+        return cls(
+            truth=truth,
+            norm=norm,
+            loss_bound=2 * _largest(plain.losses - truth.losses) + 2 * unit * _largest(truth.losses),
+            bounds={name: 2 * error + 2 * unit * _length(truth.by_name[name]) for name, error in errors.items()},
+            norm_bound=2 * sum(error**2 for error in errors.values()) ** 0.5 + 2 * unit * norm,
+        )
+
+
+def gradient_faults(found: Gradients, expected: Expected) -> list[str]:
+    """Where losses or gradients miss level D, the worst parameter named."""
+    truth = expected.truth
     if found.by_name.keys() != truth.by_name.keys():
         names = sorted(found.by_name.keys() ^ truth.by_name.keys())
         return [f"{len(names)} parameters have a gradient on one side alone: {names[0]}, ..."]
-    unit = torch.finfo(dtype).eps / 2
     faults = []
-    allowed = 2 * _largest(plain.losses - truth.losses) + 2 * unit * _largest(truth.losses)
-    if not (error := _largest(found.losses.double() - truth.losses)) <= allowed:
-        faults.append(f"loss: error {error:.3e}, bound {allowed:.3e}")
+    if not (error := _largest(found.losses.double() - truth.losses)) <= expected.loss_bound:
+        faults.append(f"loss: error {error:.3e}, bound {expected.loss_bound:.3e}")
     missed: dict[str, tuple[float, float]] = {}
-    base = 0.0
     for name, true in truth.by_name.items():
-        error, its = (_length(g.by_name[name].double() - true) for g in (found, plain))
-        base += its**2
-        allowed = 2 * its + 2 * unit * _length(true)
+        error, allowed = _length(found.by_name[name].double() - true), expected.bounds[name]
         if not error <= allowed:
             missed[name] = error, allowed
     if missed:
@@ -101,9 +129,8 @@ def gradient_faults(found: Gradients, plain: Gradients, truth: Gradients, dtype:
         error, allowed = missed[worst]
         others = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
         faults.append(f"gradient of {worst}{others}: error {error:.3e}, bound {allowed:.3e}")
-    allowed = 2 * base**0.5 + 2 * unit * truth.norm
-    if not (error := abs(found.norm - truth.norm)) <= allowed:
-        faults.append(f"gradient norm: error {error:.3e}, bound {allowed:.3e}")
+    if not (error := abs(found.norm - expected.norm)) <= expected.norm_bound:
+        faults.append(f"gradient norm: error {error:.3e}, bound {expected.norm_bound:.3e}")
     return faults
 
 

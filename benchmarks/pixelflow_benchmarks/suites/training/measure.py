@@ -15,7 +15,7 @@ from pixelflow_benchmarks.harness.energy import joules_of
 from pixelflow_benchmarks.harness.results import Record
 from pixelflow_benchmarks.harness.timing import Timing, first_line, graphs_compiled, seconds_of, time_runs
 
-from .checks import batch_faults, gradient_faults, move_faults, reference_gradients
+from .checks import Expected, batch_faults, gradient_faults, move_faults, reference_gradients
 from .opponents import PUBLIC, TrainingOpponents
 from .phases import UNTIMED, PhaseClock
 from .problem import REFERENCE, Gradients, TrainingProblem, TrainingRun
@@ -83,6 +83,7 @@ def check_and_time(
     lacking: dict[str, Record] = {}
     batch, data, rate = problem.fixed_batch(), problem.images(), problem.recipe.optimizer.lr
     truth, plain = (reference_gradients(problem, opponents.weights, batch, t) for t in (torch.float64, torch.float32))
+    expected = Expected.of(plain, truth, problem.dtype)
     for name, run in runs.items():
         if records and time.perf_counter() > deadline:
             yield {"kind": "skipped", "case": problem.case, "variant": name, "reason": "no time was left"}
@@ -94,7 +95,7 @@ def check_and_time(
             found: Gradients
             records[name]["first_seconds"], found = seconds_of(partial(run.gradients, batch), problem.device)
             records[name]["graphs_compiled"] = graphs_compiled() - before
-            faults = gradient_faults(found, plain, truth, problem.dtype)
+            faults = gradient_faults(found, expected)
             faults += batch_faults(run.draw(), problem, data)
         except Exception as error:  # a compiler fails in many ways; the others are measured all the same
             _note(first_line(error), records[name], lacking)
@@ -107,7 +108,7 @@ def check_and_time(
         try:
             weights = run.probe()
             run.step(UNTIMED)
-            _blame(records[name], _step_faults(run) + move_faults(weights, run.probe(), rate))
+            _blame(records[name], move_faults(weights, run.probe(), rate))
         except Exception as error:
             _note(first_line(error), records[name], lacking)
     right = {name: runs[name] for name, record in records.items() if record["right"] and name not in lacking}

@@ -233,7 +233,8 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter, device="cpu") if parameter.grad is None else parameter.grad.cpu().clone()
+    given = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return given.to("cpu", copy=True)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
