@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import typer
 
-from .commands import blocks, compare, digits, distance, everything, images, kernels, stages, tables, tune
+from .commands import (
+    blocks,
+    compare,
+    digits,
+    distance,
+    everything,
+    images,
+    kernels,
+    profile,
+    stages,
+    tables,
+    tune,
+)
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure the quality of generated images.")
 evaluate.command("digits")(digits.evaluate)
@@ -17,6 +29,7 @@ bench.command("stages")(stages.command)
 bench.command("images")(images.command)
 bench.command("distance")(distance.command)
 bench.command("blocks")(blocks.command)
+bench.command("profile", cls=profile.KeyValueCommand)(profile.command)
 bench.command("tune")(tune.command)
 bench.command("compare")(compare.command)
 bench.command("tables")(tables.command)
