@@ -9,9 +9,7 @@ from typing import Annotated, Literal
 import typer
 from typer.core import TyperCommand
 
-from pixelflow_benchmarks.harness.results import Run
-
-from .options import Repeats, console, finish, known, show
+from .options import Device, Repeats, console, finish, known, place_of, show
 
 
 class KeyValueCommand(TyperCommand):
@@ -28,12 +26,13 @@ class KeyValueCommand(TyperCommand):
 
 
 def command(
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")] = "auto",
+    device: Device = "auto",
     shape: Annotated[
         Literal["xl", "cpu", "tiny"] | None, typer.Option(help="By default xl on a GPU, cpu elsewhere.")
     ] = None,
     variant: Annotated[
-        list[str] | None, typer.Option(help="As in bench stages; triton/graphs on a GPU, torch/eager elsewhere.")
+        list[str] | None,
+        typer.Option(help="As in bench stages; may be repeated. triton/graphs on a GPU, torch/eager elsewhere."),
     ] = None,
     stage: Annotated[int, typer.Option(min=0, help="Of the cascade.")] = 3,
     batch: Annotated[int | None, typer.Option(min=1, help="16 on a GPU, 1 elsewhere.")] = None,
@@ -44,33 +43,9 @@ def command(
         Path | None, typer.Option(help="A new folder for traces and records; by default profile-DATE-TIME here.")
     ] = None,
 ) -> None:
-    """Profile a stage: a trace to look at, its longest kernels, and each class of them beside its floor."""
-    from pixelflow_benchmarks.suites.profile.table import profile_tables
+    """Profile a stage: a trace to look at, its longest kernels, and each class of them beside its floor.
 
-    folder = output or Path(f"profile-{datetime.now():%Y%m%d-%H%M%S}")
-    run = measure(device, shape, variant, stage, batch, steps, repeats, folder)
-    for table in profile_tables(run, top):
-        show(table)
-    for record in run.of_kind("measurement"):
-        if record["right"]:
-            console.print(f"trace: {folder / record['trace']}", highlight=False, soft_wrap=True)
-    finish(run)
-
-
-def measure(
-    device: str,
-    shape: str | None,
-    variant: list[str] | None,
-    stage: int,
-    batch: int | None,
-    steps: int,
-    repeats: int,
-    folder: Path,
-) -> Run:
-    """The suite's records, also in ``folder/profile.jsonl``; see :func:`command`.
-
-    Raises:
-        ValueError: the folder is there and has something in it, or an option has a value that nothing has.
+    Options may be written as in `profile stage=3 batch=4`, too.
     """
     import torch
     import torch._dynamo
@@ -79,18 +54,16 @@ def measure(
     from pixelflow_benchmarks.harness.results import recording
     from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
     from pixelflow_benchmarks.suites.profile.measure import PROFILED, measure_profiles
+    from pixelflow_benchmarks.suites.profile.table import profile_tables
     from pixelflow_benchmarks.suites.stages.opponents import Opponents
     from pixelflow_benchmarks.suites.stages.problem import StageProblem
-    from pixelflow_engine.arguments import place
 
-    where = place("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    where = place_of(device)
     on_gpu = where.type == "cuda"
     shape = shape or ("xl" if on_gpu else "cpu")
     config, dtype = SHAPES[shape], torch.bfloat16 if on_gpu else torch.float32
     wanted = list(dict.fromkeys(variant or ["triton/graphs" if on_gpu else "torch/eager"]))
     known(variant=(wanted, PROFILED), stage=([stage], range(config.scheduler.num_stages)))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output: got {folder}, where something is already, expected the name of a new folder")
     problem = StageProblem(
         config=config,
         stage=stage,
@@ -100,10 +73,11 @@ def measure(
         dtype=dtype,
         device=where,
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _new_folder(output or Path(f"profile-{datetime.now():%Y%m%d-%H%M%S}"))
     head = {"shape": shape, "dtype": str(dtype).removeprefix("torch.")}
     with (
         recording(folder / "profile.jsonl", "profile", where, **head) as keep,
+        # Many models of one class are compiled here, a sampling has one: its limit would be reached too soon.
         torch._dynamo.config.patch(recompile_limit=64),
     ):
         ceilings = measure_ceilings(where, dtype)
@@ -113,4 +87,21 @@ def measure(
             keep.all(measure_profiles(problem, wanted, opponents, ceilings, repeats, folder))
         finally:
             opponents.close()
-    return keep.run
+    for table in profile_tables(keep.run, top):
+        show(table)
+    for record in keep.run.of_kind("measurement"):
+        if record["right"]:
+            console.print(f"trace: {folder / record['trace']}", highlight=False, soft_wrap=True)
+    finish(keep.run)
+
+
+def _new_folder(path: Path) -> Path:
+    """Make it.
+
+    Raises:
+        ValueError: something is there already.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"output: got {path}, where something is already, expected the name of a new folder")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
