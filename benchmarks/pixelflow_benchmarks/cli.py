@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import typer
 
-from .commands import blocks, compare, digits, distance, everything, images, kernels, stages, tables, training, tune
+from .commands import (
+    blocks,
+    compare,
+    digits,
+    distance,
+    everything,
+    images,
+    kernels,
+    profile,
+    stages,
+    tables,
+    training,
+    tune,
+)
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure the quality of generated images.")
 evaluate.command("digits")(digits.evaluate)
@@ -18,6 +31,7 @@ bench.command("images")(images.command)
 bench.command("training")(training.command)
 bench.command("distance")(distance.command)
 bench.command("blocks")(blocks.command)
+bench.command("profile", cls=profile.KeyValueCommand)(profile.command)
 bench.command("tune")(tune.command)
 bench.command("compare")(compare.command)
 bench.command("tables")(tables.command)
