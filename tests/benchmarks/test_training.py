@@ -290,6 +290,15 @@ def test_parts_of_a_step_add_up_to_it(name: str) -> None:
     assert 0 <= shares[OTHER] < 0.5
 
 
+def test_few_long_steps_are_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count(step=3.0)
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))  # every look takes three seconds
+    who, steps = run(PLAIN), []
+    monkeypatch.setattr(who, "step", lambda clock: steps.append(clock.took({"forward": 1.0}, 2.0)))
+    assert breakdown(who, CPU)["forward"] == 0.5
+    assert len(steps) == 1
+
+
 def test_the_clock_adds_up_what_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     now = itertools.count()
     monkeypatch.setattr("time.perf_counter", lambda: float(next(now)))  # every look takes a second

@@ -20,8 +20,8 @@ from .opponents import PUBLIC, TrainingOpponents
 from .phases import UNTIMED, PhaseClock
 from .problem import REFERENCE, Gradients, TrainingProblem, TrainingRun
 
-BREAKDOWN_STEPS = 10
-"""That shares are taken over, after the steps that are timed as a whole."""
+BREAKDOWN_STEPS, BREAKDOWN_SECONDS = 10, 5.0
+"""That shares are taken over, after the steps that are timed as a whole; fewer of long ones."""
 
 
 def measure_training(
@@ -153,9 +153,11 @@ def figures(problem: TrainingProblem, timing: Timing, ceilings: Ceilings) -> Rec
 
 
 def breakdown(run: TrainingRun, device: torch.device, steps: int = BREAKDOWN_STEPS) -> dict[str, float]:
-    """Each part's share of a step, see :meth:`~.phases.PhaseClock.shares`."""
-    clock = PhaseClock(device)
-    for _ in range(steps):
+    """Each part's share of a step, see :meth:`~.phases.PhaseClock.shares`; over one step at least."""
+    clock, until = PhaseClock(device), time.perf_counter() + BREAKDOWN_SECONDS
+    for step in range(steps):
+        if step > 0 and time.perf_counter() > until:
+            break
         with clock.step():
             run.step(clock)
     return clock.shares()
