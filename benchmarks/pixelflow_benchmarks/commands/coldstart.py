@@ -73,9 +73,9 @@ def measure(
     known(variant=(variant or [], (*VARIANTS, COMMAND)))
     shape, dtype = shape or ("xl" if on_gpu else BUNDLED), torch.bfloat16 if on_gpu else torch.float32
     wanted = variant or [*(v.name for v in (ON_GPU if on_gpu else ON_CPU)), COMMAND]
-    head = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "steps": steps}
+    short = str(dtype).removeprefix("torch.")
     with (
-        recording(output, "coldstart", where, **head) as keep,
+        recording(output, "coldstart", where, shape=shape, dtype=short, steps=steps) as keep,
         tempfile.TemporaryDirectory(prefix="pixelflow-coldstart-") as folder,
     ):
         checkpoint = checkpoint_of(shape, Path(folder) / "model", dtype)
@@ -91,7 +91,7 @@ def measure(
             return Job(
                 checkpoint=checkpoint.source,
                 device=str(where),
-                dtype=head["dtype"],
+                dtype=short,
                 backend=one.backend,
                 compile=one.compile,
                 graphs=one.graphs,
@@ -103,8 +103,6 @@ def measure(
         read_files_once()
         check = checker(checkpoint, steps, dtype, where)
         keep.all(
-            measure_cold_starts(
-                able, job, check, Path(folder), repeats, commands=COMMAND in wanted, deadline=deadline
-            )
+            measure_cold_starts(able, job, check, Path(folder), repeats, commands=COMMAND in wanted, deadline=deadline)
         )
     return keep.run

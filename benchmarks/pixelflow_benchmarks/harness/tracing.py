@@ -90,7 +90,7 @@ class Trace(TorchDispatchMode):
 
 
 class _WithoutCuda(TorchFunctionMode):
-    """Indexing and copies by operations that have fake versions; built-in ones ask for CUDA, which need not be there."""
+    """Indexing and copies by operations with fake versions; the built-in ones ask for CUDA, which need not be there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace indexing of CUDA tensors and copies into them, pass on everything else."""

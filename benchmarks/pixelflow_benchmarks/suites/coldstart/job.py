@@ -97,7 +97,7 @@ def run_process(command: Sequence[str], variables: Mapping[str, str]) -> str:
         ChildError: it ends with another status than 0.
     """
     roots = os.pathsep.join(filter(None, sys.path))
-    environment = os.environ | {"PYTHONPATH": roots} | variables
+    environment = {**os.environ, "PYTHONPATH": roots, **variables}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if run.returncode != 0:
         said = run.stderr.strip() or run.stdout.strip() or f"status {run.returncode}, without a word"

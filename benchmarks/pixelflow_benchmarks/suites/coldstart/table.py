@@ -28,7 +28,7 @@ def coldstart_table(run: Run) -> TextTable:
     head = run.environment
     where = head.get("gpu") or f"{head['processor']}, {head['threads']} threads, load {head['load']:.1f}"
     title = (
-        f"Cold starts, {head['shape']}, {head['dtype']}, {head['steps']} steps a stage; {where}; torch {head['torch']}. "
-        "Seconds of a new process; files are in the page cache."
+        f"Cold starts, {head['shape']}, {head['dtype']}, {head['steps']} steps a stage; {where}; torch {head['torch']}."
+        " Seconds of a new process; files are in the page cache."
     )
     return TextTable(title, ("variant", TOTAL, *phases), tuple(rows))

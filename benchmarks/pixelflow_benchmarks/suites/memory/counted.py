@@ -134,9 +134,7 @@ def _count_reference(problem: StageProblem) -> Counted:
         return Counted(size_of(model), _watched(step, problem.dtype, weights))
 
 
-def _watched(
-    step: Callable[[], object], autocast: torch.dtype | None = None, weights: Iterable[Tensor] = ()
-) -> int:
+def _watched(step: Callable[[], object], autocast: torch.dtype | None = None, weights: Iterable[Tensor] = ()) -> int:
     with OneAttention(), autocasting(autocast), LiveBytes("cuda", weights) as live:
         step()
     return live.peak

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -59,7 +58,7 @@ class LiveBytes(TorchDispatchMode):
             finalizer.detach()
         self._finalizers.clear()
         self._casts.clear()
-        super().__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def _tensors(self, tree: Any) -> Iterator[Tensor]:
         for leaf in tree_leaves(tree):
@@ -94,7 +93,7 @@ def allocator_peak(run: Callable[[], object]) -> int:
     changes = [
         (event.start_ns(), event.nbytes())
         for event in results.events()
-        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
+        if event.name() == "[memory]" and event.device_type().name == "CPU"
     ]
     now = peak = 0
     for _, change in sorted(changes, key=lambda one: one[0]):  # those of one moment stay in their order

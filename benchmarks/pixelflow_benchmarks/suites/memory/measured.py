@@ -73,9 +73,7 @@ def measure_memory(
         yield from with_slopes([measure_training(shape, config, weights, n, dtype, device) for n in batches])
 
 
-def measure_stage(
-    shape: str, problem: StageProblem, opponents: Opponents, variants: Sequence[str]
-) -> Iterator[Record]:
+def measure_stage(shape: str, problem: StageProblem, opponents: Opponents, variants: Sequence[str]) -> Iterator[Record]:
     """The records of one stage and batch; see :func:`measure_memory`.
 
     A run's first time compiles and captures, and is what is checked; the peak is that of the second. It is beside what
