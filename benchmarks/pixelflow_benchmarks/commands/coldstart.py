@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pixelflow_benchmarks.harness.results import Run
+from .options import Device, Output, finish, known, place_of, show
 
-from .options import Output, finish, known, show
+if TYPE_CHECKING:
+    from pixelflow_benchmarks.harness.results import Run
 
 
 def command(
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")] = "auto",
+    device: Device = "auto",
     shape: Annotated[
         Literal["xl", "cpu", "tiny", "digits"] | None,
         typer.Option(help="By default xl on a GPU, elsewhere digits, the bundled model."),
@@ -63,12 +64,11 @@ def measure(
         checkpoint_of,
         in_order,
     )
-    from pixelflow_engine.arguments import place
     from pixelflow_engine.backends import choose
     from pixelflow_engine.errors import BackendUnavailableError
 
     deadline = time.perf_counter() + budget_seconds
-    where = place("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    where = place_of(device)
     on_gpu = where.type == "cuda"
     known(variant=(variant or [], (*VARIANTS, COMMAND)))
     shape, dtype = shape or ("xl" if on_gpu else BUNDLED), torch.bfloat16 if on_gpu else torch.float32

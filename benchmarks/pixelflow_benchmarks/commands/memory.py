@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pixelflow_benchmarks.harness.results import Run
+from .options import Device, Output, finish, known, place_of, show
 
-from .options import Output, finish, known, show
+if TYPE_CHECKING:
+    from pixelflow_benchmarks.harness.results import Run
 
 
 def command(
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; by default a GPU if there is one.")] = "auto",
+    device: Device = "auto",
     shape: Annotated[
         Literal["xl", "cpu", "tiny"] | None, typer.Option(help="By default xl on a GPU, cpu elsewhere.")
     ] = None,
@@ -46,9 +47,8 @@ def measure(
     from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
     from pixelflow_benchmarks.suites.memory.counted import VARIANTS, count_memory
     from pixelflow_benchmarks.suites.memory.measured import ON_CPU, ON_GPU, measure_memory
-    from pixelflow_engine.arguments import place
 
-    where = place("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    where = place_of(device)
     on_gpu = where.type == "cuda"
     known(variant=(variant or [], (*ON_GPU, *ON_CPU, *VARIANTS)))
     wanted = variant or [*(ON_GPU if on_gpu else ON_CPU), *VARIANTS]
