@@ -20,6 +20,7 @@ from pixelflow_benchmarks.suites.memory.counted import FUSED, PLAIN, REFERENCE, 
 from pixelflow_benchmarks.suites.memory.live import LiveBytes, allocator_peak
 from pixelflow_benchmarks.suites.memory.measured import measure_stage, measure_training
 from pixelflow_benchmarks.suites.memory.records import with_slopes
+from pixelflow_benchmarks.suites.memory.training import training_step
 from pixelflow_benchmarks.suites.stages.opponents import Opponents
 from pixelflow_benchmarks.suites.stages.problem import StageProblem
 from pixelflow_benchmarks.suites.stages.runs import EngineRun
@@ -157,7 +158,7 @@ def test_the_command(tmp_path: Path) -> None:
     stages = [f"tiny, stage {stage}, batch {batch}" for stage in (1, 0) for batch in (1, 2)]
     assert found.keys() == {
         *((case, name) for case in stages for name in ("reference", "torch/eager", "engine, fused")),
-        *((f"tiny, training, batch {batch}", training) for batch in (1, 2)),
+        *((f"tiny, training, batch {batch}", training) for batch in (2, 4)),
     }
     for (_, name), r in found.items():
         assert r["peak_bytes"] == r["weights_bytes"] + r["activation_bytes"]
@@ -166,7 +167,7 @@ def test_the_command(tmp_path: Path) -> None:
         assert 0 <= r["per_image_bytes"] < r["peak_bytes"]
     weights = sum(w.nbytes for w in random_weights(SHAPES["tiny"], CPU).values())
     assert found[stages[0], "torch/eager"]["weights_bytes"] == weights
-    steps = [found[f"tiny, training, batch {batch}", training] for batch in (1, 2)]
+    steps = [found[f"tiny, training, batch {batch}", training] for batch in (2, 4)]
     assert [r["gradient_bytes"] for r in steps] == [weights, weights]
     assert all(r["activation_bytes"] > weights for r in steps)
     assert [r["variant"] for r in records if r["kind"] == "absent"] == ["triton/graphs"]
@@ -203,6 +204,14 @@ def test_nothing_wrong_gets_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found()["fault"] == "RuntimeError: out of memory"
     nowhere = {name: w * float("nan") for name, w in weights.items()}
     assert measure_training("tiny", TINY.config, nowhere, 2, TINY.dtype, CPU)["fault"] == "the loss is not finite"
+
+
+def test_a_training_step_leaves_no_gradients() -> None:
+    weights = random_weights(TINY.config, CPU)
+    step = training_step(TINY.config, weights, 2, torch.float32, CPU)
+    step.run()
+    assert step.gradients == sum(w.nbytes for w in weights.values())
+    assert all(parameter.grad is None for parameter in step.model.parameters())
 
 
 def test_peaks_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

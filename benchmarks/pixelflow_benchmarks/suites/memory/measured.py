@@ -43,7 +43,7 @@ def measure_memory(
         config: of the model.
         weights: of all models, exact in ``dtype``.
         names: of variants; the reference, which the others are checked against, is always one.
-        batches: images; with guidance the model sees twice as many.
+        batches: images; with guidance the model sees twice as many. Training has as many of every stage.
         steps: Euler's.
         dtype: of the matrix products.
         device: where.
@@ -70,7 +70,9 @@ def measure_memory(
         opponents.close()
     del opponents
     if TRAINING in names:
-        yield from with_slopes([measure_training(shape, config, weights, n, dtype, device) for n in batches])
+        # As many of each stage, or the slope would be that of the stages that the larger batch happens to have.
+        sizes = [batch * config.scheduler.num_stages for batch in batches]
+        yield from with_slopes([measure_training(shape, config, weights, n, dtype, device) for n in sizes])
 
 
 def measure_stage(shape: str, problem: StageProblem, opponents: Opponents, variants: Sequence[str]) -> Iterator[Record]:
