@@ -6,12 +6,14 @@ import typer
 
 from .commands import (
     blocks,
+    coldstart,
     compare,
     digits,
     distance,
     everything,
     images,
     kernels,
+    memory,
     profile,
     stages,
     tables,
@@ -30,6 +32,8 @@ bench.command("stages")(stages.command)
 bench.command("images")(images.command)
 bench.command("training")(training.command)
 bench.command("distance")(distance.command)
+bench.command("memory")(memory.command)
+bench.command("coldstart")(coldstart.command)
 bench.command("blocks")(blocks.command)
 bench.command("profile", cls=profile.KeyValueCommand)(profile.command)
 bench.command("tune")(tune.command)

@@ -82,14 +82,19 @@ def random_reference(
     config: PixelFlowConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> PixelFlowTransformer:
     """The reference model, its weights its own, without gradients."""
+    model = reference_without_weights(config)
+    _load(model, weights, dtype)
+    return model.requires_grad_(False).eval()
+
+
+def reference_without_weights(config: PixelFlowConfig) -> PixelFlowTransformer:
+    """The reference model on the meta device."""
     names = (
         "depth", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size",
         "num_classes",
     )  # fmt: skip
     with torch.device("meta"):
-        model = PixelFlowTransformer(**{name: getattr(config.model, name) for name in names})
-    _load(model, weights, dtype)
-    return model.requires_grad_(False).eval()
+        return PixelFlowTransformer(**{name: getattr(config.model, name) for name in names})
 
 
 def compile_blocks(model: PixelFlowTransformer) -> None:
