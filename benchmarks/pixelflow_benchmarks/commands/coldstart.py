@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from .options import Device, Output, finish, known, place_of, show
-
-if TYPE_CHECKING:
-    from pixelflow_benchmarks.harness.results import Run
 
 
 def command(
@@ -28,23 +25,6 @@ def command(
     output: Output = None,
 ) -> None:
     """Time what comes before the first image, phase by phase, each time in a new process."""
-    from pixelflow_benchmarks.suites.coldstart.table import coldstart_table
-
-    run = measure(device, shape, variant, steps, repeats, budget_seconds, output)
-    show(coldstart_table(run))
-    finish(run)
-
-
-def measure(
-    device: str,
-    shape: str | None,
-    variant: list[str] | None,
-    steps: int,
-    repeats: int,
-    budget_seconds: float,
-    output: Path | None,
-) -> Run:
-    """The suite's records; see :func:`command`."""
     import tempfile
 
     import torch
@@ -53,6 +33,7 @@ def measure(
     from pixelflow_benchmarks.harness.timing import first_line
     from pixelflow_benchmarks.suites.coldstart.job import Job
     from pixelflow_benchmarks.suites.coldstart.measure import measure_cold_starts, read_files_once
+    from pixelflow_benchmarks.suites.coldstart.table import coldstart_table
     from pixelflow_benchmarks.suites.coldstart.variants import (
         BUNDLED,
         COMMAND,
@@ -71,14 +52,15 @@ def measure(
     where = place_of(device)
     on_gpu = where.type == "cuda"
     known(variant=(variant or [], (*VARIANTS, COMMAND)))
-    shape, dtype = shape or ("xl" if on_gpu else BUNDLED), torch.bfloat16 if on_gpu else torch.float32
+    name: str = shape or ("xl" if on_gpu else BUNDLED)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
     wanted = variant or [*(v.name for v in (ON_GPU if on_gpu else ON_CPU)), COMMAND]
     short = str(dtype).removeprefix("torch.")
     with (
-        recording(output, "coldstart", where, shape=shape, dtype=short, steps=steps) as keep,
+        recording(output, "coldstart", where, shape=name, dtype=short, steps=steps) as keep,
         tempfile.TemporaryDirectory(prefix="pixelflow-coldstart-") as folder,
     ):
-        checkpoint = checkpoint_of(shape, Path(folder) / "model", dtype)
+        checkpoint = checkpoint_of(name, Path(folder) / "model", dtype)
         able = []
         for one in in_order(name for name in wanted if name != COMMAND):
             try:
@@ -105,4 +87,5 @@ def measure(
         keep.all(
             measure_cold_starts(able, job, check, Path(folder), repeats, commands=COMMAND in wanted, deadline=deadline)
         )
-    return keep.run
+    show(coldstart_table(keep.run))
+    finish(keep.run)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+import math
+import time
+from typing import Annotated, Literal
 
 import typer
 
 from .options import Device, Output, finish, known, place_of, show
-
-if TYPE_CHECKING:
-    from pixelflow_benchmarks.harness.results import Run
 
 
 def command(
@@ -21,25 +19,10 @@ def command(
     variant: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images; may be repeated.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Euler's: 10 on a GPU, 2 elsewhere.")] = None,
+    budget_seconds: Annotated[float, typer.Option(help="After that long no further stage is begun.")] = math.inf,
     output: Output = None,
 ) -> None:
     """Peak memory per stage, batch and variant; and counts for the published model, which need no GPU."""
-    from pixelflow_benchmarks.suites.memory.table import memory_table
-
-    run = measure(device, shape, variant, batch, steps, output)
-    show(memory_table(run))
-    finish(run)
-
-
-def measure(
-    device: str,
-    shape: str | None,
-    variant: list[str] | None,
-    batch: list[int] | None,
-    steps: int | None,
-    output: Path | None,
-) -> Run:
-    """The suite's records; see :func:`command`."""
     import torch
     import torch._dynamo
 
@@ -47,7 +30,9 @@ def measure(
     from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
     from pixelflow_benchmarks.suites.memory.counted import VARIANTS, count_memory
     from pixelflow_benchmarks.suites.memory.measured import ON_CPU, ON_GPU, measure_memory
+    from pixelflow_benchmarks.suites.memory.table import memory_table
 
+    deadline = time.perf_counter() + budget_seconds
     where = place_of(device)
     on_gpu = where.type == "cuda"
     known(variant=(variant or [], (*ON_GPU, *ON_CPU, *VARIANTS)))
@@ -59,7 +44,8 @@ def measure(
         if measured := [name for name in wanted if name not in VARIANTS]:
             weights = random_weights(SHAPES[shape], where, dtype)
             sizes = batch or ([1, 4, 16] if on_gpu else [1, 2])
-            keep.all(measure_memory(shape, SHAPES[shape], weights, measured, sizes, steps, dtype, where))
+            keep.all(measure_memory(shape, SHAPES[shape], weights, measured, sizes, steps, dtype, where, deadline))
         if counted := [name for name in wanted if name in VARIANTS]:
             keep.all(count_memory("tiny" if shape == "tiny" else "xl", counted, batch or [1, 16]))
-    return keep.run
+    show(memory_table(keep.run))
+    finish(keep.run)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -35,6 +37,7 @@ def measure_memory(
     steps: int,
     dtype: torch.dtype,
     device: torch.device,
+    deadline: float = math.inf,
 ) -> Iterator[Record]:
     """Check every variant at every stage and batch, then take the peak of a run of the right ones.
 
@@ -47,14 +50,19 @@ def measure_memory(
         steps: Euler's.
         dtype: of the matrix products.
         device: where.
+        deadline: after which no stage is begun, on the clock of ``time.perf_counter``.
 
     Yields:
-        ``memory`` of each, the largest stage first, training last; ``absent`` once for who cannot be had.
+        ``memory`` of each, the largest stage first, training last; ``absent`` once for who cannot be had; ``skipped``
+        for a stage that no time was left for.
     """
     opponents, told = Opponents(config, weights, dtype, None), set[str]()
     variants = tuple(dict.fromkeys((REFERENCE, *(name for name in names if name != TRAINING))))
     try:
         for stage in reversed(range(config.scheduler.num_stages)) if names != [TRAINING] else ():
+            if time.perf_counter() > deadline:
+                yield {"kind": "skipped", "stage": stage, "reason": "no time was left"}
+                continue
             records: list[Record] = []
             for batch in batches:
                 problem = StageProblem(
@@ -69,7 +77,7 @@ def measure_memory(
     finally:
         opponents.close()
     del opponents
-    if TRAINING in names:
+    if TRAINING in names and time.perf_counter() <= deadline:
         # As many of each stage, or the slope would be that of the stages that the larger batch happens to have.
         sizes = [batch * config.scheduler.num_stages for batch in batches]
         yield from with_slopes([measure_training(shape, config, weights, n, dtype, device) for n in sizes])
