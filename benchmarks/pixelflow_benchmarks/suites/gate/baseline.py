@@ -21,11 +21,12 @@ AT_MOST = {
     "main_loop": 1.01,
     "registers": 1.05,
     "spills": 1.0,
+    "narrow": 1.0,
     "shared": 1.0,
 }
 """After over before that still passes, of what should be small; in a new file."""
 
-AT_LEAST = {"times": 0.85}
+AT_LEAST = {"times": 0.9}
 """The same of what should be large."""
 
 

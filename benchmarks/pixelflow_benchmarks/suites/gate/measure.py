@@ -135,6 +135,7 @@ def compile_sample(specimens: Iterable[Specimen]) -> tuple[Counts, dict[str, str
             **({} if row.report.main_loop is None else {"main_loop": row.report.main_loop.total()}),
             "registers": row.report.registers,
             "spills": row.report.spills,
+            "narrow": row.report.narrow,
             "shared": row.report.shared,
         }
     return counts, faults
@@ -205,9 +206,9 @@ def measure_gate(wanted: Mapping[str, str] | None) -> Measured:
     """
     versions = compilers()
     skipped = None
-    if wanted is not None and dict(wanted) != versions:
-        said = (f"{name} {versions.get(name, 'none')} instead of {value}" for name, value in wanted.items())
-        skipped = ", ".join(said)
+    if wanted is not None and wanted != versions:
+        differing = {name: value for name, value in wanted.items() if versions.get(name) != value}
+        skipped = ", ".join(f"{name} {versions.get(name, 'none')} instead of {was}" for name, was in differing.items())
     machine_code, faults = ({}, {}) if skipped else compile_sample(sample())
     times, wrong_images = engine_ratios()
     return Measured(
