@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch._dynamo
 
-from pixelflow_benchmarks.harness.environment import default_device
+from pixelflow_benchmarks.commands.options import place_of
 from pixelflow_benchmarks.harness.timing import REPEATS, wait_for
 
 WARM_UP = 3
@@ -29,7 +29,7 @@ class Time(Protocol):
 @pytest.fixture
 def time_right(benchmark: Any) -> Time:
     """Times a call that is right, until the device is done; variants of a case are one group of the report."""
-    device = default_device()
+    device = place_of("auto")
 
     def time(case: str, variant: str, call: Callable[[], object], faults: Sequence[str], **more: Any) -> None:
         if faults:

@@ -9,18 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixelflow_benchmarks.harness.environment import default_device
+from pixelflow_benchmarks.commands.options import place_of
 from pixelflow_benchmarks.harness.timing import first_line
 from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
 from pixelflow_benchmarks.suites.images.measure import wrong
-from pixelflow_benchmarks.suites.images.opponents import ON_CPU, ON_GPU, REFERENCE, ImageOpponents, ImageProblem
+from pixelflow_benchmarks.suites.images.opponents import ON_CPU, ON_GPU, PUBLIC, REFERENCE, ImageOpponents, ImageProblem
 from pixelflow_engine.errors import BackendUnavailableError
 
-DEVICE = default_device()
+DEVICE = place_of("auto")
 GPU = DEVICE.type == "cuda"
 CONFIG = SHAPES["xl" if GPU else "tiny"]
 DTYPE = torch.bfloat16 if GPU else torch.float32
-VARIANTS = ON_GPU if GPU else ON_CPU
+VARIANTS = [name for name in (ON_GPU if GPU else ON_CPU) if name != PUBLIC]
+"""The published code needs a checkout, which ``bench images`` is told."""
+
 PROBLEMS = [
     ImageProblem(config=CONFIG, batch=batch, steps=10 if GPU else 2, dtype=DTYPE, device=DEVICE)
     for batch in ((1, 16) if GPU else (1,))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from pixelflow_benchmarks.harness.environment import default_device
+from pixelflow_benchmarks.commands.options import place_of
 from pixelflow_benchmarks.suites.kernels.case import Case, Problem, faults
 from pixelflow_benchmarks.suites.kernels.cases import OPS, STAGE_SIDES
 
@@ -41,7 +41,7 @@ VARIANTS = {
 }
 """By kernel, so that collecting them makes no tensors."""
 
-DEVICE = default_device()
+DEVICE = place_of("auto")
 ON_GPU = DEVICE.type == "cuda"
 BATCH, DTYPE = (16, torch.bfloat16) if ON_GPU else (1, torch.float32)
 

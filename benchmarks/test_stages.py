@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixelflow_benchmarks.harness.environment import default_device
+from pixelflow_benchmarks.commands.options import place_of
 from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
 from pixelflow_benchmarks.suites.stages.measure import ends_of, named, stage_faults
 from pixelflow_benchmarks.suites.stages.opponents import PUBLIC, VARIANTS, Opponents
@@ -19,7 +19,7 @@ from pixelflow_benchmarks.suites.stages.problem import REFERENCE, Ran, StageProb
 from pixelflow_benchmarks.suites.stages.runs import true_first_state
 from pixelflow_benchmarks.suites.stages.tasks import tasks
 
-DEVICE = default_device()
+DEVICE = place_of("auto")
 ON_GPU = DEVICE.type == "cuda"
 CONFIG = SHAPES["xl" if ON_GPU else "tiny"]
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32

@@ -23,12 +23,9 @@ from pixelflow_benchmarks.suites.gate.measure import COMPILED, Measured, compile
 from pixelflow_benchmarks.suites.images.opponents import EXACT, REFERENCE
 from pixelflow_engine.fused import FusedOperations
 from pixelflow_engine.operations import PlainOperations
+from support.results import spread_of
 
 VERSIONS = {"triton": "3.7.1", "ptxas": "12.8.93"}
-
-
-def spread(median: float, width: float = 0.02) -> dict[str, float]:
-    return {"median": median, "low": median - width, "high": median + width, "repeats": 25}
 
 
 def measured(**other: Any) -> Measured:
@@ -39,7 +36,7 @@ def measured(**other: Any) -> Measured:
         "machine_code": {
             "op.a": {"instructions": 1000, "main_loop": 200, "registers": 100, "spills": 0, "narrow": 0, "shared": 4096}
         },
-        "times": {EXACT: spread(1.0)},
+        "times": {EXACT: spread_of(1.0)},
     }
     return Measured(**(known | other))
 
@@ -74,8 +71,8 @@ def test_the_same_again_passes() -> None:
         ({"machine_code": kernel(instructions=999)}, "sm_90, op.a: instructions", "better"),
         ({"machine_code": kernel(main_loop=203)}, "sm_90, op.a: main_loop", "worse"),
         ({"machine_code": kernel(registers=106)}, "sm_90, op.a: registers", "worse"),
-        ({"times": {EXACT: spread(0.87)}}, f"CPU, {EXACT}: times faster than the reference", "worse"),
-        ({"times": {EXACT: spread(1.2)}}, f"CPU, {EXACT}: times faster than the reference", "better"),
+        ({"times": {EXACT: spread_of(0.87)}}, f"CPU, {EXACT}: times faster than the reference", "worse"),
+        ({"times": {EXACT: spread_of(1.2)}}, f"CPU, {EXACT}: times faster than the reference", "better"),
     ],
 )  # fmt: skip
 def test_what_changes_is_named(change: dict[str, Any], name: str, verdict: str) -> None:
@@ -84,9 +81,9 @@ def test_what_changes_is_named(change: dict[str, Any], name: str, verdict: str) 
 
 def test_a_ratio_fails_by_its_whole_spread_alone() -> None:
     """The limit is 0.9: what reaches it from below with a fifth of the turns has not failed."""
-    assert verdicts(measured(times={EXACT: spread(0.7, 0.21)})) == {}
-    assert verdicts(measured(times={EXACT: spread(0.7, 0.19)})) != {}
-    assert verdicts(measured(times={EXACT: spread(1.3, 0.19)})) == {}, "better, but not with the whole spread"
+    assert verdicts(measured(times={EXACT: spread_of(0.7, 0.3)})) == {}
+    assert verdicts(measured(times={EXACT: spread_of(0.7, 0.27)})) != {}
+    assert verdicts(measured(times={EXACT: spread_of(1.3, 0.15)})) == {}, "better, but not with the whole spread"
 
 
 def test_before_after_and_ratio_are_said() -> None:
@@ -98,7 +95,7 @@ def test_before_after_and_ratio_are_said() -> None:
 
 
 def test_what_only_one_of_them_has_fails() -> None:
-    found = verdicts(measured(machine_code={"op.b": {"spills": 0}}, times={COMPILED: spread(1.0)}))
+    found = verdicts(measured(machine_code={"op.b": {"spills": 0}}, times={COMPILED: spread_of(1.0)}))
     assert {name: verdict for name, verdict in found.items() if not name.startswith("sm_90, op.a")} == {
         "sm_90, op.b: spills": "new",
         f"CPU, {COMPILED}: times faster than the reference": "new",
@@ -145,7 +142,10 @@ def test_what_the_compiler_makes_worse_is_noticed() -> None:
     assert faults == {}
     assert {*before[spilt.name]} == {"instructions", "registers", "spills", "narrow", "shared"}
     after, _ = compile_sample(
-        [replace(spilt, options={**spilt.options, "maxnreg": 32}), replace(longer, unaligned=("velocity_ptr", "x_ptr", "out_ptr"))]
+        [
+            replace(spilt, options={**spilt.options, "maxnreg": 32}),
+            replace(longer, unaligned=("velocity_ptr", "x_ptr", "out_ptr")),
+        ]
     )
     found = verdicts(measured(machine_code=after), replace(BASELINE, machine_code=before))
     assert found[f"sm_90, {spilt.name}: spills"] == "worse"
@@ -235,12 +235,12 @@ def test_a_malformed_file_is_refused_by_name(change: str | dict[str, Any] | None
 def test_what_an_update_keeps() -> None:
     """Tolerances, and a ratio that the new spread still holds: a diff has what changed and no noise."""
     old = replace(BASELINE, at_most=BASELINE.at_most | {"registers": 1.2})
-    new = updated(old, measured(times={EXACT: spread(1.01)}, machine_code=kernel(spills=2)))
+    new = updated(old, measured(times={EXACT: spread_of(1.01)}, machine_code=kernel(spills=2)))
     assert new.at_most == old.at_most
     assert new.times == {EXACT: 1.0}
     assert new.machine_code["op.a"]["spills"] == 2
-    assert updated(old, measured(times={EXACT: spread(1.05)})).times == {EXACT: 1.05}
-    assert updated(old, measured(times={EXACT: spread(1.01)}, processor="y")).times == {EXACT: 1.01}
+    assert updated(old, measured(times={EXACT: spread_of(1.05)})).times == {EXACT: 1.05}
+    assert updated(old, measured(times={EXACT: spread_of(1.01)}, processor="y")).times == {EXACT: 1.01}
 
 
 # --- the command -------------------------------------------------------------------------------------------

@@ -44,11 +44,6 @@ def environment(device: torch.device = CPU) -> dict[str, str]:
     return found
 
 
-def default_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def device_name(device: torch.device) -> str:
     """A device's name as that of a folder: ``nvidia-h100-80gb-hbm3``, ``amd-epyc-7b13``."""
     name = torch.cuda.get_device_properties(device).name if device.type == "cuda" else processor()

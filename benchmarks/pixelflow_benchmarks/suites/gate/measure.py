@@ -187,8 +187,7 @@ def ratios(
             images[name] = call()
         except Exception as error:  # a compiler fails in many ways; the others are measured all the same
             faults[name] = first_line(error)
-    if REFERENCE in images:
-        faults |= wrong(images, truth())
+    faults |= wrong(images, truth())
     timed = time_runs({name: calls[name] for name in images if name not in faults}, torch.device("cpu"), turns)
     faults |= timed.failed
     if (reference := timed.timings.get(REFERENCE)) is None:
