@@ -295,6 +295,14 @@ def test_other_versions_are_said_and_skipped(gate: Callable[..., tuple[int, str]
     assert code == 1, "the rest is held"
 
 
+def test_another_processor_is_said(gate: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    write_baseline(tmp_path / "b.json", replace(BASELINE, processor="y"))
+    code, said = gate()
+    assert code == 0
+    assert "ratios are of x, the baseline's of y" in said
+    assert gate(times={EXACT: spread_of(0.5)})[0] == 1, "they are compared all the same"
+
+
 def test_nothing_wrong_becomes_a_baseline(gate: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     assert gate("--update", machine_code={}, faults={"op.a": "does not compile"})[0] == 1
     assert not (tmp_path / "b.json").exists()

@@ -27,6 +27,8 @@ def command(
     measured = measure_gate(None if update or old is None else old.versions)
     if measured.skipped is not None:
         console.print(f"machine code is not compared: {measured.skipped}", highlight=False)
+    if old is not None and old.processor != measured.processor:
+        console.print(f"ratios are of {measured.processor}, the baseline's of {old.processor}", highlight=False)
     found = [] if old is None else changes(old, measured)
     if found:
         show(change_table(found))
