@@ -45,7 +45,7 @@ def command(
         console.print(change.line, style="red", highlight=False, soft_wrap=True)
     if any(change.verdict in ("new", "gone") for change in failing):
         console.print("where that is meant, write the baseline anew: pixelflow bench gate --update", highlight=False)
-    if any(change.verdict == "better" for change in found):
+    if not failing and any(change.verdict == "better" for change in found):
         console.print("better than the baseline: run pixelflow bench gate --update", highlight=False)
     if failing:
         raise typer.Exit(1)
