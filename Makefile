@@ -69,7 +69,7 @@ $(DEV): $(PY) pyproject.toml constraints.txt
 
 # --- targets -----------------------------------------------------------------------------------------------
 
-.PHONY: help setup quickstart test fuzz mutants aot promises tables lint types check clean
+.PHONY: help setup quickstart test fuzz mutants aot promises gate tables lint types check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -121,6 +121,9 @@ promises: $(DEV) $(OTHER) ## compile a sample of them and hold it to what it pro
 
 tables: $(DEV) ## fill the tables of the documentation in from benchmarks/results
 	$(VENV)/bin/pixelflow bench tables README.md docs/benchmarks.md docs/performance.md $(ARGS)
+
+gate: $(DEV) ## compare counts, machine code and CPU ratios with benchmarks/baselines.json
+	$(VENV)/bin/pixelflow bench gate $(ARGS)
 
 lint: $(DEV) ## ruff: rules and format
 	$(PY) -m ruff check .

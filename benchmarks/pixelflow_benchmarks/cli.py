@@ -11,6 +11,7 @@ from .commands import (
     digits,
     distance,
     everything,
+    gate,
     images,
     kernels,
     memory,
@@ -38,4 +39,5 @@ bench.command("blocks")(blocks.command)
 bench.command("profile", cls=profile.KeyValueCommand)(profile.command)
 bench.command("tune")(tune.command)
 bench.command("compare")(compare.command)
+bench.command("gate")(gate.command)
 bench.command("tables")(tables.command)

@@ -82,8 +82,10 @@ class Case:
         truth: the same from the same inputs in float64.
         exact: the level A outputs: ``ours`` must have the bits of ``plain``.
         growth: roundings at the size of a row's largest true value that level D grants twice (see :func:`level_d`).
-        bytes_moved: read and written at least, each tensor once.
-        flops: of matrix products; 0 for what is bound by memory.
+        bytes_moved: read and written at least, each tensor once in each direction. Left out are numbers per image
+            (lengths, steps, seeds, intervals) and attention's log-sum-exp, which not everybody keeps.
+        flops: of matrix products, a multiplication and an addition being two; attention's backward pass computes its
+            scores again. 0 for what is bound by memory.
     """
 
     name: str

@@ -48,7 +48,7 @@ def cases(problem: Problem) -> Iterator[Case]:
         },
         plain=lambda: plain(*inputs),
         truth=truth_forward,
-        bytes_moved=2 * size_of(q, k) + size_of(row, column) * 2 + size_of(weights, table),
+        bytes_moved=2 * size_of(q, k) + size_of(row, column, weights, table),
     )
 
     grads = (problem.normal(T, HEADS, HEAD_DIM, seed=1), problem.normal(T, HEADS, HEAD_DIM, seed=2))
@@ -78,7 +78,7 @@ def cases(problem: Problem) -> Iterator[Case]:
         },
         plain=lambda: backward(leaves, table, grads, ours=False),
         truth=truth,
-        bytes_moved=2 * size_of(q, k) + 3 * size_of(q, k) + 4 * size_of(row, column) + 2 * size_of(weights, table),
+        bytes_moved=5 * size_of(q, k) + 2 * size_of(row, column, table) + 3 * size_of(weights),
     )
 
     x = problem.normal(T, HEADS, HEAD_DIM)

@@ -69,7 +69,11 @@ class StageProblem:
 
     @property
     def flops(self) -> int:
-        """Of the matrix products and the attention of an evaluation; a multiplication and an addition are two."""
+        """Of the matrix products and the attention of an evaluation; a multiplication and an addition are two.
+
+        Of a model without text. Left out are the products with a row per image, not per token: the embeddings of time
+        and size, and the modulations that are made of them (of every block, and before the last product).
+        """
         return self.product_flops + self.attention_flops
 
     @property
@@ -86,7 +90,10 @@ class StageProblem:
 
     @property
     def pointwise_bytes(self) -> int:
-        """What an evaluation moves beside them: three fused passes a block, that read and write 12 values a channel."""
+        """What an evaluation moves beside them: three fused passes a block, that read and write 12 values a channel.
+
+        Left out are weights, rows per image, places of tokens, and what is not in a block.
+        """
         model = self.config.model
         return 12 * self.dtype.itemsize * self.sequences * self.tokens * model.width * model.depth
 

@@ -1,0 +1,81 @@
+"""The stages of the model, engine beside reference: the cases of ``pixelflow bench stages``."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixelflow_benchmarks.commands.options import place_of
+from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
+from pixelflow_benchmarks.suites.stages.measure import ends_of, named, stage_faults
+from pixelflow_benchmarks.suites.stages.opponents import PUBLIC, VARIANTS, Opponents
+from pixelflow_benchmarks.suites.stages.problem import REFERENCE, Ran, StageProblem
+from pixelflow_benchmarks.suites.stages.runs import true_first_state
+from pixelflow_benchmarks.suites.stages.tasks import tasks
+
+DEVICE = place_of("auto")
+ON_GPU = DEVICE.type == "cuda"
+CONFIG = SHAPES["xl" if ON_GPU else "tiny"]
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+BATCH, STEPS = (16, None) if ON_GPU else (2, 2)
+WANTED = tuple(name for name in VARIANTS if name != PUBLIC)
+"""The published code needs a checkout, which ``bench stages`` is told."""
+
+
+def cases() -> Iterator[Any]:
+    """Problems and variants, most important first."""
+    stages = range(CONFIG.scheduler.num_stages)
+    work = tasks(CONFIG, WANTED, stages, [BATCH], ["euler", "dopri5"], STEPS, DTYPE, DEVICE)
+    for problem, variant in dict.fromkeys((task.problem, variant) for task in work for variant in task.variants):
+        yield pytest.param(problem, variant, id=f"stage{problem.stage}-b{BATCH}-{problem.solver}-{variant}")
+
+
+@dataclass
+class Expected:
+    """What variants of the problem at hand are checked against."""
+
+    opponents: Opponents
+    known: dict[StageProblem, tuple[Ran, tuple[Tensor, float] | None]] = field(default_factory=dict)
+
+    def get(self, problem: StageProblem) -> tuple[Ran, tuple[Tensor, float] | None]:
+        """The reference's run, and the first state in float64."""
+        if problem not in self.known:
+            self.known.clear()
+            gc.collect()
+            weights = self.opponents.weights
+            truth = true_first_state(problem, weights, ends_of(problem)) if problem.solver == "euler" else None
+            run = self.opponents.runs(REFERENCE, problem)
+            assert run is not None
+            self.known[problem] = run.run(keep_first=True), truth
+        return self.known[problem]
+
+
+@pytest.fixture(scope="module")
+def expected() -> Iterator[Expected]:
+    """Models of all variants, each made when it is first asked for."""
+    opponents = Opponents(CONFIG, random_weights(CONFIG, DEVICE, DTYPE), DTYPE, None)
+    yield Expected(opponents)
+    opponents.close()
+
+
+@pytest.mark.parametrize(("problem", "variant"), [*cases()])
+def test_stage(problem: StageProblem, variant: str, expected: Expected, time_right: Any) -> None:
+    """One variant of one problem; seconds are of a whole run."""
+    plain, truth = expected.get(problem)
+    run = expected.opponents.runs(variant, problem)
+    if run is None:
+        pytest.skip(f"{variant}: {expected.opponents.absent[variant]}")
+    try:
+        ran = run.run(keep_first=True)
+        checks = {REFERENCE: plain, variant: ran}
+        found = stage_faults(problem, checks, truth)[variant]
+        more = {"evaluations": ran.evaluations, "flops": problem.flops, "pointwise_bytes": problem.pointwise_bytes}
+        time_right(named(problem)["case"], variant, run.run, found, **more)
+    finally:
+        run.close()
