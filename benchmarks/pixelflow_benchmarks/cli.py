@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import typer
 
-from .commands import blocks, compare, digits, distance, everything, images, kernels, stages, tables, tune
+from .commands import (
+    blocks,
+    compare,
+    digits,
+    distance,
+    everything,
+    images,
+    kernels,
+    report,
+    stages,
+    tables,
+    tune,
+)
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure the quality of generated images.")
 evaluate.command("digits")(digits.evaluate)
@@ -20,3 +32,4 @@ bench.command("blocks")(blocks.command)
 bench.command("tune")(tune.command)
 bench.command("compare")(compare.command)
 bench.command("tables")(tables.command)
+bench.command("report")(report.command)
