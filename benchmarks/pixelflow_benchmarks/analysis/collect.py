@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pixelflow_benchmarks.harness.results import Record, Run, read_runs, result_files
 
@@ -80,7 +80,9 @@ def read_results(path: Path) -> tuple[list[Path], list[Run]]:
     """
     files = [path] if path.is_file() else result_files(path)
     if not files:
-        raise ValueError(f"results: got {path}, expected a result file, or a folder with DEVICE/DATE-COMMIT.jsonl in it")
+        raise ValueError(
+            f"results: got {path}, expected a result file, or a folder with DEVICE/DATE-COMMIT.jsonl in it"
+        )
     found: dict[tuple[str, str, str], Run] = {}
     for file in files:
         try:
@@ -92,7 +94,8 @@ def read_results(path: Path) -> tuple[list[Path], list[Run]]:
             for record in run.records:
                 if not _has_form(record):
                     raise ValueError(f"results: {file}, run {run.began} of {run.suite}: {_expected(record)}")
-            found.setdefault((str(run.environment.get("device")), run.suite, run.began), run)
+            clean = Run(_clean(run.suite), _clean(run.began), _clean(run.records))
+            found.setdefault((str(clean.environment.get("device")), clean.suite, clean.began), clean)
     return files, sorted(found.values(), key=lambda run: run.began)
 
 
@@ -110,10 +113,22 @@ def groups(runs: Iterable[Run], order: Iterable[str]) -> list[Group]:
     ]
 
 
+def _clean(value: Any) -> Any:
+    """The same with text that can be shown: no line breaks, and a sign in place of what has none."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in value)
+    if isinstance(value, dict):
+        return {_clean(key): _clean(part) for key, part in value.items()}
+    return [_clean(part) for part in value] if isinstance(value, list) else value
+
+
 def _has_form(record: Record) -> bool:
     """Whether a record has the fields that everything relies on."""
     if record["kind"] == "absent":
         return isinstance(record.get("variant"), str) and isinstance(record.get("reason"), str)
+    if record["kind"] == "ceilings":
+        rates = (record.get("bytes_per_second"), record.get("flops_per_second"))
+        return all(_is_number(rate) and rate > 0 for rate in rates)
     if record["kind"] != "measurement":
         return True
     spreads = [record["seconds"]] if "seconds" in record else []
@@ -143,10 +158,11 @@ def _is_spread(value: object) -> bool:
     return isinstance(value, Mapping) and all(_is_number(value.get(name)) for name in ("median", "low", "high"))
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def _expected(record: Record) -> str:
-    parts = "variant and reason" if record["kind"] == "absent" else "case, variant, right, and figures as results.py has"
-    return f"expected a record of kind {record['kind']} to have {parts}, got {json.dumps(record)[:200]}"
+    fields = {"absent": "variant and reason", "ceilings": "bytes_per_second and flops_per_second, above 0"}
+    named = fields.get(record["kind"], "case, variant and right; spreads and figures, where there are any, as numbers")
+    return f"expected a record of kind {record['kind']} to have {named}; got {json.dumps(record)[:200]}"

@@ -1,21 +1,15 @@
-"""Plots as SVG that stands inside a page: text in the page's colour and font, no reference to anything outside.
-
-Matplotlib draws, without its global state. What it writes is made part of a page: colours that stand for the page's
-own become CSS variables, identifiers become unique, and what says when, by whom and for which schema goes.
-"""
+"""The plots of a report: rows of bars, rows of dots, lines, a roofline; each an SVG element."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import re
 import unicodedata
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .svg import ABSENT, FAINT, INK, WRONG, Look, new_figure, to_svg
 from .units import percent, quantity
 
 if TYPE_CHECKING:
@@ -23,51 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-INK, FAINT, WRONG, ABSENT = "#010203", "#040506", "#070809", "#0a0b0c"
-"""Colours that the page decides on."""
-_IN_PAGE = {INK: "currentColor", FAINT: "var(--rule)", WRONG: "var(--wrong)", ABSENT: "var(--muted)"}
-
-PALETTE = ("#2f81c9", "#d9730d", "#2c9c69", "#8a6fd1", "#c2559d", "#1f9aae", "#9a8f1e", "#a8714b")
-"""On white and on black alike; red is for what is wrong, grey for who sets the measure."""
-GREYS = ("#858c96", "#b08f6a")
-MARKERS = "osD^vP"
-
-STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "pixelflow",
-    "text.parse_math": False,
-    "font.size": 11,
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 11,
-    "axes.linewidth": 1,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.8,
-    "lines.markersize": 5.5,
-}
-
 LETTER = 6.3
 """Width of an average letter at this size, in the widest of the usual fonts."""
 STEP = 9
 """Between two dots of a row."""
 LOG_FROM = 20
 """Values that span more are bars no more: a bar starts at zero, which a logarithmic axis has not."""
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """How a variant is drawn, the same in all plots of a suite."""
-
-    color: str
-    marker: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,32 +74,6 @@ class Series:
     values: Mapping[Any, Value]
 
 
-@contextlib.contextmanager
-def drawing() -> Iterator[None]:
-    """Inside, plots look alike whatever a user's own settings say.
-
-    Raises:
-        ImportError: there is no Matplotlib.
-    """
-    try:
-        from matplotlib import style
-    except ImportError as error:
-        raise ImportError("report needs matplotlib: the extra `report` (in a clone: make setup)") from error
-    with style.context(["default", STYLE]):
-        yield
-
-
-def looks(names: Sequence[str], measures: Sequence[str] = ()) -> dict[str, Look]:
-    """Colours and markers; ``measures`` are who the others are compared with."""
-    names = list(dict.fromkeys(names))
-    found: dict[str, Look] = {}
-    for i, name in enumerate(name for name in names if name in measures):
-        found[name] = Look(GREYS[i % len(GREYS)], MARKERS[i % len(MARKERS)])
-    for i, name in enumerate(name for name in names if name not in measures):
-        found[name] = Look(PALETTE[i % len(PALETTE)], MARKERS[(i + i // len(PALETTE)) % len(MARKERS)])
-    return {name: found[name] for name in names}
-
-
 def bars(rows: Sequence[Bar], unit: str, per: str) -> str:
     """Horizontal bars from zero with whiskers, a floor and the value beside; dots where values span decades."""
     from matplotlib.ticker import MaxNLocator, MultipleLocator
@@ -186,15 +115,13 @@ def bars(rows: Sequence[Bar], unit: str, per: str) -> str:
         else:
             axes.barh(y, value.median, height=14, color=row.look.color, alpha=0.85, linewidth=0)
         if value.low < value.high:
-            axes.errorbar(
-                value.median, y, xerr=error, color=INK, elinewidth=1.1, capsize=2.5, capthick=1.1, fmt="none"
-            )
+            axes.errorbar(value.median, y, xerr=error, color=INK, elinewidth=1.1, capsize=2.5, capthick=1.1, fmt="none")
         beside = max(value.high, row.floor or 0.0)
         axes.annotate(text, (beside, y), (6, 0), textcoords="offset points", va="center", fontsize=10.5)
         if row.floor:
             axes.vlines(row.floor, top, top + height, colors=INK, linestyles=(0, (4, 2)), linewidth=1.3)
     axes.set_xlabel(per)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def dots(rows: Sequence[str], series: Sequence[Series], axis: str, share: bool = False) -> str:
@@ -236,7 +163,7 @@ def dots(rows: Sequence[str], series: Sequence[Series], axis: str, share: bool =
             axes.hlines(y, max(value.low, start), value.high, colors=one.look.color, linewidth=1.6)
             axes.plot(value.median, y, marker=one.look.marker, color=one.look.color, linestyle="none", clip_on=False)
     axes.set_xlabel(axis)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def lines(
@@ -258,7 +185,7 @@ def lines(
         small: a small plot.
     """
     width, height = (330, 190) if small else (400, 280)
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     axes = figure.add_axes((66 / width, 46 / height, 1 - 84 / width, 1 - 58 / height))
     places = sorted({place for one in series for place in one.values})
     found = [value for one in series for value in one.values.values() if value.drawable]
@@ -279,10 +206,10 @@ def lines(
         axes.vlines(x, [v.low if v.low > 0 else v.median for v in values], [v.high for v in values],
                     colors=one.look.color, linewidth=1.2)  # fmt: skip
     if floor:
-        x = sorted(floor)
-        axes.plot(x, [floor[place] for place in x], color=INK, linewidth=1.3, linestyle=(0, (4, 2)))
+        at = sorted(floor)
+        axes.plot(at, [floor[place] for place in at], color=INK, linewidth=1.3, linestyle=(0, (4, 2)))
     axes.set_xlabel(across)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +231,7 @@ def roofline(points: Sequence[Point], bytes_per_second: float, flops_per_second:
     left = min([*names.values(), ridge]) / 2
     right = max([*names.values(), ridge]) * 2
     width, height = 520, 340
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     axes = figure.add_axes((82 / width, 48 / height, 1 - 100 / width, 1 - 58 / height))
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -329,28 +256,7 @@ def roofline(points: Sequence[Point], bytes_per_second: float, flops_per_second:
     for point in points:
         axes.plot(point.intensity, point.rate, marker=point.look.marker, color=point.look.color, linestyle="none")
     axes.set_xlabel("arithmetic intensity, FLOP per byte")
-    return _svg(figure)
-
-
-def swatch(look: Look) -> str:
-    """A marker by itself, for a legend."""
-    shapes = {
-        "o": '<circle cx="7" cy="7" r="4.5"/>',
-        "s": '<rect x="3" y="3" width="8" height="8"/>',
-        "D": '<path d="M7 1.5 12.5 7 7 12.5 1.5 7z"/>',
-        "^": '<path d="M7 2 12 11.5H2z"/>',
-        "v": '<path d="M7 12 12 2.5H2z"/>',
-        "P": '<path d="M5 2h4v3h3v4H9v3H5V9H2V5h3z"/>',
-    }
-    svg = f'<svg class="swatch" width="14" height="14" viewBox="0 0 14 14" aria-hidden="true" fill="{look.color}">'
-    return f"{svg}{shapes[look.marker]}</svg>"
-
-
-def _figure(width: float, height: float) -> Figure:
-    """Its unit is a CSS pixel."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width / 72, height / 72), dpi=72)
+    return to_svg(figure)
 
 
 def _row_axes(
@@ -360,7 +266,7 @@ def _row_axes(
     letters = max(_width(line) for label in labels for line in label.split("\n"))
     left, below, total = min(LETTER * letters + 14, width / 2), 42, sum(heights)
     height = total + below + 4
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     room = width - left - right
     axes = figure.add_axes((left / width, below / height, room / width, total / height))
     axes.set_ylim(total, 0)
@@ -389,7 +295,7 @@ def _time_ticks(axis: Axis, low: float, high: float, unit: str, log: bool) -> No
         _log_ticks(axis, low, high, lambda value: quantity(value, unit, 1))
         return
     axis.set_major_locator(MaxNLocator(4))
-    axis.set_major_formatter(lambda value, place: quantity(value, unit) if value else "0")
+    axis.set_major_formatter(lambda value, place: _round(quantity(value, unit)))
 
 
 def _log_ticks(axis: Axis, low: float, high: float, said: Callable[[float], str]) -> None:
@@ -397,14 +303,18 @@ def _log_ticks(axis: Axis, low: float, high: float, said: Callable[[float], str]
     from matplotlib.ticker import LogLocator, NullLocator
 
     decades = math.log10(high / low)
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,), numticks=8))
+    axis.set_major_locator(
+        LogLocator(subs=(1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,), numticks=8)
+    )
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, place: said(float(f"{value:.3g}")))
 
 
 def _round(text: str) -> str:
-    """Without a digit that says nothing."""
-    return "0" if text.startswith("0 ") else text.replace(".0 ", " ")
+    """Without digits that say nothing."""
+    number, _, unit = text.partition(" ")
+    number = number.rstrip("0").rstrip(".") if "." in number else number
+    return "0" if number == "0" else f"{number} {unit}"
 
 
 def _places(axis: Axis, places: Sequence[float], log: bool) -> None:
@@ -443,30 +353,3 @@ def _folded(text: str, letters: int = 30, most: int = 3) -> str:
 def _cut(text: str, room: float) -> str:
     letters = max(4, int(room / LETTER) - 2)
     return text if len(text) <= letters else text[: letters - 1] + "…"
-
-
-def _svg(figure: Figure) -> str:
-    """The figure's SVG element, to stand in a page."""
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text, count=3)
-    text = text.replace("xlink:href", "href")
-    text = re.sub(r"font-family: [^;\"]*; ?", "", text)
-    text = re.sub(r'(width|height)="([\d.]+)pt"', r'\1="\2"', text, count=2)
-    text = re.sub(r" transform=\"rotate\(-0 [^\"]*\)\"", "", text)
-    for color, in_page in _IN_PAGE.items():
-        text = text.replace(color, in_page)
-    return re.sub(r"\s*\n\s*", "\n", text).strip()
-
-
-def numbered(svg: str, number: int) -> str:
-    """Identifiers that nothing else in the page has; those that nothing refers to go."""
-    used = set(re.findall(r'(?:url\(|href=")#([\w-]+)', svg))
-    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
-    return re.sub(r'( id="|url\(#|href="#)([\w-]+)', rf"\1p{number}-\2", svg)

@@ -5,7 +5,7 @@ The same files make the same page: it says no other time than theirs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from string import Template
@@ -15,10 +15,10 @@ from pixelflow_benchmarks.harness.results import Record, Run
 from pixelflow_benchmarks.harness.tables import TextTable, missing
 
 from .collect import STATE, VERSIONS, Group, groups, read_results
-from .plots import drawing
-from .report_html import Figures, badge, contents_html, facts_html, list_html, table_html, text_of
+from .report_html import Figures, Section, badge, contents_html, facts_html, list_html, table_html, text_of
 from .suite_plots import figures_of, over_runs
 from .suite_tables import table_of
+from .svg import drawing
 from .units import percent, quantity
 
 SUITES = {
@@ -48,7 +48,8 @@ def report(path: Path) -> str:
         files, runs = read_results(path)
         found = groups(runs, SUITES)
         figures = Figures()
-        parts, contents = [_head(files, runs, found)], [("overview", "Overview", ())]
+        parts = [_head(files, runs, found)]
+        contents: list[Section] = [("overview", "Overview", ())]
         for kind, on_gpu in (("GPU", True), ("CPU", False)):
             of_kind = [group for group in found if group.on_gpu == on_gpu]
             if not of_kind:
@@ -74,7 +75,7 @@ def _head(files: Sequence[Path], runs: Sequence[Run], found: Sequence[Group]) ->
     span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     lead = (
         f"{_count(len(runs), 'run')} from {_count(len(files), 'result file')}, {span}. Every figure was measured or "
-        "counted; what could not be is said to be not measured. Where a suite ran more than once, the newest run is shown."
+        "counted; what could not be is said to be not measured. Of several runs of a suite the newest is shown."
     )
     table, absent = _overview(found)
     return (
@@ -99,11 +100,16 @@ def _overview(found: Sequence[Group]) -> tuple[TextTable, set[tuple[str, ...]]]:
             for group in here:
                 run = group.newest
                 wrong = sum(not r["right"] for r in run.of_kind("measurement"))
-                said = [*(["cut\N{NO-BREAK SPACE}short"] if _cut_short(run) else []), *([f"wrong:\N{NO-BREAK SPACE}{wrong}"] if wrong else [])]
+                said = [
+                    *(["cut\N{NO-BREAK SPACE}short"] if _cut_short(run) else []),
+                    *([f"wrong:\N{NO-BREAK SPACE}{wrong}"] if wrong else []),
+                ]
                 commit = _commit(run)
                 when = f"{run.began[:10]}, {commit}"
                 count = str(len(run.of_kind("measurement"))) if run.of_kind("measurement") else ""
-                rows.append((device, _title(group, here), when, str(len(group.runs)), count, ", ".join(said), _headline(run)))
+                rows.append(
+                    (device, _title(group, here), when, str(len(group.runs)), count, ", ".join(said), _headline(run))
+                )
             for suite in _not_measured(here):
                 rows.append((device, SUITES[suite], "not measured", "", "", "", ""))
                 absent.add((device, SUITES[suite]))
@@ -216,7 +222,8 @@ def _reading(name: str, record: Record) -> str:
         return "not known"
     if name == "held_down_by":
         return ", ".join(map(str, record[name])) or "nothing"
-    return f"{record[name]:.{1 if name == 'load' else 0}f}"
+    value = record[name]
+    return f"{value:.{1 if name == 'load' else 0}f}" if isinstance(value, int | float) else str(value)
 
 
 def _value(value: object) -> str:

@@ -9,20 +9,24 @@ from itertools import count, groupby
 
 from pixelflow_benchmarks.harness.tables import TextTable
 
-from . import plots
 from .suite_plots import Figure
+from .svg import numbered, swatch
 
+Section = tuple[str, str, Sequence[tuple[str, str]]]
+"""Identifier and name, and those of what is in it."""
 SHORT = 28
 """Letters of a row's name that stay in one line where there is room."""
 _FIGURE = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?( .*)?$")
 
 
 def text_of(value: object) -> str:
-    """Text of a page; what has no sign of its own, as control characters, is shown as such."""
-    return escape("".join(c if c.isprintable() or c == " " else "\N{REPLACEMENT CHARACTER}" for c in str(value)))
+    """Text of a page, also within an attribute."""
+    return escape(str(value))
 
 
-def table_html(table: TextTable, wrong: Collection[tuple[str, ...]] = (), absent: Collection[tuple[str, ...]] = ()) -> str:
+def table_html(
+    table: TextTable, wrong: Collection[tuple[str, ...]] = (), absent: Collection[tuple[str, ...]] = ()
+) -> str:
     """A table with its title; columns of figures are set right, rows in turn that begin alike share their first cell.
 
     Args:
@@ -37,7 +41,7 @@ def table_html(table: TextTable, wrong: Collection[tuple[str, ...]] = (), absent
         and sum(bool(_FIGURE.match(cell)) for cell in cells) > len(cells) / 2
     }
     lines = [f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {text_of(table.title)}">', "<table>"]
-    lines += [f"<caption>{text_of(table.title)}</caption>", "<thead><tr>"]
+    lines += [f"<caption><span>{text_of(table.title)}</span></caption>", "<thead><tr>"]
     for place, name in enumerate(table.header):
         lines.append(f'<th scope="col"{_class("figure" if place in right else "")}>{text_of(name)}</th>')
     lines += ["</tr></thead>"]
@@ -55,8 +59,10 @@ def table_html(table: TextTable, wrong: Collection[tuple[str, ...]] = (), absent
                 if grouped and place == 1:
                     cells.append(f'<th scope="row">{_breakable(cell)}</th>')
                     continue
-                figure = place in right and (not cell or _FIGURE.match(cell))
-                cells.append(f"<td{_class('figure' if figure else '')}>{text_of(cell)}</td>")
+                figure = place in right and (not cell or _FIGURE.match(cell) or cell == "wrong")
+                marks = {"figure": figure, "wrong": cell == "wrong", "long": len(cell) > 2 * SHORT}
+                named = " ".join(name for name, holds in marks.items() if holds)
+                cells.append(f"<td{_class(named)}>{text_of(cell)}</td>")
             mark = "wrong" if row[:2] in wrong else "absent" if row[:2] in absent else ""
             lines.append(f"<tr{_class(mark)}>{''.join(cells)}</tr>")
         lines.append("</tbody>")
@@ -96,18 +102,18 @@ class Figures:
         """Its title, legend, plots and caption."""
         lines = [f"<h4>{text_of(figure.title)}</h4>", "<figure>"]
         if figure.legend:
-            items = (f"<li>{plots.swatch(look)}{text_of(name)}</li>" for name, look in figure.legend.items())
+            items = (f"<li>{swatch(look)}{text_of(name)}</li>" for name, look in figure.legend.items())
             lines += ['<ul class="legend">', *items, "</ul>"]
         lines.append(f'<div class="panels{" small" if figure.small else ""}">')
         for panel in figure.panels:
-            svg = plots.numbered(panel.svg, next(self._numbers))
+            svg = numbered(panel.svg, next(self._numbers))
             svg = svg.replace("<svg", f'<svg role="img" aria-label="{text_of(panel.said)}"', 1)
             lines.append(f'<div class="panel"><p>{text_of(panel.title)}</p>\n{svg}</div>')
         lines += ["</div>", f"<figcaption>{text_of(figure.caption)}</figcaption>", "</figure>"]
         return "\n".join(lines)
 
 
-def contents_html(sections: Sequence[tuple[str, str, Sequence[tuple[str, str]]]]) -> str:
+def contents_html(sections: Sequence[Section]) -> str:
     """Links to sections and what is in them: identifier and name of each."""
     lines = ["<ul>"]
     for target, name, parts in sections:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pixelflow_benchmarks.harness.results import Record, Run
 from pixelflow_benchmarks.suites.kernels.case import STAGE_SIDES
 
 from . import plots
-from .plots import Bar, Look, Point, Series, Value
+from .plots import Bar, Point, Series, Value
+from .svg import Look, looks
 from .units import percent, quantity
 
 TOKENS, BATCH = r"\bstage \d+", r"\bbatch \d+"
@@ -54,9 +55,9 @@ class Figure:
 
 
 def figures_of(run: Run) -> Iterator[Figure]:
-    """A run's plots, those that it has no figures for left out; inside :func:`~.plots.drawing`."""
+    """A run's plots, those that it has no figures for left out; inside :func:`~.svg.drawing`."""
     records = run.of_kind("measurement")
-    look = plots.looks([r["variant"] for r in records], opponents_of(records))
+    look = looks([r["variant"] for r in records], opponents_of(records))
     kernels = run.suite == "kernels"
     made = [
         *([_floors(records, look)] if kernels else [_times(run, records, look)]),
@@ -68,15 +69,17 @@ def figures_of(run: Run) -> Iterator[Figure]:
         _bars_of(records, look, "peak_bytes", "B", "Peak memory", "One number for each variant."),
     ]
     if run.suite != "stages":  # there it is of no interest
-        made.append(_bars_of(records, look, "first_seconds", "s", "The first call", "Compilation and capture included."))
+        made.append(
+            _bars_of(records, look, "first_seconds", "s", "The first call", "Compilation and capture included.")
+        )
     yield from (figure for figure in made if figure is not None and figure.panels)
 
 
 def over_runs(runs: Sequence[Run]) -> Figure | None:
-    """The median of each case over runs, oldest first; None where fewer than two have one; inside ``drawing``."""
+    """The median of each case over runs, oldest first, where at least two have it; inside :func:`~.svg.drawing`."""
     names = list(dict.fromkeys(r["variant"] for run in reversed(runs) for r in run.of_kind("measurement")))
     opponents = [name for run in reversed(runs) for name in opponents_of(run.of_kind("measurement"))]
-    look = plots.looks(names, opponents)
+    look = looks(names, opponents)
     found: dict[str, dict[str, dict[float, Value]]] = {}
     for number, run in enumerate(runs, start=1):
         for r in run.of_kind("measurement"):
@@ -159,18 +162,19 @@ def _floors(records: Sequence[Record], look: Mapping[str, Look]) -> Figure:
 
 
 def _side_by_side(records: Sequence[Record], look: Mapping[str, Look], kernels: bool) -> Figure:
-    """How many times faster than each opponent."""
+    """Speed beside each opponent's."""
     panels: list[Panel] = []
     legend: dict[str, Look] = {}
     opponents = opponents_of(records)
     for opponent in opponents:
         compared = [r for r in records if opponent in r.get("times", {}) and r["variant"] != opponent]
         found, named = _kernel_ratios(compared, look, opponent) if kernels else _case_ratios(compared, opponent)
-        panels += found
+        beside = f", beside {opponent}" if len(opponents) > 1 else ""
+        panels += [replace(panel, title=panel.title + beside) for panel in found]
         legend |= named
     caption = (
-        f"How many times faster than {' or '.join(opponents)}, whose speed is the dashed line: ratios of the times of one "
-        "turn, their median with whiskers from the 20th to the 80th percentile. Right of the line is faster."
+        "Speed over that of an opponent, which is the dashed line; right of it is faster. Ratios of the times of one "
+        "turn: their median, with whiskers from the 20th to the 80th percentile."
     )
     return Figure("Side by side", caption, tuple(panels), legend)
 
@@ -183,7 +187,7 @@ def _kernel_ratios(
     for shape, group in _grouped(compared, _shape).items():
         rows = list(dict.fromkeys(_kernel(r) for r in group))
         series = _series(group, look, _kernel, lambda r: Value.of(r["times"][opponent]))
-        svg = plots.dots(rows, series, f"times faster than {opponent}")
+        svg = plots.dots(rows, series, f"speed over that of {opponent}")
         panels.append(Panel(shape, svg, _best(shape, group, opponent)))
     return panels, _legend(compared, look)
 
@@ -193,7 +197,7 @@ def _case_ratios(compared: Sequence[Record], opponent: str) -> tuple[list[Panel]
     cases = sorted({r["case"] for r in compared}, key=_natural)
     pattern = next((p for p in (TOKENS, BATCH) if len({family(case, p) for case in cases}) < len(cases)), None)
     parts = {case: _rest(case, pattern) if pattern else "" for case in cases}
-    legend = plots.looks(list(parts.values()))
+    legend = looks(list(parts.values()))
     panels = []
     for name, group in _grouped(compared, lambda r: family(r["case"], pattern or "$^")).items():
         rows = list(dict.fromkeys(r["variant"] for r in group))
@@ -201,7 +205,7 @@ def _case_ratios(compared: Sequence[Record], opponent: str) -> tuple[list[Panel]
         for r in sorted(group, key=lambda r: _natural(r["case"])):
             found.setdefault(parts[r["case"]], {})[r["variant"]] = Value.of(r["times"][opponent])
         series = [Series(name=part, look=legend[part], values=values) for part, values in found.items()]
-        svg = plots.dots(rows, series, f"times faster than {opponent}")
+        svg = plots.dots(rows, series, f"speed over that of {opponent}")
         panels.append(Panel(name or "all cases", svg, _best(name, group, opponent)))
     return panels, legend if pattern else {}
 
@@ -223,8 +227,8 @@ def _roofline(run: Run, records: Sequence[Record], look: Mapping[str, Look]) -> 
         panels.append(Panel(name, plots.roofline(points, *rates), said))
     left_out = sum("seconds" in r and not r.get("flops") for r in records)
     caption = (
-        f"Floating-point operations a second over operations a byte. Dashed: the measured ceilings, a copy's "
-        f"{quantity(rates[0], 'B/s')} and a large {ceilings.get('dtype', '')} product's {quantity(rates[1], 'FLOP/s')}. "
+        "Floating-point operations a second over operations a byte. Dashed: the measured ceilings, "
+        f"{quantity(rates[0], 'B/s')} of a copy and {quantity(rates[1], 'FLOP/s')} of a large product. "
         "Operations and bytes are what the case needs at least, the same for all variants."
     )
     if left_out:
@@ -266,7 +270,9 @@ def _bars_of(
         first = family(next(r["case"] for r in records if r["right"] and field in r), TOKENS)
         caption += f" Of {len(groups)} cases only {first}; the others are in the table."
         groups = {case: group for case, group in groups.items() if family(case, TOKENS) == first}
-    per = {"joules": "energy per {}", "peak_bytes": "bytes at the peak", "first_seconds": "time of the whole call"}[field]
+    per = {"joules": "energy per {}", "peak_bytes": "bytes at the peak", "first_seconds": "time of the whole call"}[
+        field
+    ]
     panels = []
     for case, group in groups.items():
         rows = [
@@ -329,7 +335,7 @@ def _said(case: str, group: Sequence[Record]) -> str:
 
 def _best(name: str, group: Sequence[Record], opponent: str) -> str:
     best = max(group, key=lambda r: r["times"][opponent]["median"])
-    return f"{name}: at most {best['times'][opponent]['median']:.2f} times faster than {opponent}, {_name(best)}"
+    return f"{name}: at most {best['times'][opponent]['median']:.2f} times the speed of {opponent}, {_name(best)}"
 
 
 def _name(r: Record) -> str:
@@ -344,7 +350,9 @@ def _by_case(records: Sequence[Record]) -> dict[str, list[Record]]:
     """What was measured first stands first; of cases that differ in their stage alone the smallest does."""
     groups = _grouped(records, lambda r: str(r["case"]))
     families = list(dict.fromkeys(family(case, TOKENS) for case in groups))
-    return {case: groups[case] for case in sorted(groups, key=lambda c: (families.index(family(c, TOKENS)), _natural(c)))}
+    return {
+        case: groups[case] for case in sorted(groups, key=lambda c: (families.index(family(c, TOKENS)), _natural(c)))
+    }
 
 
 def _grouped(records: Sequence[Record], key: Callable[[Record], str]) -> dict[str, list[Record]]:

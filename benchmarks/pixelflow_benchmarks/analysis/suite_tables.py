@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pixelflow_benchmarks.harness.results import Record, Run
@@ -39,8 +40,9 @@ def table_of(run: Run) -> list[TextTable]:
         found = [general_table(run)] if own is None else [own(run)]
         if run.suite == "blocks":
             found += operation_tables(run)
-    except (KeyError, IndexError, TypeError):
-        found = [general_table(run)]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        general = general_table(run)
+        found = [replace(general, title=f"{general.title} The suite's own table needs more than these records have.")]
     return [table for table in found if table.rows]
 
 
