@@ -225,11 +225,8 @@ class Point:
 def roofline(points: Sequence[Point], bytes_per_second: float, flops_per_second: float) -> str:
     """Points below the ceilings of the device; each intensity has its name above."""
     ridge = flops_per_second / bytes_per_second
-    names: dict[str, float] = {}
-    for point in points:
-        names.setdefault(point.name, point.intensity)
-    left = min([*names.values(), ridge]) / 2
-    right = max([*names.values(), ridge]) * 2
+    places = sorted({(point.intensity, point.name) for point in points})
+    left, right = min(places[0][0], ridge) / 2, max(places[-1][0], ridge) * 2
     width, height = 520, 340
     figure = new_figure(width, height)
     axes = figure.add_axes((82 / width, 48 / height, 1 - 100 / width, 1 - 58 / height))
@@ -245,7 +242,7 @@ def roofline(points: Sequence[Point], bytes_per_second: float, flops_per_second:
               linewidth=1.5, linestyle=(0, (4, 2)))  # fmt: skip
     # Names in as many lines above the roof as keep them apart.
     ends: list[float] = []
-    for name, intensity in sorted(names.items(), key=lambda item: item[1]):
+    for intensity, name in places:
         x = (width - 100) * math.log(intensity / left) / math.log(right / left)
         half = LETTER * _width(name) / 2 + 4
         level = next((i for i, end in enumerate(ends) if x - half > end), len(ends))

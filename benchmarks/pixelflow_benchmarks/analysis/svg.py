@@ -81,7 +81,7 @@ def looks(names: Sequence[str], measures: Sequence[str] = ()) -> dict[str, Look]
     for i, name in enumerate(name for name in names if name in measures):
         found[name] = Look(GREYS[i % len(GREYS)], MARKERS[i % len(MARKERS)])
     for i, name in enumerate(name for name in names if name not in measures):
-        found[name] = Look(PALETTE[i % len(PALETTE)], MARKERS[(i + i // len(PALETTE)) % len(MARKERS)])
+        found[name] = Look(PALETTE[i % len(PALETTE)], MARKERS[(i + 3 * (i // len(PALETTE))) % len(MARKERS)])
     return {name: found[name] for name in names}
 
 
