@@ -175,6 +175,7 @@ def test_the_page_needs_nothing_beside_it(text: str, page: Page) -> None:
     assert not re.search(r"https?:|//\w|@import|<!DOCTYPE svg|<\?xml", text)
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
     assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "base"}
+    assert [tag for tag, _ in page.tags].count("style") == 1, "a plot's rules would hold for the whole page"
     for tag, attributes in page.tags:
         assert "src" not in attributes, tag
         assert not [name for name in attributes if name.startswith("on")], tag

@@ -101,7 +101,7 @@ def to_svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     # Text between tags is somebody's name for something, and stays as it is.
     text = _TAG.sub(lambda tag: _for_page(tag[0]), text)
     return re.sub(r"\s*\n\s*", "\n", text).strip()
