@@ -100,17 +100,14 @@ def read_results(path: Path) -> tuple[list[Path], list[Run]]:
 
 
 def groups(runs: Iterable[Run], order: Iterable[str]) -> list[Group]:
-    """Runs by device (GPUs first), suite (in this order, others after) and settings."""
+    """Runs by device, suite (in this order, others after) and settings."""
     found: dict[tuple[str, str, str], Group] = {}
     for run in sorted(runs, key=lambda run: run.began):
         device = str(run.environment.get("device", "unknown device"))
         key = (device, run.suite, json.dumps(settings(run), sort_keys=True))
         found.setdefault(key, Group(device, run.suite, [])).runs.append(run)
     places = {suite: place for place, suite in enumerate(order)}
-    return [
-        found[key]
-        for key in sorted(found, key=lambda k: (not found[k].on_gpu, k[0], places.get(k[1], len(places)), k[1], k[2]))
-    ]
+    return [found[key] for key in sorted(found, key=lambda k: (k[0], places.get(k[1], len(places)), k[1], k[2]))]
 
 
 def _clean(value: Any) -> Any:

@@ -184,7 +184,7 @@ def _notes(run: Run) -> Iterator[str]:
         )
     if gone := missing(run):
         yield "<p>Absent:</p>"
-        names = ((", ".join(dict.fromkeys(variants)), reason) for reason, variants in gone.items())
+        names = (("; ".join(dict.fromkeys(variants)), reason) for reason, variants in gone.items())
         yield list_html((text_of(f"{variants}: {reason}") for variants, reason in names), "absent")
     if skipped := run.of_kind("skipped"):
         yield "<p>No time was left for:</p>"
