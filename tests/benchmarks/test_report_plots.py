@@ -39,7 +39,7 @@ def test_bars_begin_at_zero_and_the_floor_is_where_it_belongs() -> None:
     svg = bars_of(1.0, 3.0, floor=2.0)
     short, long = marks(svg, LOOK.color)
     left = min(x for x, _ in short)
-    assert left == min(x for x, _ in long)
+    assert left == min(x for x, _ in long) == float(re.findall(r'<rect x="([\d.]+)"', svg)[0]), "where the axes begin"
     widths = [max(x for x, _ in bar) - left for bar in (short, long)]
     assert widths[1] / widths[0] == pytest.approx(3, rel=1e-3)
     floors = re.findall(r'd="M ([\d.]+) [\d.]+\s*L ([\d.]+) [\d.]+\s*"[^>]*stroke-dasharray', svg)
