@@ -6,15 +6,19 @@ import typer
 
 from .commands import (
     blocks,
+    coldstart,
     compare,
     digits,
     distance,
     everything,
     images,
     kernels,
+    memory,
+    profile,
     report,
     stages,
     tables,
+    training,
     tune,
 )
 
@@ -27,8 +31,12 @@ bench.command("all")(everything.command)
 bench.command("kernels")(kernels.command)
 bench.command("stages")(stages.command)
 bench.command("images")(images.command)
+bench.command("training")(training.command)
 bench.command("distance")(distance.command)
+bench.command("memory")(memory.command)
+bench.command("coldstart")(coldstart.command)
 bench.command("blocks")(blocks.command)
+bench.command("profile", cls=profile.KeyValueCommand)(profile.command)
 bench.command("tune")(tune.command)
 bench.command("compare")(compare.command)
 bench.command("tables")(tables.command)

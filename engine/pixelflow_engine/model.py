@@ -19,6 +19,7 @@ from . import layers
 from .config import SINUSOID_CHANNELS, ModelConfig
 from .layers import at_least_fp32
 from .operations import Operations, PlainOperations, Rotation, SideBySide, Text, TextTokens
+from .ranges import named
 
 __all__ = ["PackedTransformer", "Prompts", "Text"]
 
@@ -329,7 +330,8 @@ class PackedTransformer(nn.Module):
 
         Source: arXiv 2504.07963, section 3.3.
         """
-        modulations = self.modulations(self.conditioning(t_model, latent_size, class_labels))
+        with named("modulations"):
+            modulations = self.modulations(self.conditioning(t_model, latent_size, class_labels))
         if around is None:
             around = self.surroundings(layout, None if text is None else self.prompts(text))
         out = self.trunk(self.patch_embed(tokens.to(self.dtype)), modulations, around)
@@ -364,9 +366,10 @@ class PackedTransformer(nn.Module):
 
     def prompts(self, text: Text) -> Prompts:
         """Project the prompts for every block."""
-        tokens = self.operations.text_tokens(text)
-        attentions = [block.attn2 for block in self.blocks if block.attn2 is not None]
-        return Prompts(tokens, tuple(attention.text_keys(tokens, self.operations) for attention in attentions))
+        with named("text"):
+            tokens = self.operations.text_tokens(text)
+            attentions = [block.attn2 for block in self.blocks if block.attn2 is not None]
+            return Prompts(tokens, tuple(attention.text_keys(tokens, self.operations) for attention in attentions))
 
     def surroundings(self, layout: PackedLayout, prompts: Prompts | None) -> Surroundings:
         """What the blocks need besides tokens and modulations; it serves any number of evaluations."""
@@ -389,7 +392,8 @@ class PackedTransformer(nn.Module):
         u = ops.layer_norm_modulate(x, *firsts[0], around.layout)
         for i, block in enumerate(self.blocks):
             keys = None if around.prompts is None else around.prompts.keys[i]
-            x, u = block(x, u, modulations[i], firsts[i + 1], keys, around, ops)
+            with named("block", i):
+                x, u = block(x, u, modulations[i], firsts[i + 1], keys, around, ops)
         return self.proj_out_2(u)
 
     @torch.no_grad()

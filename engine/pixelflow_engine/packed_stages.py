@@ -18,6 +18,7 @@ from .graphs import Capture, load_
 from .model import PackedTransformer, Prompts
 from .plan import Condition, SamplingPlan, StagePlan
 from .programs import AdaptiveSteps, FixedSteps, Program, labels_of, program_key
+from .ranges import named
 from .schedule import step_times
 from .solvers import ab2_steps, step_length
 from .stage_pack import ModulationTable, StagePack
@@ -149,7 +150,8 @@ class PackedStages:
         tau, t_model = step_times(stage.stage, self.config.scheduler, stage.num_steps, self.plan.shift)
         steps = self._steps(tau.tolist(), stage.first_step).to(x.device)
         moments = t_model[:-1] if solver == "euler" else t_model  # only Heun's step takes a slope at its end
-        table = ModulationTable(pack, self.condition, moments.tolist())
+        with named("modulations"):
+            table = ModulationTable(pack, self.condition, moments.tolist())
         key = program_key(pack, prompts, "fixed")
         program = store.find(key)
         if not isinstance(program, FixedSteps):
@@ -159,16 +161,17 @@ class PackedStages:
         program.load(pack, x)
         evaluations = 0
         for step in range(stage.first_step, stage.num_steps):
-            if solver == "euler":
-                program.load_step(table.at(step), steps=steps[step])
-                program.play("euler")
-            elif solver == "heun" or step == stage.first_step:
-                program.load_step(table.at(step), table.at(step + 1), steps=steps[step])
-                program.play("heun")
-                evaluations += 1
-            else:
-                program.load_step(table.at(step), steps=steps[step])
-                program.play("ab2")
+            with named("step", step):
+                if solver == "euler":
+                    program.load_step(table.at(step), steps=steps[step])
+                    program.play("euler")
+                elif solver == "heun" or step == stage.first_step:
+                    program.load_step(table.at(step), table.at(step + 1), steps=steps[step])
+                    program.play("heun")
+                    evaluations += 1
+                else:
+                    program.load_step(table.at(step), steps=steps[step])
+                    program.play("ab2")
             evaluations += 1
             replaced = on_step(step, partial(float, tau[step + 1]), partial(pack.unpack, program.x))
             if replaced is not None:
@@ -200,12 +203,14 @@ class PackedStages:
         store.keep(key, program)
         program.load(pack, x)
         program.load_call(labels, tolerance)
-        program.play("start")
+        with named("start"):
+            program.play("start")
         state, launched = program.state, 0
         glance = Glance(state)
         while glance.anybody_runs():
-            program.play("attempt")
-            glance.take()
+            with named("step", launched):
+                program.play("attempt")
+                glance.take()
             on_step(launched, lambda: glance.slowest, lambda: pack.unpack(state.x))
             launched += 1
         tried = int((state.accepted + state.rejected).max())

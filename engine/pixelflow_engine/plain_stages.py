@@ -17,6 +17,7 @@ from .layers import at_least_fp32, patchify, unpatchify
 from .model import PackedTransformer
 from .operations import Text
 from .plan import Condition, SamplingPlan, StagePlan
+from .ranges import named
 from .schedule import step_times
 from .solvers import (
     AdaptiveState,
@@ -69,13 +70,14 @@ class PlainStages:
 
         for step in range(stage.first_step, stage.num_steps):
             now, after = float(tau[step]), float(tau[step + 1])
-            v = slope(x, step)
-            if self.plan.solver == "euler":
-                x = euler_update(x, v, now, after)
-            elif self.plan.solver == "heun" or previous is None:
-                x = heun_update(x, [v, slope(euler_update(x, v, now, after), step + 1)], now, after)
-            else:
-                x = ab2_update(x, v, previous[0], step_length(now, after), previous[1])
+            with named("step", step):
+                v = slope(x, step)
+                if self.plan.solver == "euler":
+                    x = euler_update(x, v, now, after)
+                elif self.plan.solver == "heun" or previous is None:
+                    x = heun_update(x, [v, slope(euler_update(x, v, now, after), step + 1)], now, after)
+                else:
+                    x = ab2_update(x, v, previous[0], step_length(now, after), previous[1])
             previous = (v, step_length(now, after))
             if self.plan.state == "public":
                 x = x.to(v.dtype)

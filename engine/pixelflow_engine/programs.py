@@ -20,6 +20,7 @@ from .graphs import Capture, Launch, load_
 from .layers import at_least_fp32
 from .model import Prompts, Surroundings
 from .plan import Condition
+from .ranges import named
 from .schedule import Stage
 from .solvers import Tolerance
 from .stage_pack import StagePack
@@ -74,7 +75,8 @@ class Program:
         """Capture these launches, if they are to be captured and are not yet. Static tensors change."""
         for name in names:
             if self.capture is not None and name not in self._ready:
-                self._ready[name] = self.capture.capture(self.launches()[name])
+                with named("capture", name):
+                    self._ready[name] = self.capture.capture(self.launches()[name])
 
     def load(self, pack: StagePack, x: Tensor) -> None:
         """Guidance weights and state of a call whose pack is like this one's."""
@@ -208,8 +210,10 @@ class AdaptiveSteps(Program):
         times = (first + (last - first) * tau).to(torch.float32)
         if self.pack.plan.guided:
             times = torch.cat([times, times])
-        c = self.pack.model.conditioning(times, self.pack.latent_size, self.labels)
-        return self.pack.velocity(x, self.pack.model.modulations(c), self.around)
+        with named("modulations"):
+            c = self.pack.model.conditioning(times, self.pack.latent_size, self.labels)
+            modulations = self.pack.model.modulations(c)
+        return self.pack.velocity(x, modulations, self.around)
 
 
 def program_key(pack: StagePack, prompts: Prompts | None, kind: str, *more: object) -> tuple[object, ...]:

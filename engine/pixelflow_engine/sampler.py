@@ -15,6 +15,7 @@ from .errors import ConvergenceError
 from .events import Callbacks, Latents, StageEvent, StageReport, Status, StepEvent
 from .noise import NoiseSource
 from .plan import SamplingPlan, StagePlan
+from .ranges import named
 from .stages import StageOutcome, Stages, States
 
 REMEMBERING = ("ab2", "dopri5")
@@ -88,9 +89,11 @@ def sample(
     status = torch.full((len(order),), ARRIVED, dtype=torch.int32, device=states[0].device)
     for number, stage in enumerate(plan.stages):
         began = _now(states[0].device)
-        if number > 0:
-            states = [source.enter(x, stage.stage) for x, source in zip(states, noise, strict=True)]
-        outcome = stages.run(states, stage, _step_callback(plan, stage, callbacks, order))
+        with named("stage", stage.stage.index):
+            if number > 0:
+                with named("enter"):
+                    states = [source.enter(x, stage.stage) for x, source in zip(states, noise, strict=True)]
+            outcome = stages.run(states, stage, _step_callback(plan, stage, callbacks, order))
         states = outcome.states
         now = torch.where(_finite(states), outcome.status, NONFINITE)
         if raising:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pixelflow_kernels.ode_step import ARRIVED, MAX_ATTEMPTS, NONFINITE, RUNNING
 
+from .ranges import named
 from .tableaus import HEUN, EmbeddedTableau
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -120,9 +121,13 @@ def integrate_adaptive(
     Returns:
         the state in which no image runs any more: ``tau`` = 1 where its status is ARRIVED.
     """
-    state = _start(velocity, x, tableau, tolerance)
+    with named("start"):
+        state = _start(velocity, x, tableau, tolerance)
+    attempts = 0
     while bool((state.status == RUNNING).any()):
-        state = _attempt(velocity, state, tableau, tolerance)
+        with named("step", attempts):
+            state = _attempt(velocity, state, tableau, tolerance)
+        attempts += 1
         if on_attempt is not None:
             on_attempt(state)
     return state

@@ -9,19 +9,25 @@ from typing import Any
 from pixelflow_benchmarks.harness.results import Record, Run
 from pixelflow_benchmarks.harness.tables import TextTable
 from pixelflow_benchmarks.suites.blocks import block_table, operation_tables
+from pixelflow_benchmarks.suites.coldstart.table import coldstart_table
 from pixelflow_benchmarks.suites.distance import distance_table
 from pixelflow_benchmarks.suites.images.table import image_table
 from pixelflow_benchmarks.suites.kernels.table import kernel_table
+from pixelflow_benchmarks.suites.memory.table import memory_table
 from pixelflow_benchmarks.suites.stages.table import stage_table
+from pixelflow_benchmarks.suites.training.table import training_table
 
 from .units import percent, quantity, size
 
 OF_SUITES: Mapping[str, Callable[[Run], TextTable]] = {
     "blocks": block_table,
+    "coldstart": coldstart_table,
     "distance": distance_table,
     "images": image_table,
     "kernels": kernel_table,
+    "memory": memory_table,
     "stages": stage_table,
+    "training": training_table,
 }
 """By suite: the table that pages and reports carry."""
 

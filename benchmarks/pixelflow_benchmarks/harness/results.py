@@ -8,7 +8,8 @@ What was timed is a record of kind ``measurement``:
 ======================  ===============================================================================================
 ``case``, ``variant``   what was done, and who did it; together unique in a run
 ``right``               its result passed its check; where it did not, ``fault`` says why and there is no time
-``per``                 what the seconds are for: ``"call"``, ``"image"``, ``"image and evaluation"``, ``"step"``
+``per``                 what the seconds are for: ``"call"``, ``"image"``, ``"image and evaluation"``, ``"step"``,
+                        ``"process"``
 ``seconds``             ``median``, ``low``, ``high`` (a fifth of the repeats lies below, a fifth above), ``repeats``
 ``times``               by opponent, how many times faster than it: the same four of the ratios of one turn
 ``floor_seconds``       what products and bytes take at the ``ceilings`` of the same run, where they are declared
@@ -16,6 +17,7 @@ What was timed is a record of kind ``measurement``:
 ======================  ===============================================================================================
 
 A suite adds fields of its own. Who could not be had is a record of kind ``absent`` with ``variant`` and ``reason``.
+Bytes are records of kind ``memory``, see :mod:`pixelflow_benchmarks.suites.memory.records`.
 """
 
 from __future__ import annotations

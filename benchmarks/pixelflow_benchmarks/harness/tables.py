@@ -40,4 +40,4 @@ def missing(run: Run) -> dict[str, list[str]]:
 
 def faults(run: Run) -> list[str]:
     """What was wrong, a line each."""
-    return [f"{r['case']}, {r['variant']}: {r['fault']}" for r in run.of_kind("measurement") if "fault" in r]
+    return [f"{r['case']}, {r['variant']}: {r['fault']}" for r in run.records if "fault" in r]

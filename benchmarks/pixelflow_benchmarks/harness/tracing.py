@@ -89,11 +89,13 @@ class Trace(TorchDispatchMode):
         self.ops.append(TracedOp("scaled_dot_product_attention", "attention", 1, _size(operands)))
 
 
-class _Indexing(TorchFunctionMode):
-    """Indexing by operations that have fake versions; the built-in one asks for CUDA, which need not be there."""
+class _WithoutCuda(TorchFunctionMode):
+    """Indexing and copies by operations with fake versions; the built-in ones ask for CUDA, which need not be there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace indexing of CUDA tensors, pass on everything else."""
+        """Replace indexing of CUDA tensors and copies into them, pass on everything else."""
+        if func is Tensor.copy_ and args[0].device.type == "cuda":
+            return torch.ops.aten.copy_.default(*args, **(kwargs or {}))
         if func is not Tensor.__getitem__ or args[0].device.type != "cuda":
             return func(*args, **(kwargs or {}))
         x, key = args
@@ -118,10 +120,14 @@ class _Indexing(TorchFunctionMode):
         return x
 
 
-class _OneAttention(TorchFunctionMode):
-    """PyTorch's attention as the one kernel that it is on a GPU; a build without CUDA would write it out."""
+class OneAttention(TorchFunctionMode):
+    """PyTorch's attention as the one kernel that it is on a GPU; a build without CUDA would write it out.
 
-    def __init__(self, trace: Trace) -> None:
+    Args:
+        trace: who notes it; None where nobody does.
+    """
+
+    def __init__(self, trace: Trace | None = None) -> None:
         super().__init__()
         self.trace = trace
 
@@ -132,14 +138,15 @@ class _OneAttention(TorchFunctionMode):
         q, k, v = args[:3]
         batch, heads, tokens, head_dim = q.shape
         out = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)  # the layout that FlashAttention leaves
-        self.trace.note_attention([q, k, v, out])
+        if self.trace is not None:
+            self.trace.note_attention([q, k, v, out])
         return out
 
 
 @contextmanager
 def fake_cuda() -> Iterator[None]:
     """Inside, tensors are fake, also on CUDA devices that are not there; no gradients."""
-    with FakeTensorMode(), torch.no_grad(), _Indexing():
+    with FakeTensorMode(), torch.no_grad(), _WithoutCuda():
         yield
 
 
@@ -149,15 +156,16 @@ def tracing(weights: Iterable[Tensor] = (), autocast: torch.dtype | None = None)
 
     Args:
         weights: see :class:`Trace`.
-        autocast: the type of CUDA's automatic casts. (``torch.autocast`` refuses where there is no CUDA.)
+        autocast: see :func:`autocasting`.
     """
     trace = Trace(weights)
-    with _OneAttention(trace), trace, _autocast(autocast):
+    with OneAttention(trace), trace, autocasting(autocast):
         yield trace
 
 
 @contextmanager
-def _autocast(dtype: torch.dtype | None) -> Iterator[None]:
+def autocasting(dtype: torch.dtype | None) -> Iterator[None]:
+    """CUDA's automatic casts to a type; none for None. (``torch.autocast`` refuses where there is no CUDA.)"""
     if dtype is None:
         yield
         return

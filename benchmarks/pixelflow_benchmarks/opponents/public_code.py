@@ -20,13 +20,14 @@ import torch
 from pixelflow_benchmarks.harness.tracing import fake, fake_cuda, fake_parameters, tracing
 from pixelflow_benchmarks.suites.kernels.case import HEAD_DIM, HEADS, WIDTH
 from pixelflow_benchmarks.suites.stages.problem import StageProblem
+from pixelflow_engine import PixelFlowConfig
 
 from .random_models import SHAPES, random_weights
 
 
 def trace(path: Path, sequences: int, side: int) -> list[dict[str, Any]]:
     """Operations of one of its blocks under bf16 autocast; the places' table comes from the CPU, as in its sampler."""
-    published = _import(path, "pixelflow.model")
+    published = import_published(path, "pixelflow.model")
     places = rotary_places(side, HEAD_DIM)
     with torch.device("meta"):
         block = published.TransformerBlock(WIDTH, HEADS, HEAD_DIM, attention_bias=True).eval()
@@ -49,11 +50,23 @@ def rotary_places(side: int, head_dim: int) -> torch.Tensor:
     return torch.stack([torch.as_tensor(part) for part in table], dim=-1)
 
 
-def _import(path: Path, name: str) -> Any:
+def import_published(path: Path, name: str) -> Any:
+    """A module of the checkout.
+
+    Raises:
+        FileNotFoundError: there is no checkout.
+    """
     if not (path / "pixelflow" / "model.py").is_file():
         raise FileNotFoundError(f"public: got {path}, expected a folder with pixelflow/model.py")
     sys.path.insert(0, str(path))
     return importlib.import_module(name)
+
+
+def published_model(published: Any, config: PixelFlowConfig) -> Any:
+    """Its model of that shape, as it draws it."""
+    names = ("in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "depth", "patch_size")
+    fields = {name: getattr(config.model, name) for name in (*names, "attention_bias", "num_classes")}
+    return published.PixelFlowModel(**fields)
 
 
 # --- an opponent -------------------------------------------------------------------------------------------
@@ -70,13 +83,10 @@ class Server:
     """
 
     def __init__(self, path: Path, shape: str, dtype: str, device: str) -> None:
-        published = _import(path, "pixelflow.model")
+        published = import_published(path, "pixelflow.model")
         scheduling = importlib.import_module("pixelflow.scheduling_pixelflow")
         self.config, self.dtype, self.device = SHAPES[shape], getattr(torch, dtype), torch.device(device)
-        model = self.config.model
-        names = ("in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "depth", "patch_size")
-        fields = {name: getattr(model, name) for name in (*names, "attention_bias", "num_classes")}
-        self.model = published.PixelFlowModel(**fields).to(self.device).eval()
+        self.model = published_model(published, self.config).to(self.device).eval()
         self.model.load_state_dict(random_weights(self.config, self.device, self.dtype), strict=True)
         scheduler = self.config.scheduler
         self.scheduler = scheduling.PixelFlowScheduler(scheduler.num_train_timesteps, num_stages=scheduler.num_stages)
@@ -139,27 +149,29 @@ class Server:
         return {}
 
 
-def serve(path: Path, shape: str, dtype: str, device: str) -> None:
-    """Answer requests, a line of JSON each, until there are no more."""
+def serve(make: Callable[[], Any]) -> None:
+    """Answer requests, a line of JSON each, until there are no more: ``do`` names a method of what ``make`` gives."""
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
-        server = Server(path, shape, dtype, device)
+        server = make()
         for line in sys.stdin:
             request = json.loads(line)
-            requests: dict[str, Callable[..., dict[str, Any]]] = {
-                "hello": server.hello,
-                "prepare": server.prepare,
-                "run": server.run,
-                "images": server.images,
-            }
-            print(json.dumps(requests[request.pop("do")](**request)), file=answers, flush=True)
+            print(json.dumps(getattr(server, request.pop("do"))(**request)), file=answers, flush=True)
 
 
 def main(arguments: list[str]) -> None:
-    """``trace PATH SEQUENCES SIDE``: JSON on the last line of the output. ``serve PATH SHAPE DTYPE DEVICE``."""
+    """``trace PATH SEQUENCES SIDE``: JSON on the last line of the output.
+
+    ``sample PATH SHAPE DTYPE DEVICE`` and ``train PATH SHAPE DTYPE DEVICE``: requests are answered.
+    """
     command, path, *rest = arguments
-    if command == "serve":
-        serve(Path(path), *rest)
+    if command == "sample":
+        serve(lambda: Server(Path(path), *rest))
+        return
+    if command == "train":
+        from .public_training import TrainingServer
+
+        serve(lambda: TrainingServer(Path(path), *rest))
         return
     sequences, side = map(int, rest)
     with contextlib.redirect_stdout(sys.stderr):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,16 +26,24 @@ class PublicProcess:
         config: of the model, one of :data:`~.random_models.SHAPES`.
         dtype: bfloat16 by automatic casts, or float32.
         device: where.
+        serve: what it does, ``sample`` or ``train``.
 
     Raises:
         RuntimeError: it does not start; the message has the last line of what it said.
     """
 
-    def __init__(self, path: Path, config: PixelFlowConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: PixelFlowConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        serve: Literal["sample", "train"] = "sample",
+    ) -> None:
         shape = next(name for name, known in SHAPES.items() if known == config)
         self.folder = tempfile.TemporaryDirectory(prefix="pixelflow-public-")
         self.said = Path(self.folder.name) / "stderr"
-        command = [sys.executable, "-m", "pixelflow_benchmarks.opponents.public_code", "serve", str(path)]
+        command = [sys.executable, "-m", "pixelflow_benchmarks.opponents.public_code", serve, str(path)]
         command += [shape, str(dtype).removeprefix("torch."), str(device)]
         with self.said.open("w") as stderr:
             self.process = subprocess.Popen(
@@ -45,7 +54,16 @@ class PublicProcess:
                 stderr=stderr,
                 text=True,
             )
-        self.ask({"do": "hello"})
+        try:
+            self.ask({"do": "hello"})
+        except RuntimeError:
+            self.close()
+            raise
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is no more."""
+        return self.process.poll() is not None
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send a request, wait for the answer."""
@@ -64,9 +82,10 @@ class PublicProcess:
 
     def close(self) -> None:
         """End it."""
-        if self.process.stdin is not None and self.process.poll() is None:
-            self.process.stdin.close()
-            self.process.wait()
+        if self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # what it did not read any more
+                self.process.stdin.close()
+        self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
         self.folder.cleanup()

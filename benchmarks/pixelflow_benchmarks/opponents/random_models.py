@@ -19,13 +19,19 @@ SHAPES = {
     "cpu": PixelFlowConfig(
         model=ModelConfig(num_attention_heads=4, attention_head_dim=72, depth=4, num_classes=1000), resolution=256
     ),
+    "small": PixelFlowConfig(
+        model=ModelConfig(num_attention_heads=2, attention_head_dim=72, depth=4, num_classes=10),
+        scheduler=SchedulerConfig(num_stages=3),
+        resolution=32,
+    ),
     "tiny": PixelFlowConfig(
         model=ModelConfig(num_attention_heads=2, attention_head_dim=8, depth=2, patch_size=2, num_classes=10),
         scheduler=SchedulerConfig(num_stages=2),
         resolution=16,
     ),
 }
-"""``xl`` is the published class-to-image model; ``cpu`` a narrow one of the same tokens; ``tiny`` is for tests."""
+"""``xl`` is the published class-to-image model; ``cpu`` a narrow one of the same tokens; ``small`` the
+bundled one's, 32 pixels wide; ``tiny`` is for tests."""
 
 
 def random_weights(
@@ -76,14 +82,19 @@ def random_reference(
     config: PixelFlowConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> PixelFlowTransformer:
     """The reference model, its weights its own, without gradients."""
+    model = reference_without_weights(config)
+    _load(model, weights, dtype)
+    return model.requires_grad_(False).eval()
+
+
+def reference_without_weights(config: PixelFlowConfig) -> PixelFlowTransformer:
+    """The reference model on the meta device."""
     names = (
         "depth", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size",
         "num_classes",
     )  # fmt: skip
     with torch.device("meta"):
-        model = PixelFlowTransformer(**{name: getattr(config.model, name) for name in names})
-    _load(model, weights, dtype)
-    return model.requires_grad_(False).eval()
+        return PixelFlowTransformer(**{name: getattr(config.model, name) for name in names})
 
 
 def compile_blocks(model: PixelFlowTransformer) -> None:

@@ -90,7 +90,7 @@ def _through_gate(grad_x, gate, y_ptr, grad_y_ptr, channels, WIDTH: tl.constexpr
 
 
 @triton.jit
-def _backward_kernel(
+def _modulate_backward_kernel(
     grad_ptr,
     grad_residual_ptr,
     residual_ptr,
@@ -262,7 +262,7 @@ def launch_backward(
     slots = tokens // config["TOKENS"] + images
     partial = rows.new_empty(gradients, slots, width)
     with torch.cuda.device_of(residual):
-        _backward_kernel[(slots,)](
+        _modulate_backward_kernel[(slots,)](
             grad_ptr=grad,
             grad_residual_ptr=grad_residual,
             residual_ptr=residual,

@@ -58,7 +58,7 @@ def _modulated(unit, weight_ptr, shift_ptr, scale_ptr, channels, WIDTH: tl.const
 
 
 @triton.jit
-def _forward_kernel(
+def _modulate_forward_kernel(
     x_ptr,
     y_ptr,
     gate_ptr,
@@ -156,7 +156,7 @@ def launch_forward(
     if config is None:
         config = launch_config("modulate.forward", shape_class(width, x.dtype), arch_of(x.device))
     with torch.cuda.device_of(x):
-        _forward_kernel[(tokens,)](
+        _modulate_forward_kernel[(tokens,)](
             x_ptr=x,
             y_ptr=y,
             gate_ptr=gate,

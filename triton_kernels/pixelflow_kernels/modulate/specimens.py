@@ -44,7 +44,7 @@ def _specimen(direction: str, variant: str, without: tuple[str, ...], dtype: str
     from . import backward, forward
 
     is_forward = direction == "forward"
-    kernel = forward._forward_kernel if is_forward else backward._backward_kernel
+    kernel = forward._modulate_forward_kernel if is_forward else backward._modulate_backward_kernel
     types = {n: t for n in kernel.arg_names if n not in without and (t := _type(n, dtype))}
     constants, options = _split(f"modulate.{direction}", forward.shape_class(width, TYPES[dtype]), arch)
     parts = forward.parts_of(width)

@@ -79,7 +79,7 @@ def _norm_tokens_backward(
 
 
 @triton.jit
-def _backward_kernel(
+def _rope2d_backward_kernel(
     grad_q_out_ptr,
     grad_k_out_ptr,
     q_ptr,
@@ -153,7 +153,7 @@ def launch_backward(
     partial_q, partial_k = (table.new_empty(parts, q.shape[1]) for parts in (q_parts, k_parts))
     if q_parts + k_parts > 0:
         with torch.cuda.device_of(q):
-            _backward_kernel[(q_parts + k_parts,)](
+            _rope2d_backward_kernel[(q_parts + k_parts,)](
                 grad_q_out_ptr=grad_q_out,
                 grad_k_out_ptr=grad_k_out,
                 q_ptr=q,

@@ -60,7 +60,7 @@ def _norm_token(
 
 
 @triton.jit
-def _forward_kernel(
+def _rope2d_forward_kernel(
     q_ptr,
     k_ptr,
     q_weight_ptr,
@@ -116,7 +116,7 @@ def launch_forward(
     if programs == 0:
         return
     with torch.cuda.device_of(q):
-        _forward_kernel[(programs,)](
+        _rope2d_forward_kernel[(programs,)](
             q_ptr=q,
             k_ptr=k,
             q_weight_ptr=q_weight,

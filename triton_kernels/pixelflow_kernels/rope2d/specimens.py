@@ -16,8 +16,8 @@ SHAPES = ((1152, 72), (1024, 64), (2048, 128), (64, 16))  # channels, head dim; 
 
 def specimens(arch: int) -> Iterator[Specimen]:
     """Every kernel; every type at the published width, the usual two at the others."""
-    from .backward import _backward_kernel as backward
-    from .forward import _forward_kernel as forward
+    from .backward import _rope2d_backward_kernel as backward
+    from .forward import _rope2d_forward_kernel as forward
     from .rotation import _rotate_kernel as rotate
 
     for dtype in TYPES:

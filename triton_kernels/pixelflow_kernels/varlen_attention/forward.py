@@ -171,7 +171,7 @@ def _walk(
 
 
 @triton.jit
-def _forward_kernel(
+def _attention_forward_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -279,7 +279,7 @@ def launch_forward(
     num_tiles = triton.cdiv(max_seqlen_q, options["BLOCK_M"])
     options.setdefault("FIXED_MAX_TILES", 0)
     with torch.cuda.device_of(q):
-        _forward_kernel[(members * heads * num_tiles,)](
+        _attention_forward_kernel[(members * heads * num_tiles,)](
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,

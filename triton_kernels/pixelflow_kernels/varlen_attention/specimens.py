@@ -47,7 +47,7 @@ def _specimen(
     from .tiles import Lanes, shape_class
 
     kernels = {
-        "forward": forward._forward_kernel,
+        "forward": forward._attention_forward_kernel,
         "backward_delta": backward._delta_kernel,
         "backward_keys": backward._backward_keys_kernel,
         "backward_queries": backward._backward_queries_kernel,

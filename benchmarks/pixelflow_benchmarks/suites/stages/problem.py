@@ -70,10 +70,19 @@ class StageProblem:
     @property
     def flops(self) -> int:
         """Of the matrix products and the attention of an evaluation; a multiplication and an addition are two."""
+        return self.product_flops + self.attention_flops
+
+    @property
+    def product_flops(self) -> int:
+        """Of the blocks' products, the embedding of patches and the head."""
         model, tokens = self.config.model, self.tokens
         patch = model.patch_size**2 * model.in_channels
-        block = 24 * tokens * model.width**2 + 4 * tokens**2 * model.width
-        return self.sequences * (model.depth * block + 4 * tokens * model.width * patch)
+        return self.sequences * tokens * (24 * model.depth * model.width**2 + 4 * model.width * patch)
+
+    @property
+    def attention_flops(self) -> int:
+        """Of queries with keys and of weights with values."""
+        return self.sequences * 4 * self.config.model.depth * self.tokens**2 * self.config.model.width
 
     @property
     def pointwise_bytes(self) -> int:

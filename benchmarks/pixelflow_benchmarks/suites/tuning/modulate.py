@@ -61,6 +61,11 @@ def _trial(kernel: str, problem: Problem, norm: str) -> Trial:
         # The kernel's sums leave the weight to its caller.
         return dx, dy, torch.stack([dscale if own is None else dscale / own, dshift, dgate])
 
+    jits = {
+        "forward": forward._modulate_forward_kernel,
+        "backward": backward._modulate_backward_kernel,
+        "sum": backward._sum_kernel,
+    }
     name = "any" if kernel == "sum" else forward.shape_class(WIDTH, x.dtype)
     return Trial(
         problem=f"{problem.label}-{norm}",
@@ -71,5 +76,5 @@ def _trial(kernel: str, problem: Problem, norm: str) -> Trial:
         exact=(0,) if kernel == "forward" else (),
         plain=lambda: computed(None),
         truth=lambda: computed(torch.float64),
-        jit=forward._forward_kernel if kernel == "forward" else getattr(backward, f"_{kernel}_kernel"),
+        jit=jits[kernel],
     )

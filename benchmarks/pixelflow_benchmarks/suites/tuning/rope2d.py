@@ -27,8 +27,8 @@ def trials(kernel: str, problem: Problem) -> Iterator[Trial]:
         "present": launch_config(f"rope2d.{kernel}", name, arch_of(problem.device)),
         "jit": {
             "rotate": rotation._rotate_kernel,
-            "forward": forward._forward_kernel,
-            "backward": backward._backward_kernel,
+            "forward": forward._rope2d_forward_kernel,
+            "backward": backward._rope2d_backward_kernel,
         }[kernel],
     }
     yield (_rotate if kernel == "rotate" else _norm)(kernel, problem, shared)

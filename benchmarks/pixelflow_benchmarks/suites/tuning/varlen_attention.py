@@ -72,7 +72,7 @@ def _forward(kernel: str, problem: Problem, head_dim: int) -> Trial:
         plain=plain,
         truth=lambda: attention_truth.attended(q, k, v, longest, torch.float64),
         growth=attention_truth.growth(q, k, longest),
-        jit=forward._forward_kernel,
+        jit=forward._attention_forward_kernel,
     )
 
 

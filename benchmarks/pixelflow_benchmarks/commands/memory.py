@@ -1,0 +1,65 @@
+"""``pixelflow bench memory``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from .options import Device, Output, finish, known, place_of, show
+
+if TYPE_CHECKING:
+    from pixelflow_benchmarks.harness.results import Run
+
+
+def command(
+    device: Device = "auto",
+    shape: Annotated[
+        Literal["xl", "cpu", "tiny"] | None, typer.Option(help="By default xl on a GPU, cpu elsewhere.")
+    ] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images; may be repeated.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Euler's: 10 on a GPU, 2 elsewhere.")] = None,
+    output: Output = None,
+) -> None:
+    """Peak memory per stage, batch and variant; and counts for the published model, which need no GPU."""
+    from pixelflow_benchmarks.suites.memory.table import memory_table
+
+    run = measure(device, shape, variant, batch, steps, output)
+    show(memory_table(run))
+    finish(run)
+
+
+def measure(
+    device: str,
+    shape: str | None,
+    variant: list[str] | None,
+    batch: list[int] | None,
+    steps: int | None,
+    output: Path | None,
+) -> Run:
+    """The suite's records; see :func:`command`."""
+    import torch
+    import torch._dynamo
+
+    from pixelflow_benchmarks.harness.results import recording
+    from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
+    from pixelflow_benchmarks.suites.memory.counted import VARIANTS, count_memory
+    from pixelflow_benchmarks.suites.memory.measured import ON_CPU, ON_GPU, measure_memory
+
+    where = place_of(device)
+    on_gpu = where.type == "cuda"
+    known(variant=(variant or [], (*ON_GPU, *ON_CPU, *VARIANTS)))
+    wanted = variant or [*(ON_GPU if on_gpu else ON_CPU), *VARIANTS]
+    shape = shape or ("xl" if on_gpu else "cpu")
+    dtype, steps = (torch.bfloat16, steps or 10) if on_gpu else (torch.float32, steps or 2)
+    head = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "steps": steps}
+    with recording(output, "memory", where, **head) as keep, torch._dynamo.config.patch(recompile_limit=64):
+        if measured := [name for name in wanted if name not in VARIANTS]:
+            weights = random_weights(SHAPES[shape], where, dtype)
+            sizes = batch or ([1, 4, 16] if on_gpu else [1, 2])
+            keep.all(measure_memory(shape, SHAPES[shape], weights, measured, sizes, steps, dtype, where))
+        if counted := [name for name in wanted if name in VARIANTS]:
+            keep.all(count_memory("tiny" if shape == "tiny" else "xl", counted, batch or [1, 16]))
+    return keep.run

@@ -1,0 +1,62 @@
+"""``pixelflow bench training``."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Annotated, Literal
+
+import typer
+
+from .options import Device, Output, Public, Repeats, finish, known, place_of, show
+
+
+def command(
+    device: Device = "auto",
+    shape: Annotated[
+        Literal["xl", "cpu", "small", "tiny"] | None, typer.Option(help="By default xl on a GPU, small elsewhere.")
+    ] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="Only this opponent; may be repeated.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Images a step, a multiple of the stages; may be repeated.")
+    ] = None,
+    repeats: Repeats = 20,
+    budget_seconds: Annotated[float, typer.Option(help="After that long no further turn is begun.")] = math.inf,
+    public: Public = None,
+    output: Output = None,
+) -> None:
+    """Time steps of training, the project's loop beside others; nothing wrong gets a time."""
+    import torch
+    import torch._dynamo
+
+    from pixelflow_benchmarks.harness.ceilings import measure_ceilings
+    from pixelflow_benchmarks.harness.results import recording
+    from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
+    from pixelflow_benchmarks.suites.training.measure import measure_training
+    from pixelflow_benchmarks.suites.training.opponents import BATCHES, ON_CPU, ON_GPU, PUBLIC, TrainingOpponents
+    from pixelflow_benchmarks.suites.training.problem import TrainingProblem
+    from pixelflow_benchmarks.suites.training.table import training_table
+
+    deadline = time.perf_counter() + budget_seconds
+    where = place_of(device)
+    on_gpu = where.type == "cuda"
+    names = ON_GPU if on_gpu else ON_CPU
+    known(variant=(variant or [], (*ON_CPU, *ON_GPU)))
+    wanted = tuple(variant or (name for name in names if public is not None or name != PUBLIC))
+    shape = shape or ("xl" if on_gpu else "small")
+    config, dtype = SHAPES[shape], torch.bfloat16 if on_gpu else torch.float32
+    problems = [
+        TrainingProblem(config=config, batch=count, dtype=dtype, device=where) for count in batch or BATCHES[shape]
+    ]
+    head = {"shape": shape, "dtype": str(dtype).removeprefix("torch.")}
+    with recording(output, "training", where, **head) as keep, torch._dynamo.config.patch(recompile_limit=64):
+        ceilings = measure_ceilings(where, dtype)
+        keep(ceilings.record())
+        opponents = TrainingOpponents(config, random_weights(config, where), dtype, where, public)
+        try:
+            for problem in problems:
+                keep.all(measure_training(problem, opponents, wanted, ceilings, repeats, deadline))
+        finally:
+            opponents.close()
+    show(training_table(keep.run))
+    finish(keep.run)

@@ -1,0 +1,103 @@
+"""One cold start: a process that goes from nothing to two images and says how long each step took.
+
+``python -m pixelflow_benchmarks.suites.coldstart.child JOB`` with a job as JSON, see :class:`~.job.Job`. It prints one
+line of JSON. What takes long to import is imported where that is timed, and nowhere before.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Do the job in the first argument."""
+    arrived = time.monotonic()
+    print(json.dumps(start(json.loads(sys.argv[1]), arrived)))
+
+
+def start(job: dict[str, Any], arrived: float) -> dict[str, Any]:
+    """Do a job.
+
+    Args:
+        job: fields of :class:`~.job.Job`.
+        arrived: when the process began to run Python code of ours, on the clock of ``time.monotonic``.
+
+    Returns:
+        ``seconds`` by phase; with torch.compile ``graphs_compiled`` and ``cache_hits``.
+    """
+    seconds: dict[str, float] = {"interpreter": arrived - job["began"]}
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        seconds[name] = time.monotonic() - began
+
+    with phase("import torch"):
+        import torch
+    with phase("import engine"):
+        import pixelflow_engine
+    device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
+    if device.type == "cuda":
+        with phase("CUDA context"):
+            torch.zeros(1, device=device)
+            torch.cuda.synchronize(device)
+    with phase("load checkpoint"):
+        checkpoint = pixelflow_engine.load_checkpoint(job["checkpoint"])
+        state = {name: tensor.to(device, dtype) for name, tensor in checkpoint.state_dict.items()}
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    with phase("build engine"):
+        engine = pixelflow_engine.PixelFlowEngine.from_checkpoint(
+            pixelflow_engine.Checkpoint(checkpoint.config, state, checkpoint.source),
+            device,
+            dtype,
+            job["backend"],
+            compile=job["compile"],
+            graphs=job["graphs"],
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def image() -> Any:
+        made: Any = engine(
+            job["labels"],
+            num_inference_steps=job["steps"],
+            guidance_scale=job["guidance_scale"],
+            seed=job["seed"],
+            output_type="pt",
+        ).images
+        return made.cpu()
+
+    with phase("first image"):
+        first = image()
+    seconds["until the first image"] = time.monotonic() - job["began"]
+    compiled = _compiled() if job["compile"] else {}
+    with phase("second image"):
+        second = image()
+    if job["graphs"]:
+        for batch in job["warmup"]:
+            engine.close()
+            with phase(f"capture, batch {batch}"):
+                engine.warmup((batch,), guidance_scale=job["guidance_scale"])
+                torch.cuda.synchronize(device)
+    torch.save([first, second], Path(job["images"]))
+    return {"seconds": seconds, **compiled}
+
+
+def _compiled() -> dict[str, int]:
+    """What torch.compile made so far, and what of it it found in its cache."""
+    from torch._dynamo.utils import counters
+
+    hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+    return {"graphs_compiled": int(counters["stats"]["unique_graphs"]), "cache_hits": int(hits)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Cold starts in turns: every variant once, each in a new process, then all of them again."""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixelflow_benchmarks.harness.results import Record
+from pixelflow_benchmarks.harness.timing import spread
+
+from .job import ChildError, Job, cold_start, run_process, seconds_of_process
+from .variants import COMMAND, EMPTY, Variant
+
+COMMANDS = {
+    "pixelflow --help": (["-c", "from pixelflow_engine.cli import main; main()", "--help"], "generate"),
+    'python -c "import pixelflow_engine"': (["-c", "import pixelflow_engine"], ""),
+}
+"""What else is started: arguments of Python, and a word that it must say."""
+
+TOTAL = "until the first image"
+
+Start = Callable[[Job, Path], dict[str, Any]]
+Check = Callable[[str, Tensor], str | None]
+
+
+class Starts:
+    """What was found so far of one variant.
+
+    Attributes:
+        seconds: by phase, turn after turn.
+        more: what the last process said beside them.
+        fault: why it is not started any more.
+    """
+
+    def __init__(self, variant: str) -> None:
+        self.variant = variant
+        self.seconds: dict[str, list[float]] = {}
+        self.more: dict[str, Any] = {}
+        self.fault: str | None = None
+        self._image: Tensor | None = None
+
+    def note(self, seconds: dict[str, float]) -> None:
+        """One more turn."""
+        for phase, value in seconds.items():
+            self.seconds.setdefault(phase, []).append(value)
+
+    def wrong(self, first: Tensor, second: Tensor, check: Check) -> str | None:
+        """What is wrong with a process's two images, if something is; all of one variant have the same bits."""
+        if self._image is None:
+            if found := check(self.variant, first):
+                return found
+            self._image = first
+        for name, image in (("first", first), ("second", second)):
+            if not torch.equal(image, self._image):
+                differ = int((image != self._image).sum())
+                return f"{differ} of {image.numel()} values of the {name} image differ from the first process's"
+        return None
+
+    def records(self) -> Iterator[Record]:
+        """A measurement for each phase; one that says what was wrong, if something was."""
+        head = {"kind": "measurement", "variant": self.variant}
+        if self.fault is not None:
+            yield {**head, "case": TOTAL, "right": False, "fault": self.fault}
+            return
+        for phase, values in self.seconds.items():
+            record = {**head, "case": phase, "right": True, "per": "process", "seconds": spread(values)}
+            yield record | (self.more if phase == "first image" else {})
+
+
+def measure_cold_starts(
+    variants: Sequence[Variant],
+    job: Callable[[Variant, Path], Job],
+    check: Check,
+    folder: Path,
+    repeats: int,
+    *,
+    commands: bool = True,
+    deadline: float = math.inf,
+    start: Start = cold_start,
+) -> Iterator[Record]:
+    """Start every variant in turns.
+
+    Args:
+        variants: in an order of :func:`~.variants.in_order`.
+        job: what a variant does, its images written to a file.
+        check: says what is wrong with a variant's image.
+        folder: where files may lie for a while.
+        repeats: turns.
+        commands: whether :data:`COMMANDS` are timed too.
+        deadline: after which no turn is begun, on the clock of ``time.perf_counter``; there is one turn at least.
+        start: does a job.
+
+    Yields:
+        ``measurement`` of each variant and phase, in seconds of a process; ``absent`` for a filled cache that nobody
+        could fill.
+    """
+    found = {variant.name: Starts(variant.name) for variant in variants}
+    plain = Starts(COMMAND)
+    for turn in range(repeats):
+        if turn > 0 and time.perf_counter() > deadline:
+            break
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            for variant in variants:
+                filler = found.get(variant.engine + EMPTY)
+                if found[variant.name].fault is None and (filler is None or filler.fault is None):
+                    _turn(variant, found[variant.name], job, check, Path(place), start)
+        if commands and plain.fault is None:
+            _commands(plain)
+    for variant in variants:
+        starts, filler = found[variant.name], found.get(variant.engine + EMPTY)
+        if variant.cache == "filled" and filler is not None and filler.fault is not None:
+            yield {"kind": "absent", "variant": variant.name, "reason": f"no cache was filled: {filler.fault}"}
+        else:
+            yield from starts.records()
+    if commands:
+        yield from plain.records()
+
+
+def read_files_once() -> None:
+    """Import everything once in a process whose time nobody takes: from then on the files are in the page cache."""
+    run_process([sys.executable, "-c", "import pixelflow_engine"], {})
+
+
+def _turn(
+    variant: Variant, starts: Starts, job: Callable[[Variant, Path], Job], check: Check, place: Path, start: Start
+) -> None:
+    images = place / "images.pt"
+    try:
+        answer = start(job(variant, images), place / variant.engine.replace(", ", "-"))
+        first, second = torch.load(images, weights_only=True)
+        starts.fault = starts.wrong(first, second, check)
+    except ChildError as error:
+        starts.fault = str(error)
+        return
+    finally:
+        images.unlink(missing_ok=True)
+    starts.note(answer["seconds"])
+    starts.more = {key: value for key, value in answer.items() if key != "seconds"}
+
+
+def _commands(plain: Starts) -> None:
+    for name, (arguments, expected) in COMMANDS.items():
+        try:
+            plain.note({name: seconds_of_process([sys.executable, *arguments], expected)})
+        except ChildError as error:
+            plain.fault = f"{name}: {error}"
+            return

@@ -1,0 +1,1 @@
+"""``bench memory``: peaks per stage, batch and variant, measured; and live bytes, counted without a GPU."""

@@ -1,0 +1,148 @@
+"""Live bytes of one evaluation of a model on a CUDA device that need not be there, counted on fake tensors.
+
+A stage is run through its last step. What is made before it for all its steps is counted with it: static tensors, the
+modulations of every step, the casts of weights that autocast keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pixelflow_benchmarks.harness.results import Record
+from pixelflow_benchmarks.harness.tracing import OneAttention, autocasting, fake, fake_cuda, fake_parameters
+from pixelflow_benchmarks.opponents.random_models import SHAPES, reference_without_weights
+from pixelflow_benchmarks.suites.stages.problem import StageProblem
+from pixelflow_engine.fused import FusedOperations
+from pixelflow_engine.fusion import fuse
+from pixelflow_engine.model import PackedTransformer
+from pixelflow_engine.operations import Operations, PlainOperations
+from pixelflow_engine.packed_stages import PackedStages, ProgramStore
+from pixelflow_engine.plain_stages import PlainStages
+from pixelflow_engine.plan import Condition, SamplingPlan, StagePlan
+from pixelflow_engine.reference.sampler import guided_velocity
+from pixelflow_engine.reference.solvers import euler_step
+from pixelflow_engine.schedule import make_stages
+from pixelflow_engine.solvers import Tolerance
+from pixelflow_engine.stages import Stages
+
+from .live import LiveBytes
+from .records import memory_figures, memory_head, size_of, with_slopes
+
+FUSED, PLAIN, REFERENCE = "engine, fused", "engine, plain", "reference, bf16 autocast"
+VARIANTS = (FUSED, PLAIN, REFERENCE)
+STEPS = 10
+"""Euler's, the default of a call; the engine keeps the modulations of all of them."""
+
+CUDA = torch.device("cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Bytes of an evaluation.
+
+    Attributes:
+        weights: that were there before, laid side by side where the variant does that.
+        activations: the most that lived beside them.
+    """
+
+    weights: int
+    activations: int
+
+
+def count_memory(shape: str, names: Sequence[str], batches: Sequence[int]) -> Iterator[Record]:
+    """Count variants at every stage and batch.
+
+    Args:
+        shape: of the model; weights and products are bf16, the reference's weights float32.
+        names: of variants.
+        batches: images; with guidance the model sees twice as many.
+
+    Yields:
+        ``memory`` of each, ``counted``, the largest stage first.
+    """
+    config = SHAPES[shape]
+    for stage in reversed(range(config.scheduler.num_stages)):
+        records = []
+        for name in names:
+            for batch in batches:
+                problem = StageProblem(
+                    config=config,
+                    stage=stage,
+                    batch=batch,
+                    steps=STEPS,
+                    solver="euler",
+                    dtype=torch.bfloat16,
+                    device=CUDA,
+                )
+                found = count(name, problem)
+                head = memory_head(shape, f"stage {stage}", batch, name, counted=True)
+                records.append(head | memory_figures(found.weights, found.activations))
+        yield from with_slopes(records)
+
+
+def count(name: str, problem: StageProblem) -> Counted:
+    """The last step of a stage by one of :data:`VARIANTS`."""
+    if name == REFERENCE:
+        return _count_reference(problem)
+    operations: Operations = FusedOperations("triton") if name == FUSED else PlainOperations()
+    with torch.device("meta"):
+        model = PackedTransformer(problem.config.model, operations)
+    with fake_cuda():
+        fake_parameters(model, problem.dtype)
+        if name == FUSED:
+            fuse(model)
+        return Counted(size_of(model), _watched(_engine_step(model, problem, packed=name == FUSED)))
+
+
+def _engine_step(model: PackedTransformer, problem: StageProblem, packed: bool) -> Callable[[], object]:
+    plan = StagePlan(
+        stage=make_stages(problem.config.scheduler)[problem.stage],
+        shapes=(problem.shape,),
+        weights=(problem.weight,) * problem.batch,
+        num_steps=problem.steps,
+        first_step=problem.steps - 1,
+    )
+    sampling = SamplingPlan(stages=(plan,), solver="euler", shift=1.0, state="fp32", tolerance=Tolerance())
+    x, condition = _state(problem), Condition(class_labels=_labels(problem))
+
+    def step() -> object:
+        stages: Stages
+        if packed:
+            stages = PackedStages(model, problem.config, sampling, condition, ProgramStore(None))
+        else:
+            stages = PlainStages(model, problem.config, sampling, condition)
+        return stages.run([x], plan, lambda step, tau, states: None)
+
+    return step
+
+
+def _count_reference(problem: StageProblem) -> Counted:
+    model = reference_without_weights(problem.config)
+    with fake_cuda():
+        weights = fake_parameters(model, torch.float32)
+        x, labels = _state(problem), _labels(problem)
+
+        def step() -> Tensor:
+            times = fake((problem.batch,), torch.float32)
+            v = guided_velocity(model, x, times, problem.weight, labels, None, None, torch.float32)
+            return euler_step(x, v, torch.tensor(0.5), torch.tensor(0.75))
+
+        return Counted(size_of(model), _watched(step, problem.dtype, weights))
+
+
+def _watched(step: Callable[[], object], autocast: torch.dtype | None = None, weights: Iterable[Tensor] = ()) -> int:
+    with OneAttention(), autocasting(autocast), LiveBytes("cuda", weights) as live:
+        step()
+    return live.peak
+
+
+def _state(problem: StageProblem) -> Tensor:
+    return fake(problem.shape, torch.float32)
+
+
+def _labels(problem: StageProblem) -> Tensor:
+    return fake((problem.batch,), torch.int64)

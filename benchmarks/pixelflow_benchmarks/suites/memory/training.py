@@ -1,0 +1,91 @@
+"""One forward and backward pass of the model, for its memory alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pixelflow_engine import PixelFlowConfig
+from pixelflow_engine.model import PackedTransformer
+from pixelflow_kernels import PackedLayout
+from pixelflow_training.collate import Batch, make_batch
+from pixelflow_training.loss import flow_matching_loss
+
+
+@dataclass(eq=False, slots=True)
+class TrainingStep:
+    """A model with gradients, and what it is shown.
+
+    Attributes:
+        model: its operations are plain PyTorch's.
+        batch: of noisy images.
+        gradients: bytes of the last run's gradients.
+    """
+
+    model: PackedTransformer
+    batch: Batch
+    gradients: int = 0
+
+    def run(self) -> None:
+        """Loss and gradients, which are released at the end: the next run begins like this one."""
+        self._backward()
+        self.gradients = sum(p.grad.untyped_storage().nbytes() for p in self.model.parameters() if p.grad is not None)
+        self.model.zero_grad(set_to_none=True)
+
+    def fault(self) -> str | None:
+        """Run, and say what is wrong, if something is."""
+        loss = self._backward()
+        if not bool(loss.isfinite()):
+            return "the loss is not finite"
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is None or not bool(parameter.grad.isfinite().all()):
+                return f"the gradient of {name} is not there, or not finite"
+        self.model.zero_grad(set_to_none=True)
+        return None
+
+    def _backward(self) -> Tensor:
+        batch = self.batch
+        velocities = self.model(batch.tokens, batch.t_model, batch.layout, batch.latent_size, batch.labels)
+        loss = flow_matching_loss(velocities.float(), batch.targets, batch.layout)
+        loss.backward()
+        return loss.detach()
+
+
+def training_step(
+    config: PixelFlowConfig, weights: Mapping[str, Tensor], images: int, dtype: torch.dtype, device: torch.device
+) -> TrainingStep:
+    """A step on random images, spread over the stages as training does it.
+
+    Args:
+        config: of the model.
+        weights: of the model.
+        images: how many.
+        dtype: of weights and products.
+        device: where.
+    """
+    with torch.device("meta"):
+        model = PackedTransformer(config.model)
+    model.load_state_dict({name: w.to(device, dtype, copy=True) for name, w in weights.items()}, assign=True)
+    model.requires_grad_(True)
+    draws = torch.Generator().manual_seed(0)
+    side = config.resolution
+    shown = torch.rand(images, config.model.in_channels, side, side, generator=draws) * 2 - 1
+    labels = torch.arange(images) % max(config.model.num_classes, 1)
+    batch = make_batch(shown, labels, config, 0.1, draws)
+    return TrainingStep(model, _moved(batch, device))
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return replace(
+        batch,
+        tokens=batch.tokens.to(device),
+        targets=batch.targets.to(device),
+        layout=PackedLayout.from_grids(batch.layout.grids, device),
+        t_model=batch.t_model.to(device),
+        labels=None if batch.labels is None else batch.labels.to(device),
+        latent_size=batch.latent_size.to(device),
+        stage=batch.stage.to(device),
+    )

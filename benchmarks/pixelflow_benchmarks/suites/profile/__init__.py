@@ -1,0 +1,1 @@
+"""Where a stage's time goes: a profiler's trace, its kernels by class, each class beside its floor."""

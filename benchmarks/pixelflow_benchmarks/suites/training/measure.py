@@ -1,0 +1,195 @@
+"""Steps of training by every opponent: right batches, losses and gradients first, then wall time in turns."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import torch
+
+from pixelflow_benchmarks.harness.ceilings import Ceilings
+from pixelflow_benchmarks.harness.energy import joules_of
+from pixelflow_benchmarks.harness.results import Record
+from pixelflow_benchmarks.harness.timing import Timing, first_line, graphs_compiled, seconds_of, time_runs
+
+from .checks import Expected, batch_faults, gradient_faults, move_faults, reference_gradients
+from .opponents import PUBLIC, TrainingOpponents
+from .phases import UNTIMED, PhaseClock
+from .problem import REFERENCE, Gradients, TrainingProblem, TrainingRun
+
+BREAKDOWN_STEPS, BREAKDOWN_SECONDS = 10, 5.0
+"""That shares are taken over, after the steps that are timed as a whole; fewer of long ones."""
+
+
+def measure_training(
+    problem: TrainingProblem,
+    opponents: TrainingOpponents,
+    names: tuple[str, ...],
+    ceilings: Ceilings,
+    repeats: int,
+    deadline: float = math.inf,
+) -> Iterator[Record]:
+    """Check every variant, then time the right ones.
+
+    Args:
+        problem: what is trained.
+        opponents: who trains.
+        names: of the variants; the reference is always one.
+        ceilings: of the device.
+        repeats: turns.
+        deadline: after which no variant is begun and no turn, on the clock of ``time.perf_counter``; who has begun has
+            one turn at least.
+
+    Yields:
+        ``measurement`` of each variant, in seconds per step; ``first_seconds`` of its first forward and backward pass,
+        compilation included. ``absent`` for who cannot be had, or has not enough memory for this batch. ``skipped``
+        for what no time was left for.
+    """
+    if time.perf_counter() > deadline:
+        yield {"kind": "skipped", "case": problem.case, "reason": "no time was left"}
+        return
+    opponents.reset()
+    runs: dict[str, TrainingRun] = {}
+    told = set(opponents.absent)
+    for name in dict.fromkeys((REFERENCE, *names)):
+        run = opponents.run(name, problem)
+        if run is not None:
+            runs[name] = run
+        elif name not in told:
+            yield {"kind": "absent", "variant": name, "reason": opponents.absent[name]}
+    try:
+        yield from check_and_time(problem, runs, opponents, ceilings, repeats, deadline)
+    finally:
+        for run in runs.values():
+            run.close()
+        gc.collect()
+        if problem.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def check_and_time(
+    problem: TrainingProblem,
+    runs: Mapping[str, TrainingRun],
+    opponents: TrainingOpponents,
+    ceilings: Ceilings,
+    repeats: int,
+    deadline: float = math.inf,
+) -> Iterator[Record]:
+    """The ``measurement`` of each run; see :func:`measure_training`."""
+    records: dict[str, Record] = {}
+    lacking: dict[str, Record] = {}
+    batch, data, rate = problem.fixed_batch(), problem.images(), problem.recipe.optimizer.lr
+    truth, plain = (reference_gradients(problem, opponents.weights, batch, t) for t in (torch.float64, torch.float32))
+    expected = Expected.of(plain, truth, problem.dtype)
+    for name, run in runs.items():
+        if records and time.perf_counter() > deadline:
+            yield {"kind": "skipped", "case": problem.case, "variant": name, "reason": "no time was left"}
+            continue
+        record: Record = {"kind": "measurement", "case": problem.case, "variant": name, "right": True}
+        records[name] = record | {"batch": problem.batch, "tokens": problem.tokens}
+        before = graphs_compiled()
+        try:
+            found: Gradients
+            records[name]["first_seconds"], found = seconds_of(partial(run.gradients, batch), problem.device)
+            records[name]["graphs_compiled"] = graphs_compiled() - before
+            faults = gradient_faults(found, expected)
+            faults += batch_faults(run.draw(), problem, data)
+        except Exception as error:  # a compiler fails in many ways; the others are measured all the same
+            _note(first_line(error), records[name], lacking)
+        else:
+            _blame(records[name], faults)
+    # Steps come last: they move the weights that all others are checked with.
+    for name, run in runs.items():
+        if name not in records or not records[name]["right"] or name in lacking:
+            continue
+        try:
+            weights = run.probe()
+            run.step(UNTIMED)
+            _blame(records[name], move_faults(weights, run.probe(), rate))
+        except Exception as error:
+            _note(first_line(error), records[name], lacking)
+    right = {name: runs[name] for name, record in records.items() if record["right"] and name not in lacking}
+    calls = {name: partial(run.step, UNTIMED) for name, run in right.items()}
+    timed = time_runs(calls, problem.device, repeats, deadline)
+    for name, timing in timed.timings.items():
+        try:
+            found_beside = _beside(problem, right[name])
+            _blame(records[name], _step_faults(right[name]))
+        except Exception as error:
+            _note(first_line(error), records[name], lacking)
+            continue
+        if not records[name]["right"]:
+            continue
+        records[name] |= figures(problem, timing, ceilings) | found_beside
+        others = {other: timed.timings[other] for other in (REFERENCE, PUBLIC) if other in timed.timings}
+        records[name]["times"] = {other: timing.times_faster_than(its) for other, its in others.items()}
+        if energy := joules_of(calls[name], problem.device):
+            records[name] |= energy
+    for name, said in timed.failed.items():
+        _note(said, records[name], lacking)
+    yield from (lacking.get(name, record) for name, record in records.items())
+
+
+def figures(problem: TrainingProblem, timing: Timing, ceilings: Ceilings) -> Record:
+    """Seconds per step, what comes out in a second, and how near that is to what the device's ceilings allow.
+
+    ``mfu`` is the rate of the model's own operations, forward and backward, over that of a large product in the same
+    run; ``fraction_of_floor`` also counts the bytes that fused passes and an optimizer in one pass would move.
+    """
+    floor = ceilings.floor(problem.flops, problem.bytes_moved)
+    return {
+        "per": "step",
+        "seconds": timing.spread(),
+        "images_per_second": problem.batch / timing.median,
+        "tokens_per_second": problem.tokens / timing.median,
+        "flops": problem.flops,
+        "mfu": problem.flops / timing.median / ceilings.flops_per_second,
+        "floor_seconds": floor,
+        "fraction_of_floor": floor / timing.median,
+    }
+
+
+def breakdown(run: TrainingRun, device: torch.device, steps: int = BREAKDOWN_STEPS) -> dict[str, float]:
+    """Each part's share of a step, see :meth:`~.phases.PhaseClock.shares`; over one step at least."""
+    clock, until = PhaseClock(device), time.perf_counter() + BREAKDOWN_SECONDS
+    for step in range(steps):
+        if step > 0 and time.perf_counter() > until:
+            break
+        with clock.step():
+            run.step(clock)
+    return clock.shares()
+
+
+def _beside(problem: TrainingProblem, run: TrainingRun) -> Record:
+    """What is measured in steps of their own: parts and memory."""
+    found: Record = {"shares": breakdown(run, problem.device)}
+    if (peak := run.peak_bytes()) is not None:
+        found["peak_bytes"] = peak
+    return found
+
+
+def _step_faults(run: TrainingRun) -> list[str]:
+    last = run.last()
+    if math.isfinite(last.loss) and math.isfinite(last.norm):
+        return []
+    return [f"step: loss {last.loss}, gradient norm {last.norm}, expected finite numbers"]
+
+
+def _blame(record: Record, faults: list[str]) -> None:
+    if faults:
+        record |= {"right": False, "fault": "; ".join(faults)}
+
+
+def _note(said: str, record: Record, lacking: dict[str, Record]) -> None:
+    """A failure is a fault, but for too little memory: nothing was wrong then."""
+    if "out of memory" not in said:
+        record |= {"right": False, "fault": said}
+        return
+    case, name = record["case"], record["variant"]
+    lacking[name] = {"kind": "absent", "case": case, "variant": name, "reason": f"{case}: not enough memory"}
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,229 @@
+"""A step of training as a problem to run, what it costs at least, and what a run of it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pixelflow_engine import PixelFlowConfig
+from pixelflow_engine.config import SINUSOID_CHANNELS, parameter_shapes
+from pixelflow_training.collate import Batch, make_batch
+from pixelflow_training.config import TrainConfig
+from pixelflow_training.data import ImageSet, to_signed
+
+from .phases import Phases
+
+REFERENCE = "reference"
+"""The opponent that the others are compared with."""
+
+PROBE = "proj_out_2.weight"
+"""The parameter that a probe copies."""
+
+SEED = 0
+IMAGES = 256
+"""In the data set, at least four batches of them."""
+
+POINTWISE_FORWARD, POINTWISE_BACKWARD = 12, 18
+"""Values that a block's three fused passes move for each token and channel.
+
+Forward: q and k in and out; residual and branch in, residual and norm out, twice. Backward: two gradients and q and k
+in, two gradients out; two gradients, residual and branch in, two gradients out, twice. Rows per image are nothing
+beside.
+"""
+OPTIMIZER_VALUES = 10
+"""Of float32 for each parameter: its gradient for the norm; gradient, weight, both moments and average in; the last
+four out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingProblem:
+    """What is run.
+
+    Attributes:
+        config: of the model.
+        batch: images of a step, equally many at each stage.
+        dtype: of the matrix products; weights and the optimizer's state are float32.
+        device: where.
+
+    Raises:
+        ValueError: the batch is not a multiple of the number of stages: its steps would differ in their work.
+    """
+
+    config: PixelFlowConfig
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        stages = self.config.scheduler.num_stages
+        if self.batch < 1 or self.batch % stages:
+            raise ValueError(f"batch: got {self.batch}, expected a multiple of {stages}, the model's number of stages")
+
+    @property
+    def case(self) -> str:
+        """Its name."""
+        return f"batch {self.batch}"
+
+    @property
+    def recipe(self) -> TrainConfig:
+        """Settings: the published ones, which are the defaults."""
+        config = self.config
+        return TrainConfig(
+            model=config.model,
+            scheduler=config.scheduler,
+            resolution=config.resolution,
+            batch_size=self.batch,
+            seed=SEED,
+        )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each image of a batch, the largest first."""
+        stages, p = self.config.scheduler.num_stages, self.config.model.patch_size
+        sides = [(self.config.resolution >> halvings) // p for halvings in range(stages)]
+        return [side * side for side in sides for _ in range(self.batch // stages)]
+
+    @property
+    def tokens(self) -> int:
+        """Of a batch."""
+        return sum(self.lengths)
+
+    @property
+    def parameters(self) -> int:
+        """Of the model."""
+        return sum(torch.Size(shape).numel() for shape in parameter_shapes(self.config.model).values())
+
+    @property
+    def forward_flops(self) -> int:
+        """Of the matrix products and the attention of a forward pass; a multiplication and an addition are two."""
+        return self._products + self._first_products + self._attention
+
+    @property
+    def flops(self) -> int:
+        """Of forward and backward.
+
+        A product has two products backward, for its input's gradient and its weight's; one where the input needs
+        none. Attention has two products forward and five backward, one of them the scores again: 2.5 times as many.
+        """
+        return 3 * self._products + 2 * self._first_products + 7 * self._attention // 2
+
+    @property
+    def _products(self) -> int:
+        model = self.config.model
+        C, out = model.width, model.patch_size**2 * model.out_channels
+        per_token = 24 * C * C * model.depth + 2 * C * out
+        per_image = 2 * 2 * C * C + 12 * C * C * model.depth + 4 * C * C  # embeddings of two scalars, modulations
+        return self.tokens * per_token + self.batch * per_image
+
+    @property
+    def _first_products(self) -> int:
+        """Of patches and of sinusoids, which need no gradient."""
+        model = self.config.model
+        C, patch = model.width, model.patch_size**2 * model.in_channels
+        return 2 * self.tokens * patch * C + 2 * self.batch * 2 * SINUSOID_CHANNELS * C
+
+    @property
+    def _attention(self) -> int:
+        model = self.config.model
+        return 4 * model.width * model.depth * sum(length**2 for length in self.lengths)
+
+    @property
+    def bytes_moved(self) -> int:
+        """What a step moves beside them: fused passes of the blocks, and one over the optimizer's state."""
+        model = self.config.model
+        values = (POINTWISE_FORWARD + POINTWISE_BACKWARD) * self.tokens * model.width * model.depth
+        return self.dtype.itemsize * values + 4 * OPTIMIZER_VALUES * self.parameters
+
+    def images(self) -> ImageSet:
+        """Random images and their labels, on the CPU: what decoding would give."""
+        config, generator = self.config, torch.Generator().manual_seed(SEED)
+        count = max(IMAGES, 4 * self.batch)
+        shape = (count, config.model.in_channels, config.resolution, config.resolution)
+        pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        return ImageSet(pixels, torch.arange(count) * 7 % max(config.model.num_classes, 1))
+
+    def fixed_batch(self) -> Batch:
+        """The batch that all losses and gradients are compared on, on the CPU."""
+        data = self.images()
+        draws = torch.Generator().manual_seed(SEED + 1)
+        chosen = slice(0, self.batch)
+        return make_batch(to_signed(data.images[chosen]), data.labels[chosen], self.config, 0.1, draws)
+
+    @property
+    def casts(self) -> bool:
+        """Whether products run in less than the weights' type, by automatic casts."""
+        return self.dtype == torch.bfloat16
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Automatic casts to the problem's type; none where that is float32."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.casts):
+            yield
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Gradients:
+    """What a forward and a backward pass gave, before clipping.
+
+    Attributes:
+        losses: of each image, ``[n]``, on the CPU.
+        by_name: the gradient of the mean of them, for each parameter under its published name, on the CPU.
+    """
+
+    losses: Tensor
+    by_name: dict[str, Tensor]
+
+    @property
+    def norm(self) -> float:
+        """Of all gradients together."""
+        return sum(g.double().square().sum().item() for g in self.by_name.values()) ** 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """What a step reports, both read from the device.
+
+    Attributes:
+        loss: mean over images.
+        norm: of the gradients, before clipping.
+    """
+
+    loss: float
+    norm: float
+
+
+class TrainingRun(Protocol):
+    """Who trains: it has a model with the first weights, images and settings of its own accord."""
+
+    def draw(self) -> Batch:
+        """A batch as its steps make them, on the CPU, in the form that batches are checked in."""
+        ...
+
+    def gradients(self, batch: Batch) -> Gradients:
+        """Losses and gradients of a given batch, at the weights as they are, which stay."""
+        ...
+
+    def step(self, phases: Phases) -> None:
+        """A whole step, from images to averaged weights; on a GPU this may return before the work is done."""
+        ...
+
+    def last(self) -> Stepped:
+        """What the last step reports; waits for it."""
+        ...
+
+    def probe(self) -> tuple[Tensor, Tensor]:
+        """Copies of one parameter and of its average, on the CPU."""
+        ...
+
+    def peak_bytes(self) -> int | None:
+        """The most memory that a step needs, weights and state included; None on a CPU."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds."""
+        ...

@@ -1,0 +1,241 @@
+"""Who trains in this process: the project's own step in its variants, and a plain loop in the published shape.
+
+All of them train the same tensors in turns, which saves the memory of a model for each; speed does not depend on
+values. What their loops do differently, each does by itself: batches, optimizer, averages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pixelflow_engine.model import PackedTransformer
+from pixelflow_engine.reference import PixelFlowTransformer
+from pixelflow_kernels import PackedLayout
+from pixelflow_training import loop
+from pixelflow_training.collate import Batch
+from pixelflow_training.config import TrainConfig
+from pixelflow_training.ema import EMA
+
+from .phases import UNTIMED, Phases
+from .problem import PROBE, Gradients, Stepped, TrainingProblem
+from .public_shape import ListedBatch, Loader, image_losses, listed, packed_velocities, update_ema
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class EngineState:
+    """What the project's loop keeps beside a model; its variants share one.
+
+    Attributes:
+        optimizer: AdamW.
+        ema: the average.
+    """
+
+    optimizer: torch.optim.AdamW
+    ema: EMA[PackedTransformer]
+
+    @classmethod
+    def of(cls, recipe: TrainConfig, model: PackedTransformer) -> EngineState:
+        """As ``pixelflow train`` makes them."""
+        settings = recipe.optimizer
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=settings.lr,
+            betas=(settings.betas[0], settings.betas[1]),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        return cls(optimizer, EMA(model, recipe.ema_decay))
+
+
+class LocalRun:
+    """What runs of this process have in common, see :class:`~.problem.TrainingRun`."""
+
+    def __init__(self, problem: TrainingProblem, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+        self.problem, self.recipe = problem, problem.recipe
+        self.data = problem.images()
+        self.parameters = dict(model.named_parameters())
+        self.optimizer = optimizer
+        self.position = 0
+        self.reported: tuple[Tensor, Tensor] | None = None
+
+    def step(self, phases: Phases) -> None:
+        """See :class:`~.problem.TrainingRun`."""
+        raise NotImplementedError
+
+    def averages(self) -> Mapping[str, Tensor]:
+        """Averaged weights by name."""
+        raise NotImplementedError
+
+    def last(self) -> Stepped:
+        """See :class:`~.problem.TrainingRun`."""
+        assert self.reported is not None, "no step was done yet"
+        loss, norm = self.reported
+        return Stepped(loss.item(), norm.item())
+
+    def probe(self) -> tuple[Tensor, Tensor]:
+        """See :class:`~.problem.TrainingRun`."""
+        return self.parameters[PROBE].detach().cpu().clone(), self.averages()[PROBE].detach().cpu().clone()
+
+    def peak_bytes(self) -> int | None:
+        """See :class:`~.problem.TrainingRun`; what other runs keep does not count."""
+        device = self.problem.device
+        if device.type != "cuda":
+            return None
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        self.step(UNTIMED)
+        torch.cuda.synchronize(device)
+        moments = (t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+        own = _bytes(self.parameters.values()) + _bytes(self.averages().values()) + _bytes(moments)
+        return torch.cuda.max_memory_allocated(device) - before + own
+
+    def close(self) -> None:
+        """See :class:`~.problem.TrainingRun`."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def taken(self, losses: Tensor) -> Gradients:
+        """The gradients that lie there, which are removed."""
+        gradients = {name: _gradient(parameter) for name, parameter in self.parameters.items()}
+        self.optimizer.zero_grad(set_to_none=True)
+        return Gradients(losses.detach().float().cpu(), gradients)
+
+
+class EngineRun(LocalRun):
+    """The step of ``pixelflow train``, see :class:`~.problem.TrainingRun`.
+
+    Args:
+        problem: what is trained.
+        model: whose operations, compiled or not, are the variant.
+        state: optimizer and average.
+    """
+
+    def __init__(self, problem: TrainingProblem, model: PackedTransformer, state: EngineState) -> None:
+        super().__init__(problem, model, state.optimizer)
+        self.model, self.ema = model, state.ema
+
+    def step(self, phases: Phases) -> None:
+        """See :class:`~.problem.TrainingRun`."""
+        with phases("batch"):
+            batch = on_device(self.draw(), self.problem.device)
+        with phases("forward"):
+            loss = self._losses(batch).mean()
+        with phases("backward"):
+            loss.backward()
+        with phases("clip"):
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
+        with phases("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        with phases("ema"):
+            self.ema.update(self.model)
+        self.reported = loss.detach(), norm
+
+    def draw(self) -> Batch:
+        """See :class:`~.problem.TrainingRun`."""
+        batch = loop.training_batch(self.recipe, self.data, self.position)
+        self.position += 1
+        return batch
+
+    def gradients(self, batch: Batch) -> Gradients:
+        """See :class:`~.problem.TrainingRun`."""
+        losses = self._losses(on_device(batch, self.problem.device))
+        losses.mean().backward()
+        return self.taken(losses)
+
+    def averages(self) -> Mapping[str, Tensor]:
+        """See :class:`LocalRun`."""
+        return dict(self.ema.model.named_parameters())
+
+    def _losses(self, batch: Batch) -> Tensor:
+        with self.problem.autocast():
+            return loop.batch_losses(self.model, batch)
+
+
+class ReferenceRun(LocalRun):
+    """The reference model in a plain loop of the published shape, see :class:`~.problem.TrainingRun`.
+
+    Args:
+        problem: what is trained.
+        model: the reference.
+    """
+
+    def __init__(self, problem: TrainingProblem, model: PixelFlowTransformer) -> None:
+        settings = problem.recipe.optimizer
+        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        super().__init__(problem, model, optimizer)
+        self.model = model
+        self.ema = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self.loader = Loader(problem, self.data)
+
+    def step(self, phases: Phases) -> None:
+        """See :class:`~.problem.TrainingRun`."""
+        with phases("optimizer"):
+            self.optimizer.zero_grad()
+        with phases("batch"):
+            batch = self._batch().to(self.problem.device)
+        with phases("forward"):
+            loss = torch.stack(self._losses(batch)).mean()
+        with phases("backward"):
+            loss.backward()
+        with phases("clip"):
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.max_grad_norm)
+        with phases("optimizer"):
+            self.optimizer.step()
+        with phases("ema"):
+            update_ema(self.ema, self.model, self.recipe.ema_decay)
+        self.reported = loss.detach(), norm
+
+    def draw(self) -> Batch:
+        """See :class:`~.problem.TrainingRun`."""
+        return self._batch().as_batch(self.problem.config)
+
+    def gradients(self, batch: Batch) -> Gradients:
+        """See :class:`~.problem.TrainingRun`."""
+        self.optimizer.zero_grad()
+        losses = torch.stack(self._losses(listed(batch, self.problem.config).to(self.problem.device)))
+        losses.mean().backward()
+        return self.taken(losses)
+
+    def averages(self) -> Mapping[str, Tensor]:
+        """See :class:`LocalRun`."""
+        return self.ema
+
+    def _batch(self) -> ListedBatch:
+        self.position += 1
+        return self.loader.batch(self.position - 1)
+
+    def _losses(self, batch: ListedBatch) -> list[Tensor]:
+        with self.problem.autocast():
+            velocities = packed_velocities(self.model, batch)
+        return image_losses(velocities, batch)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch there."""
+    if device.type == "cpu":
+        return batch
+    return replace(
+        batch,
+        tokens=batch.tokens.to(device),
+        targets=batch.targets.to(device),
+        layout=PackedLayout.from_grids(batch.layout.grids, device),
+        t_model=batch.t_model.to(device),
+        labels=None if batch.labels is None else batch.labels.to(device),
+        latent_size=batch.latent_size.to(device),
+    )
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    given = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return given.to("cpu", copy=True)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
