@@ -16,6 +16,7 @@ from .commands import (
     kernels,
     memory,
     profile,
+    report,
     stages,
     tables,
     training,
@@ -41,3 +42,4 @@ bench.command("tune")(tune.command)
 bench.command("compare")(compare.command)
 bench.command("gate")(gate.command)
 bench.command("tables")(tables.command)
+bench.command("report")(report.command)

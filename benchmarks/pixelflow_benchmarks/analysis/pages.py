@@ -16,30 +16,14 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pixelflow_benchmarks.harness.results import Run, newest, read_runs, result_files
+from pixelflow_benchmarks.harness.results import newest, read_runs, result_files
 from pixelflow_benchmarks.harness.tables import TextTable
 from pixelflow_benchmarks.quality.table import again_table, quality_table
-from pixelflow_benchmarks.suites.blocks import block_table
-from pixelflow_benchmarks.suites.coldstart.table import coldstart_table
-from pixelflow_benchmarks.suites.distance import distance_table
-from pixelflow_benchmarks.suites.images.table import image_table
-from pixelflow_benchmarks.suites.kernels.table import kernel_table
-from pixelflow_benchmarks.suites.memory.table import memory_table
-from pixelflow_benchmarks.suites.stages.table import stage_table
-from pixelflow_benchmarks.suites.training.table import training_table
+
+from .suite_tables import OF_SUITES
 
 PLACE = re.compile(r"(<!-- table: (\S+) ([^>]*?) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
-OF_SUITES: Mapping[str, Callable[[Run], TextTable]] = {
-    "blocks": block_table,
-    "coldstart": coldstart_table,
-    "distance": distance_table,
-    "images": image_table,
-    "kernels": kernel_table,
-    "memory": memory_table,
-    "stages": stage_table,
-    "training": training_table,
-}
 OF_EVALUATIONS: Mapping[str, Callable[..., TextTable]] = {"quality": quality_table, "again": again_table}
 """From the lines of files that ``pixelflow eval`` wrote."""
 

@@ -179,6 +179,7 @@ def figures(problem: StageProblem, ran: Ran, timing: Timing, ceilings: Ceilings)
         "per": "image and evaluation",
         "seconds": one.spread(),
         "flops": problem.flops / problem.batch,
+        "bytes": problem.pointwise_bytes / problem.batch,
         "floor_seconds": floor,
         "fraction_of_floor": floor / one.median,
     }

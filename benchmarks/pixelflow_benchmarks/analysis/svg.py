@@ -1,0 +1,142 @@
+"""Figures as SVG that stands inside a page: text in the page's colour and font, no reference to anything outside.
+
+Matplotlib draws, without its global state. What it writes is made part of a page: colours that stand for the page's
+own become CSS variables, identifiers become unique, and what says when, by whom and for which schema goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, FAINT, WRONG, ABSENT = "#010203", "#040506", "#070809", "#0a0b0c"
+"""Colours that the page decides on."""
+_IN_PAGE = {INK: "currentColor", FAINT: "var(--rule)", WRONG: "var(--wrong)", ABSENT: "var(--muted)"}
+
+PALETTE = ("#2f81c9", "#d9730d", "#2c9c69", "#8a6fd1", "#c2559d", "#1f9aae", "#9a8f1e", "#a8714b")
+"""On white and on black alike; red is for what is wrong, grey for who sets the measure."""
+GREYS = ("#858c96", "#b08f6a")
+MARKERS = "osD^vP"
+
+_TAG = re.compile(r"<[^<>]*>")
+
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pixelflow",
+    "text.parse_math": False,
+    "font.size": 11,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 11,
+    "axes.linewidth": 1,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "lines.markersize": 5.5,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How a variant is drawn, the same in all plots of a suite."""
+
+    color: str
+    marker: str
+
+
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """Inside, plots look alike whatever a user's own settings say.
+
+    Raises:
+        ImportError: there is no Matplotlib.
+    """
+    try:
+        from matplotlib import style
+    except ImportError as error:
+        raise ImportError("report needs matplotlib: the extra `report` (in a clone: make setup)") from error
+    with style.context(["default", STYLE]):
+        yield
+
+
+def looks(names: Sequence[str], measures: Sequence[str] = ()) -> dict[str, Look]:
+    """Colours and markers; ``measures`` are who the others are compared with."""
+    names = list(dict.fromkeys(names))
+    found: dict[str, Look] = {}
+    for i, name in enumerate(name for name in names if name in measures):
+        found[name] = Look(GREYS[i % len(GREYS)], MARKERS[i % len(MARKERS)])
+    for i, name in enumerate(name for name in names if name not in measures):
+        found[name] = Look(PALETTE[i % len(PALETTE)], MARKERS[(i + 3 * (i // len(PALETTE))) % len(MARKERS)])
+    return {name: found[name] for name in names}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure; its unit is a CSS pixel."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width / 72, height / 72), dpi=72)
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure's SVG element, to stand in a page."""
+    buffer = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        figure.savefig(buffer, format="svg", transparent=True)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    # Text between tags is somebody's name for something, and stays as it is.
+    text = _TAG.sub(lambda tag: _for_page(tag[0]), text)
+    return re.sub(r"\s*\n\s*", "\n", text).strip()
+
+
+def _for_page(tag: str) -> str:
+    tag = re.sub(r' xmlns(:\w+)?="[^"]*"', "", tag).replace("xlink:href", "href")
+    tag = re.sub(r"font-family: [^;\"]*; ?", "", tag)
+    tag = re.sub(r" transform=\"rotate\(-0 [^\"]*\)\"", "", tag)
+    if tag.startswith("<svg"):
+        tag = re.sub(r'(width|height)="([\d.]+)pt"', r'\1="\2"', tag)
+    for color, in_page in _IN_PAGE.items():
+        tag = tag.replace(color, in_page)
+    return tag
+
+
+def numbered(svg: str, number: int) -> str:
+    """Identifiers that nothing else in the page has; those that nothing refers to go."""
+    used = {name for tag in _TAG.findall(svg) for name in re.findall(r'(?:url\(|href=")#([\w-]+)', tag)}
+
+    def rename(tag: re.Match[str]) -> str:
+        kept = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", tag[0])
+        return re.sub(r'( id="|url\(#|href="#)([\w-]+)', rf"\1p{number}-\2", kept)
+
+    return _TAG.sub(rename, svg)
+
+
+def swatch(look: Look) -> str:
+    """A marker by itself, for a legend."""
+    shapes = {
+        "o": '<circle cx="7" cy="7" r="4.5"/>',
+        "s": '<rect x="3" y="3" width="8" height="8"/>',
+        "D": '<path d="M7 1.5 12.5 7 7 12.5 1.5 7z"/>',
+        "^": '<path d="M7 2 12 11.5H2z"/>',
+        "v": '<path d="M7 12 12 2.5H2z"/>',
+        "P": '<path d="M5 2h4v3h3v4H9v3H5V9H2V5h3z"/>',
+    }
+    svg = f'<svg class="swatch" width="14" height="14" viewBox="0 0 14 14" aria-hidden="true" fill="{look.color}">'
+    return f"{svg}{shapes[look.marker]}</svg>"
