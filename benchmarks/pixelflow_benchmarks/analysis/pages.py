@@ -19,13 +19,18 @@ from pathlib import Path
 from pixelflow_benchmarks.harness.results import newest, read_runs, result_files
 from pixelflow_benchmarks.harness.tables import TextTable
 from pixelflow_benchmarks.quality.table import again_table, quality_table
+from pixelflow_benchmarks.suites.gate.spread import spread_table
 
 from .suite_tables import OF_SUITES
 
 PLACE = re.compile(r"(<!-- table: (\S+) ([^>]*?) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
-OF_EVALUATIONS: Mapping[str, Callable[..., TextTable]] = {"quality": quality_table, "again": again_table}
-"""From the lines of files that ``pixelflow eval`` wrote."""
+OF_EVALUATIONS: Mapping[str, Callable[..., TextTable]] = {
+    "quality": quality_table,
+    "again": again_table,
+    "gate-spread": spread_table,
+}
+"""From the lines of files that are no runs of a suite: evaluations, and the gate's ratios again and again."""
 
 
 def fill(page: str, root: Path) -> str:
