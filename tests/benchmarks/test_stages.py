@@ -141,6 +141,14 @@ def test_the_most_important_comes_first() -> None:
     assert WINDOW >= 2
 
 
+def test_the_reference_is_told_once() -> None:
+    """Though the others come in two groups, and it takes part in both."""
+    work = [Task(TINY, (REFERENCE,), False), Task(TINY, (REFERENCE, "torch/eager"), False)]
+    records = list(measure_stages(work, opponents(), CEILINGS, repeats=1, budget=60))
+    assert [r["variant"] for r in records] == [REFERENCE, "torch/eager"]
+    assert all(r["times"][REFERENCE]["repeats"] == 1 for r in records)
+
+
 def test_the_budget_ends_the_run() -> None:
     work = [Task(TINY, (REFERENCE, "flash/eager"), False), Task(replace(TINY, stage=0), (REFERENCE,), False)]
     records = list(measure_stages(work, opponents(), CEILINGS, repeats=1, budget=0.001))

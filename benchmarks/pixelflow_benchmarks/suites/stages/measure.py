@@ -37,12 +37,16 @@ def measure_stages(
         ``measurement`` for each problem and variant; ``absent`` once for who cannot be had; ``skipped`` for what no
         time was left for.
     """
-    deadline, told = time.perf_counter() + budget, set[str]()
+    deadline, told, measured = time.perf_counter() + budget, set[str](), set[tuple[str, str]]()
     for task in work:
         if time.perf_counter() > deadline:
             yield {"kind": "skipped", **named(task.problem), "variants": list(task.variants)}
             continue
-        yield from measure_task(task, opponents, ceilings, repeats, deadline)
+        for record in measure_task(task, opponents, ceilings, repeats, deadline):
+            # The reference takes part wherever somebody is compared with it; what it took is told the first time.
+            if (of := (record["case"], record["variant"])) not in measured:
+                measured.add(of)
+                yield record
         for name, reason in opponents.absent.items():
             if name not in told:
                 told.add(name)
