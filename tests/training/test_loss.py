@@ -56,6 +56,16 @@ def test_losses_are_the_means_of_numpy(grids: list[tuple[int, int]], channels: i
     np.testing.assert_allclose(total, np.mean(expected), rtol=bound + len(grids) * U[dtype], atol=0)
 
 
+def test_errors_do_not_grow_with_an_image() -> None:
+    """The bound above is for 256 tokens; of 16,384 the sum must be no worse, which a sum in float32 is."""
+    grids = [(128, 128), (1, 1)]
+    velocities, targets, layout = pack(grids, 1, torch.float32)
+    losses = image_losses(velocities, targets, layout).double().numpy()
+    differences = velocities.double() - targets.double()
+    expected = [part.square().mean().item() for part in parts(differences, grids)]
+    np.testing.assert_allclose(losses, expected, rtol=6 * U[torch.float32], atol=0)
+
+
 @pytest.mark.parametrize("grids", GRIDS, ids=str)
 def test_loss_and_gradient_are_the_references(grids: list[tuple[int, int]]) -> None:
     velocities, targets, layout = pack(grids, 12, torch.float64)
