@@ -17,7 +17,6 @@ class _ImageLosses(torch.autograd.Function):
     def forward(ctx: Any, velocities: Tensor, targets: Tensor, cu_seqlens: Tensor, image_index: Tensor) -> Tensor:
         difference = velocities - targets
         ctx.save_for_backward(difference, cu_seqlens, image_index)
-        ctx.dtype = velocities.dtype
         tokens = difference.square().mean(-1).double()
         # `unsafe` leaves out a check of the offsets, for which the host would wait for a GPU; a layout's are right.
         return torch.segment_reduce(tokens, "mean", offsets=cu_seqlens, unsafe=True).to(difference.dtype)
@@ -27,7 +26,7 @@ class _ImageLosses(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         difference, cu_seqlens, image_index = ctx.saved_tensors
         weight = 2 * gradient / (cu_seqlens.diff() * difference.shape[1])
-        return (difference * weight[image_index][:, None]).to(ctx.dtype), None, None, None
+        return difference * weight[image_index][:, None], None, None, None
 
 
 def image_losses(velocities: Tensor, targets: Tensor, layout: PackedLayout) -> Tensor:
