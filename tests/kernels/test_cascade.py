@@ -165,7 +165,7 @@ def test_pairs_are_the_references_where_torch_rounds_alike() -> None:
         last = first + rows * columns
         stage = make_stages(4)[3 - [0, 1, 3, 2][i]]
         shape = (3, rows * 4, columns * 4)
-        eps = reference.unpatchify(pack.noise[first:last], shape, 4)
+        eps = reference.unpatchify(pack.noise[first:last], shape, 4)[0]
         step = round(pack.tau[i].item() * 1000)
         x_tau, target, _ = training_pair(pack.images[int(pack.index[i])], stage, 4, step, eps)
         for got, want in ((tokens, x_tau), (targets, target)):

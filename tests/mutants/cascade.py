@@ -256,8 +256,8 @@ MUTANTS = (
     Mutant(
         "cascade: meaning: mirrored top to bottom",
         "cascade/reference.py",
-        "image = image.flip(-1)",
-        "image = image.flip(-2)",
+        "image.flip(-1)",
+        "image.flip(-2)",
         ("tests/kernels/test_cascade.py", "-k", "pairs_against_double_precision"),
         interpret=False,
     ),

@@ -1,14 +1,9 @@
-"""A packed batch, image by image, against the training pair of the reference.
-
-Each image has a label of its own, so a batch tells which image stands where; its time tells the step; and the noise
-follows from the target, which is linear in it. The noisy image is then fully determined, whatever the order of draws.
-"""
+"""A packed batch, image by image, against the training pair of the reference, and as a function of its plan."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -17,8 +12,10 @@ from torch import Tensor
 
 from pixelflow_engine.config import PixelFlowConfig
 from pixelflow_engine.reference import Stage, make_stages, training_pair
-from pixelflow_engine.reference.training import down, up
-from pixelflow_training.collate import Batch, make_batch, spread_stages
+from pixelflow_kernels.cascade.reference import block_normals, from_blocks
+from pixelflow_kernels.philox import TRAINING
+from pixelflow_training.collate import Batch, make_batch
+from pixelflow_training.plan import Plan
 from support.engines import tiny_config
 from support.reference_models import seeded
 
@@ -26,55 +23,51 @@ U = 2.0**-24
 """Half a unit in the last place of float32 at 1."""
 
 
-@dataclass(frozen=True)
-class Made:
-    """A batch and what it was made from: image i has label i."""
-
-    config: PixelFlowConfig
-    images: Tensor
-    batch: Batch
-
-    def stage(self, i: int) -> Stage:
-        """The reference's stage of the batch's i-th image."""
-        return make_stages(self.config.scheduler.num_stages)[int(self.batch.stage[i])]
-
-    def pair(self, i: int) -> tuple[Tensor, Tensor]:
-        """The i-th image's noisy pixels and target, ``[c, h, w]`` float64, unpacked by loops."""
-        layout, p, c = self.batch.layout, self.config.model.patch_size, self.config.model.in_channels
-        rows, columns = layout.grids[i]
-        first = sum(r * q for r, q in layout.grids[:i])
-        pair = []
-        for tokens in (self.batch.tokens, self.batch.targets):
-            image = torch.full((c, rows * p, columns * p), math.nan, dtype=torch.float64)
-            for n in range(rows * columns):
-                top, left = n // columns * p, n % columns * p
-                image[:, top : top + p, left : left + p] = tokens[first + n].reshape(c, p, p)
-            pair.append(image)
-        return pair[0], pair[1]
-
-    def noise(self, i: int) -> Tensor:
-        """The normals that the i-th target was made with: ``target = end s - start c + (start - end) eps``."""
-        assert self.batch.labels is not None
-        stage, S = self.stage(i), self.config.scheduler.num_stages
-        image = self.images[int(self.batch.labels[i])].double()
-        sharp = down(image, S - 1 - stage.index)
-        coarse = up(down(image, S - stage.index))
-        target = self.pair(i)[1]
-        return (target - stage.end * sharp + stage.start * coarse) / (stage.start - stage.end)
-
-    def step(self, i: int) -> int:
-        """The training step whose model time the i-th image has, to the last bit of float32."""
-        times = self.stage(i).model_times.float()
-        (steps,) = (times == self.batch.t_model[i]).nonzero(as_tuple=True)
-        assert len(steps) == 1, f"model time {self.batch.t_model[i]} is none of the stage's"
-        return int(steps)
+def make_plan(config: PixelFlowConfig, count: int, seed: int, **given: Tensor) -> Plan:
+    """A plan of the images 0 to count - 1, every stage among them where there are enough, drawn by torch."""
+    draws, S = seeded(seed), config.scheduler.num_stages
+    stage = (torch.arange(count) % S).sort(descending=True).values
+    drawn = {
+        "position": torch.arange(count),
+        "sample": torch.arange(count),
+        "stage": stage,
+        "time": torch.randint(0, config.scheduler.num_train_timesteps, (count,), generator=draws),
+        "drop": torch.zeros(count, dtype=torch.bool),
+        "flip": torch.zeros(count, dtype=torch.bool),
+        "crop": torch.rand(count, 2, generator=draws, dtype=torch.float64),
+        "affine": torch.rand(count, 4, generator=draws, dtype=torch.float64),
+        "noise_seed": torch.randint(-(2**63), 2**63 - 1, (count,), generator=draws),
+    }
+    return Plan(**(drawn | given))
 
 
-def made(count: int, seed: int, num_stages: int = 3, resolution: int = 16, **model: Any) -> Made:
-    config = tiny_config(num_stages, resolution, **({"num_classes": count} | model))
-    draws = seeded(seed)
-    images = 2 * torch.rand(count, config.model.in_channels, resolution, resolution, generator=draws) - 1
-    return Made(config, images, make_batch(images, torch.arange(count), config, 0.0, draws))
+def subset(plan: Plan, chosen: Tensor) -> Plan:
+    return Plan(**{field.name: getattr(plan, field.name)[chosen] for field in fields(plan)})
+
+
+def noise(plan: Plan, i: int, shape: tuple[int, int, int]) -> Tensor:
+    """The normals of the i-th image: those of the operation, whose own tests hold them against double precision."""
+    return from_blocks(block_normals(plan.noise_seed[i : i + 1], int(plan.stage[i]), shape, TRAINING))[0]
+
+
+def pictures(batch: Batch, x: Tensor, p: int) -> list[Tensor]:
+    """Packed patches as images ``[c, h, w]``, put together by loops."""
+    found, first = [], 0
+    for rows, columns in batch.layout.grids:
+        c = x.shape[1] // p**2
+        image = torch.full((c, rows * p, columns * p), math.nan)
+        for n in range(rows * columns):
+            top, left = n // columns * p, n % columns * p
+            image[:, top : top + p, left : left + p] = x[first + n].reshape(c, p, p)
+        found.append(image)
+        first += rows * columns
+    return found
+
+
+def dyadic(count: int, config: PixelFlowConfig, seed: int, height: int, width: int) -> Tensor:
+    """Images of multiples of 2^-7 in [-1, 1]: no sum of a halving rounds, in whatever order it is taken."""
+    shape = (count, config.model.in_channels, height, width)
+    return torch.randint(-128, 129, shape, generator=seeded(seed)).float() / 128
 
 
 CASES: list[dict[str, Any]] = [
@@ -85,106 +78,110 @@ CASES: list[dict[str, Any]] = [
     {"num_stages": 2, "resolution": 4, "patch_size": 1, "in_channels": 2, "out_channels": 2},
     {"num_stages": 2, "resolution": 12, "patch_size": 6},
 ]
+NAMES = [",".join(f"{k}={v}" for k, v in case.items()) or "plain" for case in CASES]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: ",".join(f"{k}={v}" for k, v in case.items()) or "plain")
+def reference_pair(
+    image: Tensor, plan: Plan, i: int, stages: list[Stage], shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, float]:
+    """The pair of the i-th image, given what the plan says about it."""
+    image = image.flip(-1) if plan.flip[i] else image
+    eps = noise(plan, i, shape).to(image.dtype)
+    return training_pair(image, stages[int(plan.stage[i])], len(stages), int(plan.time[i]), eps)
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
 @pytest.mark.parametrize("count", [5, 12])
-def test_a_batch_is_the_references_training_pairs(case: dict[str, Any], count: int) -> None:
-    m = made(count, seed=40 + count, **case)
-    S = m.config.scheduler.num_stages
-    assert m.batch.labels is not None
-    assert sorted(m.batch.labels.tolist()) == list(range(count)), "an image is missing or twice there"
+def test_a_batch_is_the_references_training_pairs_bit_for_bit(case: dict[str, Any], count: int) -> None:
+    """In float32, of float32 images whose halvings are exact: the reference's own expressions, no bit apart."""
+    config = tiny_config(**case)
+    R, p, S = config.resolution, config.model.patch_size, config.scheduler.num_stages
+    flip = torch.arange(count) % 3 == 0
+    plan = make_plan(config, count, 40 + count, flip=flip)
+    images = dyadic(count, config, 41 + count, R, 2 * R)  # not square, so that axes cannot be mixed up
+    batch = make_batch(images, torch.arange(count), plan, config)
+    stages = make_stages(S)
+    got_x, got_target = pictures(batch, batch.tokens, p), pictures(batch, batch.targets, p)
     for i in range(count):
-        stage, eps, k = m.stage(i), m.noise(i), m.step(i)
-        x_tau, target, t_model = training_pair(m.images[int(m.batch.labels[i])].double(), stage, S, k, eps)
-        got_x, got_target = m.pair(i)
-        assert got_x.shape == x_tau.shape
-        # A dozen float32 roundings of values up to 1 + |eps|, enlarged by the division that the noise is solved with.
-        tolerance = 16 * U * (1 + eps.abs().max().item()) / (stage.end - stage.start)
-        assert (got_target - target).abs().max() < tolerance
-        assert (got_x - x_tau).abs().max() < tolerance
-        assert abs(m.batch.t_model[i].item() - t_model) <= 999 * U
+        shape = tuple(got_x[i].shape)
+        x_tau, target, t_model = reference_pair(images[i], plan, i, stages, shape)  # type: ignore[arg-type]
+        assert torch.equal(got_x[i], x_tau), i
+        assert torch.equal(got_target[i], target), i
+        assert batch.t_model[i] == torch.tensor(t_model, dtype=torch.float32)
 
 
-def test_a_wrong_time_image_or_shared_noise_would_show() -> None:
-    """The comparison above is not blind: the next step, another image and noise of its own differ by far more."""
-    m = made(6, seed=50)
-    S = m.config.scheduler.num_stages
-    assert m.batch.labels is not None
-    for i in range(6):
-        stage, eps, k = m.stage(i), m.noise(i), m.step(i)
-        image, got_x = m.images[int(m.batch.labels[i])].double(), m.pair(i)[0]
-        other = m.images[int(m.batch.labels[i - 1])].double()
-        for wrong in (
-            training_pair(image, stage, S, (k + 10) % 1000, eps),
-            training_pair(other, stage, S, k, eps),
-            training_pair(image, stage, S, k, eps.flip(-1)),
-        ):
-            assert (got_x - wrong[0]).abs().max() > 1e-3
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_bytes_are_pairs_of_their_signed_values(case: dict[str, Any]) -> None:
+    config, count = tiny_config(**case), 9
+    R, p, S = config.resolution, config.model.patch_size, config.scheduler.num_stages
+    plan = make_plan(config, count, 50)
+    images = torch.randint(0, 256, (count, config.model.in_channels, R, R), generator=seeded(51), dtype=torch.uint8)
+    batch = make_batch(images, torch.arange(count), plan, config)
+    got_x, got_target = pictures(batch, batch.tokens, p), pictures(batch, batch.targets, p)
+    for i in range(count):
+        image, shape = images[i].double() / 127.5 - 1, tuple(got_x[i].shape)
+        x_tau, target, _ = reference_pair(image, plan, i, make_stages(S), shape)  # type: ignore[arg-type]
+        # Two roundings to [-1, 1], four a halving, and eight of a pair's values, which stay below 1 + |eps| < 6.8.
+        tolerance = (2 + 4 * S + 8 * 6.8) * U
+        assert (got_x[i] - x_tau).abs().max() < tolerance
+        assert (got_target[i] - target).abs().max() < tolerance
 
 
-def test_the_noise_is_standard_normal_and_everyones_own() -> None:
-    m = made(48, seed=60, num_stages=2, resolution=8)
-    noises = [m.noise(i).flatten() for i in range(48)]
-    pool = torch.cat(noises)
-    n = len(pool)
-    assert abs(pool.mean().item()) < 5 / math.sqrt(n)
-    assert abs(pool.var().item() - 1) < 5 * math.sqrt(2 / n)
-    assert abs(pool.pow(4).mean().item() - 3) < 5 * math.sqrt(96 / n)
-    for size in {len(noise) for noise in noises}:
-        alike = torch.stack([noise for noise in noises if len(noise) == size])
-        correlations = torch.corrcoef(alike) - torch.eye(len(alike), dtype=torch.float64)
-        assert correlations.abs().max() < 6 / math.sqrt(size), "two images have one noise"
+def test_a_wrong_time_image_noise_or_side_would_show() -> None:
+    """The comparison above is not blind: whatever a plan says of an image changes its pair, and no other's."""
+    config, count = tiny_config(), 6
+    plan = make_plan(config, count, 60)
+    images = dyadic(count, config, 61, 16, 16)
+
+    def made(plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
+        batch = make_batch(images, torch.arange(count), plan, config)
+        return pictures(batch, batch.tokens, 2), pictures(batch, batch.targets, 2)
+
+    assert config.model.patch_size == 2
+    before = made(plan)
+    for name, change in (
+        ("time", lambda x: (x + 10) % 1000),
+        ("noise_seed", lambda x: x + 1),
+        ("flip", lambda x: ~x),
+    ):
+        for i in range(count):
+            values = getattr(plan, name).clone()
+            values[i] = change(values[i])
+            after = made(replace(plan, **{name: values}))
+            for j in range(count):
+                assert torch.equal(before[0][j], after[0][j]) == (i != j), (name, i, j)
+                # Times move the input alone.
+                assert torch.equal(before[1][j], after[1][j]) == (i != j or name == "time"), (name, i, j)
 
 
-def test_times_are_spread_over_all_thousand_steps() -> None:
-    count = 12000
-    m = made(count, seed=61, num_stages=1, resolution=2, patch_size=2, in_channels=1, out_channels=1)
-    times = m.stage(0).model_times.float()
-    k = torch.searchsorted(times, m.batch.t_model)
-    assert torch.equal(times[k], m.batch.t_model)
-    counts = torch.bincount(k, minlength=1000)
-    # Each step is drawn 12 times on average, and none of the thousand never (probability e^-12) or 40 times (1e-10).
-    assert len(counts) == 1000
-    assert counts.min() > 0
-    assert counts.max() < 40
-    expected = count / 1000
-    chi_squared = ((counts - expected) ** 2 / expected).sum().item()
-    assert abs(chi_squared - 999) < 5 * math.sqrt(2 * 999)
-
-
-@pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 13])
-def test_stages_are_spread_evenly_in_random_order(count: int, num_stages: int) -> None:
-    draws = seeded(70 + count)
-    trials = 600
-    seen = torch.stack([spread_stages(count, num_stages, draws) for _ in range(trials)])
-    assert seen.shape == (trials, count)
-    for stages in seen:
-        counts = torch.bincount(stages, minlength=num_stages)
-        assert len(counts) == num_stages
-        assert counts.max() - counts.min() <= 1
-    # Every image gets every stage equally often: frequencies of 600 trials within 5 standard deviations.
-    p = 1 / num_stages
-    for s in range(num_stages):
-        frequency = (seen == s).double().mean(0)
-        assert (frequency - p).abs().max() <= 5 * math.sqrt(p * (1 - p) / trials)
-    # Two images share a stage as often as two cards of a shuffled pack share a suit: no pattern runs along the batch.
-    if count > 1:
-        sizes = [count // num_stages + (s < count % num_stages) for s in range(num_stages)]
-        p = sum(size * (size - 1) for size in sizes) / (count * (count - 1))
-        for i in range(1, count):
-            shared = (seen[:, 0] == seen[:, i]).double().mean().item()
-            assert abs(shared - p) <= 5 * math.sqrt(p * (1 - p) / trials), f"images 0 and {i}"
+def test_an_image_does_not_depend_on_its_mates() -> None:
+    config, count = tiny_config(num_classes=9), 9
+    plan = make_plan(config, count, 70, drop=torch.arange(count) % 4 == 0, flip=torch.arange(count) % 2 == 0)
+    images = torch.randint(0, 256, (count, 3, 16, 16), generator=seeded(71), dtype=torch.uint8)
+    labels = torch.arange(count)
+    whole = make_batch(images, labels, plan, config)
+    assert whole.labels is not None
+    whole_x, whole_target = pictures(whole, whole.tokens, 2), pictures(whole, whole.targets, 2)
+    for chosen in ([0, 2, 5], [8], [7, 1, 4, 3]):
+        at = torch.tensor(chosen)
+        part = make_batch(images[at], labels[at], subset(plan, at), config)
+        assert part.labels is not None
+        assert torch.equal(part.t_model, whole.t_model[at])
+        assert torch.equal(part.labels, whole.labels[at])
+        for i, x, target in zip(chosen, pictures(part, part.tokens, 2), pictures(part, part.targets, 2), strict=True):
+            assert torch.equal(x, whole_x[i])
+            assert torch.equal(target, whole_target[i])
 
 
 @pytest.mark.parametrize(("count", "num_stages", "resolution"), [(10, 3, 16), (3, 3, 16), (9, 1, 4), (8, 4, 32)])
 def test_the_pack_lies_as_its_layout_says(count: int, num_stages: int, resolution: int) -> None:
-    m = made(count, seed=80, num_stages=num_stages, resolution=resolution)
-    batch, p, c = m.batch, m.config.model.patch_size, m.config.model.in_channels
-    counts = Counter(batch.stage.tolist())
-    assert max(counts.values()) - min(counts.get(s, 0) for s in range(num_stages)) <= 1
-    assert batch.stage.tolist() == sorted(batch.stage.tolist(), reverse=True), "full resolution comes first"
+    config = tiny_config(num_stages, resolution)
+    plan = make_plan(config, count, 80)
+    batch = make_batch(
+        torch.zeros(count, 3, resolution, resolution), torch.zeros(count, dtype=torch.int64), plan, config
+    )
+    p, c = config.model.patch_size, config.model.in_channels
+    assert batch.stage.tolist() == plan.stage.tolist()
     sides = [resolution // 2 ** (num_stages - 1 - s) // p for s in batch.stage.tolist()]
     assert batch.layout.grids == tuple((side, side) for side in sides)
     assert batch.latent_size.tolist() == sides
@@ -197,43 +194,43 @@ def test_the_pack_lies_as_its_layout_says(count: int, num_stages: int, resolutio
     assert batch.layout.image_index.tolist() == owners
 
 
-def test_a_batch_is_a_pure_function_of_its_generator() -> None:
-    stream = torch.get_rng_state()
-    first, again, other = made(6, seed=90).batch, made(6, seed=90).batch, made(6, seed=91).batch
-    assert torch.equal(torch.get_rng_state(), stream), "torch's global generator has moved"
-    for name in ("tokens", "targets", "t_model", "labels", "latent_size", "stage"):
-        assert torch.equal(getattr(first, name), getattr(again, name)), name
-    assert not torch.equal(first.tokens[:16], other.tokens[:16])
-
-
-def test_images_and_labels_are_left_as_they_were() -> None:
+def test_images_labels_and_plan_are_left_as_they_were() -> None:
     config = tiny_config(num_classes=6)
     images, labels = torch.rand(6, 3, 16, 16, generator=seeded(92)), torch.arange(6)
-    before = images.clone()
-    make_batch(images, labels, config, 1.0, seeded(93))
-    assert torch.equal(images, before)
+    plan = make_plan(config, 6, 93, drop=torch.ones(6, dtype=torch.bool))
+    before, stream = (images.clone(), subset(plan, torch.arange(6))), torch.get_rng_state()
+    make_batch(images, labels, plan, config)
+    assert torch.equal(images, before[0])
     assert torch.equal(labels, torch.arange(6))
+    for field in fields(plan):
+        assert torch.equal(getattr(plan, field.name), getattr(before[1], field.name)), field.name
+    assert torch.equal(torch.get_rng_state(), stream), "torch's global generator has moved"
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
-def test_labels_are_dropped_at_the_asked_rate(rate: float) -> None:
-    count, classes = 4200, 7
-    config = tiny_config(num_stages=2, resolution=4, num_classes=classes, in_channels=1, out_channels=1)
-    images = torch.zeros(count, 1, 4, 4)
-    labels = torch.arange(count) % classes
-    batch = make_batch(images, labels, config, rate, seeded(94))
+def test_dropped_labels_are_the_null_class() -> None:
+    config = tiny_config(num_classes=7)
+    drop = torch.tensor([True, False, False, True, False, False])
+    batch = make_batch(
+        torch.zeros(6, 3, 16, 16), torch.tensor([0, 1, 6, 3, 0, 5]), make_plan(config, 6, 94, drop=drop), config
+    )
     assert batch.labels is not None
-    dropped = (batch.labels == classes).double()
-    tolerance = 5 * math.sqrt(rate * (1 - rate) / count)
-    assert abs(dropped.mean().item() - rate) <= tolerance
-    # Whoever is dropped has nothing to do with class or stage, and nobody gets another class.
-    kept = torch.bincount(batch.labels[batch.labels < classes], minlength=classes).double() / (count / classes)
-    assert (kept - (1 - rate)).abs().max() <= tolerance * math.sqrt(classes)
-    for s in (0, 1):
-        assert abs(dropped[batch.stage == s].mean().item() - rate) <= tolerance * math.sqrt(2)
+    assert batch.labels.tolist() == [7, 1, 6, 7, 0, 5]
 
 
 def test_a_model_without_classes_gets_no_labels() -> None:
     config = tiny_config(num_classes=0)
-    batch = make_batch(torch.zeros(4, 3, 16, 16), torch.arange(4), config, 0.1, seeded(95))
+    batch = make_batch(torch.zeros(4, 3, 16, 16), torch.arange(4), make_plan(config, 4, 95), config)
     assert batch.labels is None
+
+
+@pytest.mark.parametrize(("images", "labels", "name"), [(3, 4, "images"), (4, 5, "labels")])
+def test_a_wrong_number_is_named(images: int, labels: int, name: str) -> None:
+    config = tiny_config()
+    with pytest.raises(ValueError, match=rf"^{name}: got [35], expected 4: one for each image of the plan"):
+        make_batch(torch.zeros(images, 3, 16, 16), torch.zeros(labels), make_plan(config, 4, 96), config)
+
+
+def test_a_size_that_the_stages_do_not_divide_is_refused() -> None:
+    config = tiny_config()
+    with pytest.raises(ValueError, match=r"^layout: .*18x18"):
+        make_batch(torch.zeros(4, 3, 18, 18), torch.zeros(4), make_plan(config, 4, 97), config)

@@ -141,6 +141,11 @@ def blobs() -> NDArray[np.float64]:
     return np.asarray(1.8 * light - 1)
 
 
+def moves(count: int, seed: int) -> Tensor:
+    """Turns, sizes and moves of images, as fractions of their limits."""
+    return 2 * torch.rand(count, 4, generator=seeded(seed), dtype=torch.float64) - 1
+
+
 def batch(count: int) -> Tensor:
     return torch.from_numpy(blobs()).float()[None, None].repeat(count, 1, 1, 1)
 
@@ -156,29 +161,29 @@ def moments(image: NDArray[np.float64]) -> tuple[NDArray[np.float64], float, flo
     return centre, math.sqrt(xx + yy), math.degrees(math.atan2(2 * xy, xx - yy) / 2)
 
 
-@pytest.mark.parametrize("config", [AugmentConfig(), AugmentConfig(rotate=0.0, scale=0.0, shift=0.0)])
+@pytest.mark.parametrize("config", [AugmentConfig(), AugmentConfig(flip=True)])
 def test_no_limits_change_nothing(config: AugmentConfig) -> None:
     images = 1e-3 * torch.randn(3, 3, 8, 8, generator=seeded(1))  # so small that adding 1 and taking it away rounds
-    assert not config.active
-    assert torch.equal(augment(images, config, seeded(2)), images)
+    assert torch.equal(augment(images, config, moves(3, 2)), images)
+    levels = torch.arange(192, dtype=torch.uint8).reshape(1, 3, 8, 8)
+    assert augment(levels, config, moves(1, 2)) is levels, "what nothing changes stays bytes"
 
 
 @pytest.mark.parametrize("limit", ["rotate", "scale", "shift"])
 def test_vanishing_limits_are_nearly_the_identity(limit: str) -> None:
     """The change is computed, with limits so small that nothing moves by more than 1e-4 pixels."""
     config = AugmentConfig(**{limit: 1e-6})
-    assert config.active
     images = 2 * torch.rand(3, 3, 8, 8, generator=seeded(1)) - 1
-    assert (augment(images, config, seeded(2)) - images).abs().max() < 1e-3
+    assert (augment(images, config, moves(3, 2)) - images).abs().max() < 1e-3
 
 
 def test_changes_are_those_of_an_affine_map_in_scipy() -> None:
     """Direction, centre and composition: turned and resized about the middle, then shifted by fractions of the side."""
     count, config = 12, AugmentConfig(rotate=40.0, scale=0.3, shift=0.15)
-    images = augment(batch(count), config, seeded(3))
-    draws = (2 * torch.rand(4, count, generator=seeded(3)) - 1).double().numpy()
+    draws = moves(count, 3)
+    images = augment(batch(count), config, draws)
     middle = np.full(2, (SIDE - 1) / 2)
-    for image, (turn, size, move_x, move_y) in zip(images, draws.T, strict=True):
+    for image, (turn, size, move_x, move_y) in zip(images, draws.numpy(), strict=True):
         angle, factor = math.radians(config.rotate) * turn, 1 + config.scale * size
         # scipy asks, for each place (row, column) of the output, where in the input it comes from.
         back = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]) / factor
@@ -195,7 +200,7 @@ def test_changes_are_those_of_an_affine_map_in_scipy() -> None:
 def test_a_turn_turns_within_its_limit_and_keeps_the_size() -> None:
     count = 200
     _, size, direction = moments(blobs())
-    turned = augment(batch(count), AugmentConfig(rotate=30.0), seeded(4))
+    turned = augment(batch(count), AugmentConfig(rotate=30.0), moves(count, 4))
     seen = [moments(image[0].numpy()) for image in turned]
     turns = np.array([(angle - direction + 90) % 180 - 90 for _, _, angle in seen])
     assert np.abs(turns).max() < 30.5
@@ -211,7 +216,7 @@ def test_a_turn_turns_within_its_limit_and_keeps_the_size() -> None:
 def test_a_resize_stays_within_its_limit_and_turns_nothing() -> None:
     count = 200
     centre, size, direction = moments(blobs())
-    resized = augment(batch(count), AugmentConfig(scale=0.3), seeded(5))
+    resized = augment(batch(count), AugmentConfig(scale=0.3), moves(count, 5))
     seen = [moments(image[0].numpy()) for image in resized]
     factors = np.array([spread / size for _, spread, _ in seen])
     assert 0.69 < factors.min() < 0.73
@@ -225,20 +230,20 @@ def test_a_resize_stays_within_its_limit_and_turns_nothing() -> None:
 def test_a_shift_stays_within_its_limit_in_both_directions() -> None:
     count = 200
     centre, size, _ = moments(blobs())
-    shifted = augment(batch(count), AugmentConfig(shift=0.1), seeded(6))
+    shifted = augment(batch(count), AugmentConfig(shift=0.1), moves(count, 6))
     seen = [moments(image[0].numpy()) for image in shifted]
-    moves = np.array([(middle - centre) / SIDE for middle, _, _ in seen])
-    assert np.abs(moves).max() < 0.1 + 0.002
-    assert (moves.min(axis=0) < -0.09).all()
-    assert (moves.max(axis=0) > 0.09).all()
-    assert abs(np.corrcoef(moves.T)[0, 1]) < 5 / math.sqrt(count), "across and down go together"
+    seen_at = np.array([(middle - centre) / SIDE for middle, _, _ in seen])
+    assert np.abs(seen_at).max() < 0.1 + 0.002
+    assert (seen_at.min(axis=0) < -0.09).all()
+    assert (seen_at.max(axis=0) > 0.09).all()
+    assert abs(np.corrcoef(seen_at.T)[0, 1]) < 5 / math.sqrt(count), "across and down go together"
     for _, spread, _ in seen:
         assert abs(spread / size - 1) < 0.02
 
 
 def test_every_image_is_changed_in_its_own_way_and_channels_together() -> None:
     images = batch(6).repeat(1, 3, 1, 1)
-    changed = augment(images, AugmentConfig(rotate=20.0, scale=0.1, shift=0.1), seeded(7))
+    changed = augment(images, AugmentConfig(rotate=20.0, scale=0.1, shift=0.1), moves(6, 7))
     assert torch.equal(changed[:, 0], changed[:, 1])
     assert torch.equal(changed[:, 0], changed[:, 2])
     for i in range(6):
@@ -249,8 +254,8 @@ def test_every_image_is_changed_in_its_own_way_and_channels_together() -> None:
 def test_the_background_stays_minus_one() -> None:
     config = AugmentConfig(rotate=15.0, scale=0.1, shift=0.05)
     empty = torch.full((4, 1, 16, 16), -1.0)
-    assert torch.equal(augment(empty, config, seeded(8)), empty)
-    changed = augment(batch(50), AugmentConfig(rotate=15.0, scale=0.05, shift=0.02), seeded(9))
+    assert torch.equal(augment(empty, config, moves(4, 8)), empty)
+    changed = augment(batch(50), AugmentConfig(rotate=15.0, scale=0.05, shift=0.02), moves(50, 9))
     for edge in (changed[..., 0, :], changed[..., -1, :], changed[..., :, 0], changed[..., :, -1]):
         assert (edge == -1).all()
     assert changed.min() >= -1
@@ -258,12 +263,19 @@ def test_the_background_stays_minus_one() -> None:
     assert changed.amax((1, 2, 3)).min() > 0.6, "a spot has gone"
 
 
-def test_images_are_a_pure_function_of_the_generator() -> None:
+def test_an_image_depends_on_its_own_draws_alone() -> None:
     config = AugmentConfig(rotate=15.0, scale=0.1, shift=0.05)
-    images = batch(3)
+    images = 2 * torch.rand(7, 3, 16, 24, generator=seeded(10)) - 1
+    draws = moves(7, 11)
     before, stream = images.clone(), torch.get_rng_state()
-    first = augment(images, config, seeded(10))
-    assert torch.equal(augment(images, config, seeded(10)), first)
-    assert not torch.equal(augment(images, config, seeded(11)), first)
+    together = augment(images, config, draws)
     assert torch.equal(images, before)
+    for i in range(7):
+        assert torch.equal(augment(images[i : i + 1], config, draws[i : i + 1])[0], together[i]), i
     assert torch.equal(torch.get_rng_state(), stream), "torch's global generator has moved"
+
+
+def test_bytes_are_changed_as_their_signed_values_are() -> None:
+    levels = torch.randint(0, 256, (3, 1, 16, 16), generator=seeded(12), dtype=torch.uint8)
+    config = AugmentConfig(rotate=15.0)
+    assert torch.equal(augment(levels, config, moves(3, 13)), augment(to_signed(levels), config, moves(3, 13)))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pixelflow_engine.config import PixelFlowConfig
-from pixelflow_engine.layers import patchify
 from pixelflow_engine.schedule import make_stages
 from pixelflow_kernels import PackedLayout
+from pixelflow_kernels.cascade import training_pairs
+
+from .plan import Plan
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -19,7 +21,7 @@ class Batch:
     """A pack of noisy images and the velocities that the model should find there.
 
     Attributes:
-        tokens, targets: ``[T, c * p * p]``, patches in (channel, row, column) order, full resolution first.
+        tokens, targets: ``[T, c * p * p]`` float32, patches in (channel, row, column) order, full resolution first.
         layout: who the tokens belong to.
         t_model: ``[n]`` float32.
         labels: ``[n]``, dropped ones replaced by the null class; None for a model without classes.
@@ -36,59 +38,45 @@ class Batch:
     stage: Tensor
 
 
-def spread_stages(count: int, num_stages: int, generator: torch.Generator) -> Tensor:
-    """A stage per image, counts differing by at most one, in random order: ``[count]``."""
-    which = torch.randperm(num_stages, generator=generator)
-    stages = which[torch.arange(count) % num_stages]
-    return stages[torch.randperm(count, generator=generator)]
-
-
-def make_batch(
-    images: Tensor, labels: Tensor, config: PixelFlowConfig, label_drop: float, generator: torch.Generator
-) -> Batch:
-    """Draw stages, times, noise and label drops, and pack.
+def make_batch(images: Tensor, labels: Tensor, plan: Plan, config: PixelFlowConfig) -> Batch:
+    """Build the pack that a plan describes, on the device of the images.
 
     Args:
-        images: ``[n, c, R, R]`` float32 in [-1, 1].
-        labels: ``[n]`` int64.
+        images: ``[n, c, H, W]`` uint8, or float32 in [-1, 1], in the order of the plan.
+        labels: ``[n]`` int64, likewise.
+        plan: stages, times, label drops, flips and noise.
         config: the model's.
-        label_drop: probability of the null class.
-        generator: of all draws.
+
+    Raises:
+        ValueError: there are not as many images or labels as the plan has, or their size does not suit the model.
     """
+    for name, given in (("images", images), ("labels", labels)):
+        if given.shape[0] != len(plan):
+            raise ValueError(f"{name}: got {given.shape[0]}, expected {len(plan)}: one for each image of the plan")
+    device, p = images.device, config.model.patch_size
     stages = make_stages(config.scheduler)
-    K = config.scheduler.num_train_timesteps
-    assigned = spread_stages(len(images), len(stages), generator)
-    k = torch.randint(0, K, (len(images),), generator=generator)
-    dropped = torch.rand(len(images), generator=generator) < label_drop
-    labels = torch.where(dropped, config.model.num_classes, labels)
-
-    pyramid = [images]  # pyramid[d]: halved d times
-    for _ in stages:
-        pyramid.append(F.interpolate(pyramid[-1], scale_factor=0.5, mode="bilinear", align_corners=False))
-
-    p = config.model.patch_size
-    tokens, targets, grids, members, t_model = [], [], [], [], []
-    for stage in reversed(stages):
-        chosen = (assigned == stage.index).nonzero().flatten()
-        halvings = len(stages) - 1 - stage.index
-        sharp = pyramid[halvings][chosen]
-        coarse = F.interpolate(pyramid[halvings + 1][chosen], scale_factor=2, mode="nearest")
-        eps = torch.randn(sharp.shape, generator=generator)
-        end = stage.end * sharp + (1 - stage.end) * eps
-        start = stage.start * coarse + (1 - stage.start) * eps
-        tau = torch.from_numpy(stage.local_times(config.scheduler))[k[chosen]].float()[:, None, None, None]
-        tokens.append(patchify(tau * end + (1 - tau) * start, p))
-        targets.append(patchify(end - start, p))
-        grids += [(sharp.shape[2] // p, sharp.shape[3] // p)] * len(chosen)
-        members.append(chosen)
-        t_model.append(torch.from_numpy(stage.model_times(config.scheduler))[k[chosen]].float())
-    order = torch.cat(members)
+    tau = np.stack([stage.local_times(config.scheduler) for stage in stages])
+    t_model = np.stack([stage.model_times(config.scheduler) for stage in stages])
+    halvings = (len(stages) - 1 - plan.stage).tolist()
+    grids = [((images.shape[2] >> d) // p, (images.shape[3] >> d) // p) for d in halvings]
+    layout = PackedLayout.from_grids(grids, device)
+    tokens, targets = training_pairs(
+        images,
+        layout,
+        index=torch.arange(len(plan), device=device),
+        spans=torch.tensor([(stage.start, stage.end) for stage in stages], dtype=torch.float64, device=device),
+        tau=torch.from_numpy(tau)[plan.stage, plan.time].to(device),
+        patch_size=p,
+        seeds=plan.noise_seed.to(device),
+        flip=plan.flip.to(device),
+    )
+    null = config.model.num_classes
     return Batch(
-        tokens=torch.cat(tokens),
-        targets=torch.cat(targets),
-        layout=PackedLayout.from_grids(grids),
-        t_model=torch.cat(t_model),
-        labels=labels[order] if config.model.num_classes > 0 else None,
-        latent_size=torch.tensor([columns for _, columns in grids]),
-        stage=assigned[order],
+        tokens=tokens,
+        targets=targets,
+        layout=layout,
+        t_model=torch.from_numpy(t_model)[plan.stage, plan.time].float().to(device),
+        labels=torch.where(plan.drop.to(device), null, labels.to(device)) if null > 0 else None,
+        latent_size=torch.tensor([columns for _, columns in grids], device=device),
+        stage=plan.stage.to(device),
     )

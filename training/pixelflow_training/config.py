@@ -23,27 +23,24 @@ def _check(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
-    """Random affine changes of a training image, each drawn uniformly from minus to plus its limit.
+    """Random changes of a training image, the affine ones each drawn uniformly from minus to plus its limit.
 
     Attributes:
         rotate: degrees.
         scale: of the size, as a fraction.
         shift: of the position, as a fraction of the side.
+        flip: whether every other image, at random, is mirrored left to right.
     """
 
     rotate: float = 0.0
     scale: float = 0.0
     shift: float = 0.0
+    flip: bool = False
 
     def __post_init__(self) -> None:
         _check("data.augment.rotate", self.rotate, 0, 180)
         _check("data.augment.scale", self.scale, 0, 0.9)
         _check("data.augment.shift", self.shift, 0, 1)
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is changed."""
-        return any((self.rotate, self.scale, self.shift))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -69,17 +69,31 @@ def to_signed(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def augment(images: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
-    """Turn, resize and move each image a little: ``[n, c, R, R]`` float in [-1, 1], the background being -1."""
-    if not config.active:
+def augment(images: Tensor, config: AugmentConfig, affine: Tensor) -> Tensor:
+    """Turn, resize and move each image a little.
+
+    Every number of the grid is computed on its own, without a matrix product, so an image does not depend on its mates.
+
+    Args:
+        images: ``[n, c, R, R]`` uint8, or float32 in [-1, 1], the background being 0 or -1.
+        config: the limits.
+        affine: ``[n, 4]`` from -1 to 1, as fractions of them: turn, size, moves across and down.
+
+    Returns:
+        the images as they are where the limits are zero, else float32 in [-1, 1].
+    """
+    if not (config.rotate or config.scale or config.shift):
         return images
-    turn, size, move_x, move_y = (2 * torch.rand(4, len(images), generator=generator) - 1).unbind()
-    angle = turn * math.radians(config.rotate)
-    inverse = 1 / (1 + size * config.scale)
+    if images.dtype == torch.uint8:
+        images = to_signed(images)
+    turn, size, across, down = affine.to(images.device, torch.float64)[..., None, None].unbind(1)
+    angle, inverse = turn * math.radians(config.rotate), 1 / (1 + size * config.scale)
     cos, sin = torch.cos(angle) * inverse, torch.sin(angle) * inverse
-    shift = 2 * config.shift
-    matrix = torch.stack(
-        [torch.stack([cos, -sin, move_x * shift], -1), torch.stack([sin, cos, move_y * shift], -1)], dim=1
+    y, x = (
+        torch.arange(1 - side, side, 2, dtype=torch.float64, device=images.device) / side for side in images.shape[2:]
     )
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    # In units of half the side, from the middle: where in the image each pixel comes from.
+    from_x = cos * x - sin * y[:, None] + 2 * config.shift * across
+    from_y = sin * x + cos * y[:, None] + 2 * config.shift * down
+    grid = torch.stack([from_x, from_y], dim=-1).float()
     return F.grid_sample(images + 1, grid, mode="bicubic", align_corners=False).clamp(0, 2) - 1

@@ -1,4 +1,4 @@
-"""The training loop: sample ids -> images -> pack -> velocity -> loss -> step -> EMA -> checkpoint."""
+"""The training loop: plan -> images -> pack -> velocity -> loss -> step -> EMA -> checkpoint."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from pixelflow_engine.model import PackedTransformer
 
 from .collate import Batch, make_batch
 from .config import OptimizerConfig, TrainConfig
-from .data import ImageSet, augment, load_digits, to_signed
-from .draws import Purpose, generator, sample_ids
+from .data import ImageSet, augment, load_digits
+from .draws import Purpose, new_seed
 from .ema import EMA
 from .loss import image_losses
+from .plan import plan_held_out, plan_step
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -37,26 +38,25 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 def build_model(config: TrainConfig) -> PackedTransformer:
     """A freshly drawn model; torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(config.seed, Purpose.WEIGHTS).initial_seed())
+        torch.manual_seed(new_seed(config.seed, Purpose.WEIGHTS))
         model = PackedTransformer(config.model)
         model.initialize()
     return model
 
 
-def training_batch(config: TrainConfig, data: ImageSet, step: int) -> Batch:
-    """The batch of a step, a pure function of the recipe and the step."""
-    ids = sample_ids(config.seed, step, config.batch_size, len(data))
-    images = augment(to_signed(data.images[ids]), config.data.augment, generator(config.seed, Purpose.AUGMENT, step))
-    draws = generator(config.seed, Purpose.BATCH, step)
-    return make_batch(images, data.labels[ids], config.network, config.label_drop, draws)
+def training_batch(config: TrainConfig, data: ImageSet, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+    """The batch of a step, or a rank's share of it: a pure function of the recipe and these numbers."""
+    plan = plan_step(config, step, len(data), rank, world_size)
+    images = augment(data.images[plan.sample], config.data.augment, plan.affine)
+    return make_batch(images, data.labels[plan.sample], plan, config.network)
 
 
 def held_out_batches(config: TrainConfig, data: ImageSet) -> Iterator[Batch]:
-    """Every held-out image once, with draws that never change, labels kept."""
-    for i, first in enumerate(range(0, len(data), config.batch_size)):
-        part = slice(first, first + config.batch_size)
-        draws = generator(config.seed, Purpose.HELD_OUT, i)
-        yield make_batch(to_signed(data.images[part]), data.labels[part], config.network, 0.0, draws)
+    """Every held-out image once, in parts of at most ``batch_size``, with draws that never change."""
+    parts = math.ceil(len(data) / config.batch_size)
+    for part in range(parts):
+        plan = plan_held_out(config, len(data), part, parts)
+        yield make_batch(data.images[plan.sample], data.labels[plan.sample], plan, config.network)
 
 
 def batch_losses(model: PackedTransformer, batch: Batch) -> Tensor:

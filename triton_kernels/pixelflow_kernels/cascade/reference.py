@@ -6,7 +6,6 @@ Source: arXiv 2504.07963, equations 3 to 6.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -83,18 +82,18 @@ def up(x: Tensor) -> Tensor:
     return x.repeat_interleave(2, -2).repeat_interleave(2, -1)
 
 
-def patchify(image: Tensor, p: int) -> Tensor:
-    """``[c, h, w] -> [N, c * p * p]``: row-major patches, each in (channel, row, column) order."""
-    channels, height, width = image.shape
-    grid = image.reshape(channels, height // p, p, width // p, p)
-    return grid.permute(1, 3, 0, 2, 4).reshape(-1, channels * p * p)
+def patchify(images: Tensor, p: int) -> Tensor:
+    """``[n, c, h, w] -> [n * N, c * p * p]``: row-major patches, each in (channel, row, column) order."""
+    n, channels, height, width = images.shape
+    grid = images.reshape(n, channels, height // p, p, width // p, p)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * p * p)
 
 
 def unpatchify(tokens: Tensor, shape: Shape, p: int) -> Tensor:
-    """``[N, c * p * p] -> [c, h, w]``, the inverse of :func:`patchify`."""
+    """``[n * N, c * p * p] -> [n, c, h, w]``, the inverse of :func:`patchify`."""
     channels, height, width = shape
-    grid = tokens.reshape(height // p, width // p, channels, p, p)
-    return grid.permute(2, 0, 3, 1, 4).reshape(shape)
+    grid = tokens.reshape(-1, height // p, width // p, channels, p, p)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, *shape)
 
 
 def rest(v: Tensor) -> Tensor:
@@ -102,19 +101,15 @@ def rest(v: Tensor) -> Tensor:
     return (1 - v).float()
 
 
-def halvings_of(length: int, full: int) -> int:
-    """How often an image of ``full`` tokens was halved to have ``length``: ``full = 4^d length``."""
-    return (full // length).bit_length() // 2
-
-
-def pair(image: Tensor, halvings: int, span: Tensor, tau: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and target ``[c, h, w]`` of one sample: ``image [c, 2^d h, 2^d w]``, ``span`` its start and end."""
-    sharp = image
+def pair(images: Tensor, halvings: int, span: Tensor, tau: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and targets ``[n, c, h, w]`` of a stage: ``images [n, c, 2^d h, 2^d w]``, ``span`` its start and end."""
+    sharp = images
     for _ in range(halvings):
         sharp = halve(sharp)
     start, end = span
     high = end.float() * sharp + rest(end) * eps
     low = start.float() * up(halve(sharp)) + rest(start) * eps
+    tau = tau[:, None, None, None]
     return tau.float() * high + rest(tau) * low, high - low
 
 
@@ -131,19 +126,23 @@ def training_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets ``[T, c * p * p]`` float32 of all samples, one after the other (see ``op.training_pairs``)."""
     p, (_, channels, height, width) = patch_size, images.shape
-    empty = torch.empty(0, channels * p * p, device=images.device)
-    tokens, targets = [empty], [empty]
-    for i, (first, last) in enumerate(pairwise(cu_seqlens.tolist())):
-        d = halvings_of(last - first, (height // p) * (width // p))
-        stage, shape = len(spans) - 1 - d, (channels, height >> d, width >> d)
-        image = signed(images[index[i]])
-        if flip is not None and flip[i]:
-            image = image.flip(-1)
+    tokens = torch.empty(int(cu_seqlens[-1]), channels * p * p, device=images.device)
+    targets = torch.empty_like(tokens)
+    for d in range(len(spans)):
+        # All samples of a stage at once: those with a 4^d-th of the tokens.
+        stage, length = len(spans) - 1 - d, (height // p) * (width // p) >> 2 * d
+        chosen = (cu_seqlens.diff() == length).nonzero().flatten()
+        if len(chosen) == 0:
+            continue
+        rows = (cu_seqlens[chosen, None] + torch.arange(length, device=images.device)).flatten()
+        shape = (channels, height >> d, width >> d)
+        image = signed(images[index[chosen]])
+        if flip is not None:
+            image = torch.where(flip[chosen, None, None, None], image.flip(-1), image)
         if noise is not None:
-            eps = unpatchify(noise[first:last], shape, p)
+            eps = unpatchify(noise[rows], shape, p)
         elif seeds is not None:
-            eps = from_blocks(block_normals(seeds[i : i + 1], stage, shape, TRAINING))[0]
-        token, target = pair(image, d, spans[stage], tau[i], eps)
-        tokens.append(patchify(token, p))
-        targets.append(patchify(target, p))
-    return torch.cat(tokens), torch.cat(targets)
+            eps = from_blocks(block_normals(seeds[chosen], stage, shape, TRAINING))
+        pairs = pair(image, d, spans[stage], tau[chosen], eps)
+        tokens[rows], targets[rows] = (patchify(x, p) for x in pairs)
+    return tokens, targets
