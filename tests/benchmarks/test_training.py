@@ -516,11 +516,17 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from pixelflow_benchmarks.opponents.random_models import SHAPES
 from pixelflow_training.collate import make_batch
+from pixelflow_training.config import TrainConfig
+from pixelflow_training.plan import plan_step
 
 def collate_fn(examples, config, noise_scheduler_copy):
     assert (config.model.params.patch_size, config.scheduler.num_stages) == (2, 2)
     images, labels = torch.stack([x for x, _ in examples]), torch.tensor([label for _, label in examples])
-    batch = make_batch(images, labels, SHAPES["tiny"], 0.0, noise_scheduler_copy.generator)
+    network, seed = SHAPES["tiny"], int(torch.randint(2**31, (), generator=noise_scheduler_copy.generator))
+    recipe = TrainConfig(model=network.model, scheduler=network.scheduler, resolution=network.resolution,
+                         batch_size=len(images), label_drop=0.0, seed=seed)
+    plan = plan_step(recipe, 0, len(images))
+    batch = make_batch(images[plan.position], labels[plan.position], plan, network)
     sides = batch.latent_size.tolist()
     places = [get_2d_rotary_pos_embed(config.model.params.attention_head_dim, None, (n, n)) for n in sides]
     return {
@@ -582,7 +588,7 @@ def test_the_published_step_is_checked_and_timed(tmp_path: Path, gradients: tupl
         assert gradient_faults(who.gradients(batch), expected) == [], "no label may be dropped here"
         assert process.server.model.class_embedder.dropout_prob == 0.1
         for step in range(2):  # the images that the other loops see
-            drawn, ids = who.draw(), sample_ids(SEED, step, TINY.batch, IMAGES)
+            drawn, ids = who.draw(), sample_ids(SEED, TINY.positions(step), IMAGES)
             assert batch_faults(drawn, TINY, TINY.images()) == []
             assert drawn.labels is not None
             assert sorted(drawn.labels.tolist()) == sorted(TINY.images().labels[ids].tolist())

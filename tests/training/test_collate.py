@@ -34,7 +34,6 @@ def make_plan(config: PixelFlowConfig, count: int, seed: int, **given: Tensor) -
         "time": torch.randint(0, config.scheduler.num_train_timesteps, (count,), generator=draws),
         "drop": torch.zeros(count, dtype=torch.bool),
         "flip": torch.zeros(count, dtype=torch.bool),
-        "crop": torch.rand(count, 2, generator=draws, dtype=torch.float64),
         "affine": torch.rand(count, 4, generator=draws, dtype=torch.float64),
         "noise_seed": torch.randint(-(2**63), 2**63 - 1, (count,), generator=draws),
     }

@@ -39,8 +39,8 @@ def test_words_are_philox_of_seed_purpose_and_position(seed: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9])
 def test_fewer_words_are_the_first_of_more(count: int) -> None:
-    more = words(7, Purpose.CROP, places(3, 4), 12)
-    assert torch.equal(words(7, Purpose.CROP, places(3, 4), count), more[:, :count])
+    more = words(7, Purpose.AFFINE, places(3, 4), 12)
+    assert torch.equal(words(7, Purpose.AFFINE, places(3, 4), count), more[:, :count])
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -83,11 +83,11 @@ def test_uniforms_and_integers_are_evenly_spread() -> None:
 def test_a_draw_does_not_depend_on_what_is_drawn_before_or_beside_it() -> None:
     stream = torch.get_rng_state()
     at = torch.arange(100, 140)
-    together = uniforms(3, Purpose.CROP, at, 2)
+    together = uniforms(3, Purpose.AFFINE, at, 2)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(uniforms(3, Purpose.CROP, at[order], 2), together[order])
+    assert torch.equal(uniforms(3, Purpose.AFFINE, at[order], 2), together[order])
     for i in (0, 17, 39):
-        assert torch.equal(uniforms(3, Purpose.CROP, at[i : i + 1], 2)[0], together[i])
+        assert torch.equal(uniforms(3, Purpose.AFFINE, at[i : i + 1], 2)[0], together[i])
     assert torch.equal(torch.get_rng_state(), stream), "torch's global generator has moved"
 
 

@@ -30,10 +30,9 @@ class Purpose(IntEnum):
     TIME = 19
     LABEL_DROP = 20
     FLIP = 21
-    CROP = 22
-    AFFINE = 23
-    NOISE = 24
-    HELD_OUT = 25
+    AFFINE = 22
+    NOISE = 23
+    HELD_OUT = 24
 
 
 def words(seed: int, purpose: Purpose, positions: Tensor, count: int) -> Tensor:

@@ -29,8 +29,6 @@ class Plan:
         time: ``[n]`` int64, the step k of the stage's training grid.
         drop: ``[n]`` bool, whether the label is replaced by the null class.
         flip: ``[n]`` bool, whether the image is mirrored left to right.
-        crop: ``[n, 2]`` float64 from 0 to below 1: where a smaller window lies, down and across, as a fraction of the
-            room that it has.
         affine: ``[n, 4]`` float64 from -1 to below 1, as fractions of their limits: turn, size, moves across and down.
         noise_seed: ``[n]`` int64, 64 bits.
     """
@@ -41,7 +39,6 @@ class Plan:
     time: Tensor
     drop: Tensor
     flip: Tensor
-    crop: Tensor
     affine: Tensor
     noise_seed: Tensor
 
@@ -77,7 +74,6 @@ def plan_step(config: TrainConfig, step: int, dataset_size: int, rank: int = 0, 
         time=integers(seed, Purpose.TIME, position, config.scheduler.num_train_timesteps),
         drop=uniforms(seed, Purpose.LABEL_DROP, position, 1)[:, 0] < config.label_drop,
         flip=(uniforms(seed, Purpose.FLIP, position, 1)[:, 0] < 0.5) & config.data.augment.flip,
-        crop=uniforms(seed, Purpose.CROP, position, 2),
         affine=2 * uniforms(seed, Purpose.AFFINE, position, 4) - 1,
         noise_seed=seeds(seed, Purpose.NOISE, position),
     )
@@ -103,7 +99,6 @@ def plan_held_out(config: TrainConfig, dataset_size: int, rank: int = 0, world_s
         time=integers(seed, Purpose.TIME, position, config.scheduler.num_train_timesteps),
         drop=torch.zeros(count, dtype=torch.bool),
         flip=torch.zeros(count, dtype=torch.bool),
-        crop=torch.full((count, 2), 0.5, dtype=torch.float64),
         affine=torch.zeros(count, 4, dtype=torch.float64),
         noise_seed=seeds(seed, Purpose.NOISE, position),
     )

@@ -195,7 +195,7 @@ class TrainingServer:
         return loss.detach(), norm
 
     def _batch(self) -> dict[str, Any]:
-        ids = sample_ids(SEED, self.position, self.problem.batch, len(self.data)).tolist()
+        ids = sample_ids(SEED, self.problem.positions(self.position), len(self.data)).tolist()
         self.position += 1
         images = [self.data.images[i].float().div(255).sub(0.5).div(0.5) for i in ids]
         examples = list(zip(images, self.data.labels[ids].tolist(), strict=True))

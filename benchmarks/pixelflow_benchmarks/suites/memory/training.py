@@ -11,7 +11,10 @@ from torch import Tensor
 from pixelflow_engine import PixelFlowConfig
 from pixelflow_engine.model import PackedTransformer
 from pixelflow_kernels import PackedLayout
-from pixelflow_training.collate import Batch, make_batch
+from pixelflow_training.collate import Batch
+from pixelflow_training.config import TrainConfig
+from pixelflow_training.data import ImageSet
+from pixelflow_training.loop import training_batch
 from pixelflow_training.loss import flow_matching_loss
 
 
@@ -70,12 +73,13 @@ def training_step(
         model = PackedTransformer(config.model)
     model.load_state_dict({name: w.to(device, dtype, copy=True) for name, w in weights.items()}, assign=True)
     model.requires_grad_(True)
-    draws = torch.Generator().manual_seed(0)
     side = config.resolution
-    shown = torch.rand(images, config.model.in_channels, side, side, generator=draws) * 2 - 1
-    labels = torch.arange(images) % max(config.model.num_classes, 1)
-    batch = make_batch(shown, labels, config, 0.1, draws)
-    return TrainingStep(model, _moved(batch, device))
+    pixels = torch.randint(0, 256, (images, config.model.in_channels, side, side), dtype=torch.uint8)
+    data = ImageSet(pixels, torch.arange(images) % max(config.model.num_classes, 1))
+    recipe = TrainConfig(
+        model=config.model, scheduler=config.scheduler, resolution=config.resolution, batch_size=images
+    )
+    return TrainingStep(model, _moved(training_batch(recipe, data, step=0), device))
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:

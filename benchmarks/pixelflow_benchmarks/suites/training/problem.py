@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pixelflow_engine import PixelFlowConfig
 from pixelflow_engine.config import SINUSOID_CHANNELS, parameter_shapes
-from pixelflow_training.collate import Batch, make_batch
+from pixelflow_training.collate import Batch
 from pixelflow_training.config import TrainConfig
-from pixelflow_training.data import ImageSet, to_signed
+from pixelflow_training.data import ImageSet
+from pixelflow_training.loop import training_batch
 
 from .phases import Phases
 
@@ -25,6 +26,8 @@ PROBE = "proj_out_2.weight"
 """The parameter that a probe copies."""
 
 SEED = 0
+FIXED_STEP = 0
+"""Whose batch all losses and gradients are compared on."""
 IMAGES = 256
 """In the data set, at least four batches of them."""
 
@@ -147,12 +150,13 @@ class TrainingProblem:
         pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         return ImageSet(pixels, torch.arange(count) * 7 % max(config.model.num_classes, 1))
 
+    def positions(self, step: int) -> Tensor:
+        """Samples consumed before each image of a step, ``[batch]``."""
+        return torch.arange(step * self.batch, (step + 1) * self.batch)
+
     def fixed_batch(self) -> Batch:
         """The batch that all losses and gradients are compared on, on the CPU."""
-        data = self.images()
-        draws = torch.Generator().manual_seed(SEED + 1)
-        chosen = slice(0, self.batch)
-        return make_batch(to_signed(data.images[chosen]), data.labels[chosen], self.config, 0.1, draws)
+        return training_batch(self.recipe, self.images(), FIXED_STEP)
 
     @property
     def casts(self) -> bool:

@@ -56,7 +56,7 @@ class Loader:
 
     def examples(self, step: int) -> list[Example]:
         """The examples of a batch."""
-        ids = sample_ids(SEED, step, self.problem.batch, len(self.data)).tolist()
+        ids = sample_ids(SEED, self.problem.positions(step), len(self.data)).tolist()
         return [(self.data.images[i].float().div(255).sub(0.5).div(0.5), int(self.data.labels[i])) for i in ids]
 
     def batch(self, step: int) -> ListedBatch:
