@@ -222,6 +222,11 @@ def test_a_recipe_that_is_not_found_lists_those_that_are(name: str) -> None:
         (["steps=0"], "steps", "0"),
         (["log_every=0"], "log_every", "0"),
         (["eval_every=-1"], "eval_every", "-1"),
+        (["checkpoint.every=0"], "checkpoint.every", "0"),
+        (["checkpoint.keep=0"], "checkpoint.keep", "0"),  # the one to go on from would be deleted
+        (["checkpoint.keep_every=0"], "checkpoint.keep_every", "0"),
+        (["guard.max_skipped=-1"], "guard.max_skipped", "-1"),
+        (["guard.spike_factor=0.5"], "guard.spike_factor", "0.5"),  # half of all losses
         (["batch_size=1"], "batch_size", "1"),  # two stages need two images
         (["ema_decay=1.1"], "ema_decay", "1.1"),
         (["ema_decay=-0.1"], "ema_decay", "-0.1"),

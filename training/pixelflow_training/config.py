@@ -90,8 +90,47 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """What is kept to go on from. The first step, the last one and a run that is told to stop are saved as well.
+
+    Attributes:
+        every: steps between checkpoints.
+        keep: how many of the last ones are kept.
+        keep_every: those of its multiples are kept for good.
+    """
+
+    every: int = 500
+    keep: int = 2
+    keep_every: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("checkpoint.every", self.every, 1, math.inf)
+        _check("checkpoint.keep", self.keep, 1, math.inf)
+        if self.keep_every is not None:
+            _check("checkpoint.keep_every", self.keep_every, 1, math.inf)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardConfig:
+    """What is tolerated.
+
+    Attributes:
+        max_skipped: steps in a row that may be skipped because the loss or the gradient is not finite; one more stops
+            the run.
+        spike_factor: a stage's loss is logged as a spike above this many times its running median.
+    """
+
+    max_skipped: int = 10
+    spike_factor: float = 3.0
+
+    def __post_init__(self) -> None:
+        _check("guard.max_skipped", self.max_skipped, 0, math.inf)
+        _check("guard.spike_factor", self.spike_factor, 1, math.inf)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Everything that determines a run's numbers.
+    """Everything that determines a run's numbers, and what is logged, kept and tolerated.
 
     Attributes:
         model, scheduler, resolution: the model, as in a checkpoint.
@@ -103,6 +142,7 @@ class TrainConfig:
         seed: of everything that is drawn.
         log_every: steps between lines of the log.
         eval_every: steps between losses on held-out images; the averaged model is saved then too.
+        checkpoint, guard: see there.
     """
 
     model: ModelConfig
@@ -117,6 +157,8 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 20
     eval_every: int = 500
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "eval_every"):

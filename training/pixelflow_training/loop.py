@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pixelflow_engine.checkpoint import save_checkpoint
 from pixelflow_engine.model import PackedTransformer
 
+from .checkpoint import Checkpointer
 from .collate import Batch, make_batch
 from .config import OptimizerConfig, TrainConfig
 from .data import ImageSet, augment, load_digits
 from .draws import Purpose, new_seed
-from .ema import EMA
+from .files import replace_text
 from .loss import image_losses
 from .plan import plan_held_out, plan_step
+from .run import RunDirectory
+from .signals import StopRequests, TrainingStopped
+from .state import TrainState
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -78,95 +82,162 @@ def held_out_loss(model: PackedTransformer, batches: list[Batch], num_stages: in
     return per_stage(losses, torch.cat([batch.stage for batch in batches]), num_stages)
 
 
-def train(config: TrainConfig, output: Path, quiet: bool = False) -> Path:
-    """Train on the CPU and write the averaged model.
+def train(
+    config: TrainConfig, output: Path, quiet: bool = False, *, fresh: bool = False, from_step: int | None = None
+) -> Path:
+    """Train on the CPU and write the averaged model; go on where a run was stopped or broke off.
+
+    A run that goes on ends with the weights, averages, moments and log (but for its times) of one that never stopped,
+    bit for bit, on the same machine with the same versions. Its recipe may differ only in keys that change no number.
 
     Args:
         config: the recipe.
-        output: run directory, which must not hold a run yet; gets ``recipe.yaml``, ``log.jsonl`` (one line per
-            ``log_every`` steps and per evaluation, written as it happens) and ``model/``, the averaged model as of the
-            last evaluation.
+        output: run directory; see :class:`RunDirectory` for what it gets. If it holds checkpoints, the run goes on from
+            the last one. **They must be your own**: loading one runs whatever code its author put there.
         quiet: no progress bar.
+        fresh: refuse a directory that holds anything.
+        from_step: go on from the checkpoint of this step instead of the last one; later ones are deleted.
 
     Returns:
         the checkpoint's folder, ``output/model``.
 
     Raises:
-        FileExistsError: ``output`` holds a run.
-        FloatingPointError: the loss is not finite; the log names the step.
+        FileExistsError: ``output`` holds a run that cannot go on, or another process trains there.
+        CheckpointError: the checkpoint is damaged or missing; nothing is lost, and ``from_step`` chooses another one.
+        ConfigError: the checkpoint is of another recipe.
+        OSError: a checkpoint could not be saved; the one before it is as it was.
+        FloatingPointError: more than ``guard.max_skipped`` steps in a row had a loss or gradient that is not finite;
+            ``output/nonfinite.json`` has their samples.
+        TrainingStopped: a signal came; everything is saved.
     """
-    log_path, folder = output / "log.jsonl", output / "model"
-    if log_path.exists() or folder.exists():
-        raise FileExistsError(f"output: {output} already holds a run; give another directory")
     num_stages = config.scheduler.num_stages
     train_set, held_out = load_digits(config.data, config.resolution, config.model.in_channels)
     evaluation = list(held_out_batches(config, held_out))
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
-
-    model = build_model(config)
-    ema = EMA(model, config.ema_decay)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.optimizer.lr,
-        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-        weight_decay=config.optimizer.weight_decay,
-        fused=True,
-    )
-    began = lap = time.perf_counter()
-    images = tokens = 0
-    with log_path.open("x", encoding="utf-8") as log, tqdm(total=config.steps, disable=quiet, unit="step") as bar:
-
-        def write(record: dict[str, object]) -> None:
-            log.write(json.dumps(record, allow_nan=False) + "\n")
-            log.flush()
-
-        for step in range(config.steps):
-            batch = training_batch(config, train_set, step)
-            lr = learning_rate(config.optimizer, step, config.steps)
+    state = TrainState(config, build_model(config))
+    model, ema, optimizer = state.model, state.ema, state.optimizer
+    with ExitStack() as stack:
+        run = stack.enter_context(RunDirectory(output, fresh))
+        checkpoints = stack.enter_context(Checkpointer(run.checkpoints, config))
+        begin_or_go_on(run, checkpoints, state, config, from_step)
+        log = stack.enter_context(run.open_log(state.step))
+        stop = stack.enter_context(StopRequests())
+        bar = stack.enter_context(tqdm(total=config.steps, initial=state.step, disable=quiet, unit="step"))
+        lap = time.perf_counter()
+        began = lap - state.seconds
+        images = tokens = 0
+        while state.step < config.steps:
+            batch = training_batch(config, train_set, state.step)
+            lr = learning_rate(config.optimizer, state.step, config.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             losses = batch_losses(model, batch)
             loss = losses.mean()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
-            if not torch.isfinite(norm):
-                write({"event": "nonfinite", "step": step + 1, "loss": str(loss.item()), "grad_norm": str(norm.item())})
-                raise FloatingPointError(f"step {step + 1}: loss {loss.item()}, gradient norm {norm.item()}")
-            optimizer.step()
+            stage_loss = per_stage(losses.detach(), batch.stage, num_stages)
+            finite = math.isfinite(loss.item()) and math.isfinite(norm.item())
+            state.step += 1
+            if finite:
+                optimizer.step()
+                ema.update(model)
+                state.skipped_in_row = 0
+                for spike in state.history.add(stage_loss):
+                    log.write({"event": "spike", "step": state.step, **spike._asdict()})
+            else:
+                state.skipped += 1
+                state.skipped_in_row += 1
+                log.write(skipped_record(config, train_set, state, stage_loss, loss, norm))
             optimizer.zero_grad(set_to_none=True)
-            ema.update(model)
             images, tokens = images + config.batch_size, tokens + batch.layout.num_tokens
             bar.update()
+            if state.skipped_in_row > config.guard.max_skipped:
+                raise not_finite(run, config, train_set, state)
 
-            done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
+            last = state.step == config.steps
+            if finite and (state.step % config.log_every == 0 or last):
                 now = time.perf_counter()
                 record: dict[str, object] = {
                     "event": "train",
-                    "step": done,
+                    "step": state.step,
                     "loss": loss.item(),
-                    "stage_loss": per_stage(losses.detach(), batch.stage, num_stages),
+                    "stage_loss": stage_loss,
                     "grad_norm": norm.item(),
                     "lr": lr,
                     "images_per_second": images / (now - lap),
                     "tokens_per_second": tokens / (now - lap),
                     "seconds": now - began,
                 }
-                write(record)
+                log.write(record)
                 bar.set_postfix_str(f"loss {loss.item():.4f}, {images / (now - lap):.0f} images/s", refresh=False)
                 lap, images, tokens = now, 0, 0
-            if done % config.eval_every == 0 or done == config.steps:
+            if state.step % config.eval_every == 0 or last:
                 paused = time.perf_counter()
                 losses_held_out = held_out_loss(ema.model, evaluation, num_stages)
-                write(
+                log.write(
                     {
                         "event": "held_out",
-                        "step": done,
+                        "step": state.step,
                         "stage_loss": losses_held_out,
                         "seconds": time.perf_counter() - began,
                     }
                 )
-                save_checkpoint(folder, config.network, dict(ema.model.state_dict()), overwrite=True)
+                save_checkpoint(run.model, config.network, dict(ema.model.state_dict()), overwrite=True)
                 lap += time.perf_counter() - paused  # speed is that of training alone
-    return folder
+            checkpoints.poll()
+            if state.step % config.checkpoint.every == 0 or last or stop.received:
+                log.sync()
+                state.seconds = time.perf_counter() - began
+                checkpoints.save(state)
+            if stop.received and not last:
+                checkpoints.wait()
+                raise TrainingStopped(f"{stop.received.name}: stopped and saved after step {state.step}")
+    return run.model
+
+
+def begin_or_go_on(
+    run: RunDirectory, checkpoints: Checkpointer, state: TrainState, config: TrainConfig, from_step: int | None
+) -> None:
+    """Fill the state from a checkpoint, or save its beginning: whatever has a log has a checkpoint."""
+    if checkpoints.restore(state, from_step):
+        run.write_recipe(config)
+        return
+    run.check_unused()
+    run.write_recipe(config)
+    checkpoints.save(state)
+    checkpoints.wait()
+
+
+def skipped_record(
+    config: TrainConfig,
+    data: ImageSet,
+    state: TrainState,
+    stage_loss: Sequence[float | None],
+    loss: Tensor,
+    norm: Tensor,
+) -> dict[str, object]:
+    """The log's line of a step that changed nothing. Its numbers are text, as JSON knows no NaN."""
+    return {
+        "event": "skipped",
+        "step": state.step,
+        "loss": str(loss.item()),
+        "stage_loss": [None if value is None else str(value) for value in stage_loss],
+        "grad_norm": str(norm.item()),
+        "samples": batch_samples(config, data, state.step - 1),
+        "skipped": state.skipped,
+    }
+
+
+def batch_samples(config: TrainConfig, data: ImageSet, step: int) -> list[int]:
+    """Which samples the batch of a step (from 0) is made of, by number."""
+    return sorted(plan_step(config, step, len(data)).sample.tolist())
+
+
+def not_finite(run: RunDirectory, config: TrainConfig, data: ImageSet, state: TrainState) -> FloatingPointError:
+    """Keep the samples of the steps that were skipped in a row, and say so."""
+    first = state.step - state.skipped_in_row  # from 0
+    batches = [{"step": s + 1, "samples": batch_samples(config, data, s)} for s in range(first, state.step)]
+    replace_text(run.nonfinite, json.dumps(batches) + "\n")
+    return FloatingPointError(
+        f"step {state.step}: the loss or the gradient was not finite for {state.skipped_in_row} steps in a row, and "
+        f"guard.max_skipped is {config.guard.max_skipped}; their samples are in {run.nonfinite}"
+    )

@@ -1,0 +1,154 @@
+"""What a checkpoint says about itself: its step, its recipe, who wrote it, and the digest of every file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pixelflow_engine.errors import CheckpointError, ConfigError
+
+from .config import TrainConfig
+from .files import sync
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+# Keys of a recipe that change what is logged, kept or tolerated, and no number of the run.
+FREE = ("log_every", "eval_every", "checkpoint", "guard")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """The contents of ``manifest.json``.
+
+    Attributes:
+        format: of the checkpoint; this version writes and reads 1.
+        step: optimizer steps done; ``step * batch_size`` samples are consumed.
+        recipe: the configuration as plain data.
+        versions: of this package, torch and Python, for whoever looks for the reason of different bits.
+        files: SHA-256 of every other file of the folder.
+    """
+
+    format: int
+    step: int
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, str]
+
+    def render(self) -> str:
+        """The file's text. It ends with its own digest, and there is one way to write it: any changed bit shows."""
+        body = json.dumps(asdict(self), sort_keys=True, allow_nan=False)
+        return json.dumps(asdict(self) | {"sha256": _digest(body.encode())}, indent=1, sort_keys=True) + "\n"
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """A recipe as JSON gives it back: lists for tuples."""
+    data: dict[str, Any] = json.loads(json.dumps(config.to_dict(), allow_nan=False))
+    return data
+
+
+def write_manifest(folder: Path, step: int, config: TrainConfig) -> None:
+    """Digest every file of a folder, write the manifest beside them and bring all of it to the disk."""
+    manifest = Manifest(
+        format=FORMAT,
+        step=step,
+        recipe=plain(config),
+        versions={
+            "pixelflow-engine": metadata.version("pixelflow-engine"),
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+        files={file.name: file_digest(file) for file in sorted(folder.iterdir())},
+    )
+    (folder / MANIFEST).write_text(manifest.render(), encoding="utf-8")
+    # All files, not the manifest alone: torch's writer synchronizes a file while its end is still buffered.
+    for file in sorted(folder.iterdir()):
+        sync(file)
+    sync(folder)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a manifest, not yet the files that it lists.
+
+    Raises:
+        CheckpointError: it is missing, of another format, or not what was written.
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
+        data.pop("sha256")
+        manifest = Manifest(**data)
+        intact = manifest.render() == text
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a manifest: {error}") from error
+    if not intact:
+        raise CheckpointError(f"{path}: not what was written: its digest does not agree")
+    if manifest.format != FORMAT:
+        raise CheckpointError(f"{path}: got format {manifest.format}, expected {FORMAT}")
+    return manifest
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Check that a folder holds the files of its manifest, bit for bit, and no others.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, changed or unknown.
+    """
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing")
+        if (digest := file_digest(path)) != expected:
+            raise CheckpointError(f"{path}: not what was written: SHA-256 {digest}, expected {expected}")
+    for path in sorted(folder.iterdir()):
+        if path.name not in (MANIFEST, *manifest.files):
+            raise CheckpointError(f"{path}: not in {MANIFEST}")
+
+
+def check_recipe(folder: Path, saved: Mapping[str, Any], config: TrainConfig) -> None:
+    """Refuse to go on with another recipe.
+
+    Free are the keys that change no number: ``log_every``, ``eval_every``, ``checkpoint`` and ``guard``; and ``steps``
+    under a constant learning rate, so that a finished run can be made longer.
+
+    Raises:
+        ConfigError: naming every key that differs, with both values.
+    """
+    free = {*FREE, "steps"} if config.optimizer.schedule == "constant" else {*FREE}
+    before, now = _flat(saved), _flat(plain(config))
+    changed = [
+        f"{key}: got {json.dumps(now.get(key))}, the checkpoint has {json.dumps(before.get(key))}"
+        for key in sorted(before.keys() | now.keys())
+        if key.partition(".")[0] not in free and before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ConfigError(f"{folder}: written by another recipe: {'; '.join(changed)}")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}} -> {"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,130 @@
+"""A run directory: who may write there, its recipe and its log."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+import yaml
+
+from .config import TrainConfig
+from .files import replace_text, sync
+
+
+class RunDirectory:
+    """The folder of one run, held by one process at a time inside ``with``.
+
+    ::
+
+        recipe.yaml      the configuration
+        log.jsonl        what happened, one JSON object a line
+        checkpoints/     to go on from
+        model/           the averaged model as of the last evaluation
+        nonfinite.json   only if losses or gradients stopped the run: the batches
+
+    Args:
+        path: made if it is not there.
+        fresh: whether it must not hold anything yet.
+
+    Raises:
+        FileExistsError: it holds something and ``fresh`` was asked for, or another process trains there.
+    """
+
+    def __init__(self, path: Path, fresh: bool = False) -> None:
+        self.path = path
+        self.fresh = fresh
+        self.log_path = path / "log.jsonl"
+        self.model = path / "model"
+        self.checkpoints = path / "checkpoints"
+        self.nonfinite = path / "nonfinite.json"
+        self._lock = -1
+
+    def __enter__(self) -> RunDirectory:
+        if self.fresh and self.path.exists() and any(self.path.iterdir()):
+            raise FileExistsError(f"output: {self.path} is not empty; a fresh run needs another directory")
+        self.path.mkdir(parents=True, exist_ok=True)
+        sync(self.path.parent)
+        # A lock on the folder itself: it leaves no file, and goes with the process however that ends.
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise FileExistsError(f"output: another process trains in {self.path}") from error
+        if self.model.exists():
+            for leftover in self.path.glob(".model.*"):  # of an export that was cut short
+                shutil.rmtree(leftover)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+    def check_unused(self) -> None:
+        """Refuse to begin a run on top of one that has no checkpoint.
+
+        Raises:
+            FileExistsError: there is a log or a model.
+        """
+        if self.log_path.exists() or self.model.exists():
+            raise FileExistsError(
+                f"output: {self.path} holds a run without checkpoints, which cannot go on; give another directory"
+            )
+
+    def write_recipe(self, config: TrainConfig) -> None:
+        """Keep the configuration as a recipe that can be trained again."""
+        replace_text(self.path / "recipe.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+    def open_log(self, step: int) -> Log:
+        """The log, without the lines after ``step``."""
+        return Log(self.log_path, step)
+
+
+class Log:
+    """A file of JSON objects, one a line, each with the ``step`` that it was written after; used inside ``with``.
+
+    Args:
+        path: made if it is not there.
+        step: the log is cut at its first line of a later step; also at one that is not whole, which can only be later,
+            because a checkpoint waits for the log.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        if path.exists():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            kept = "".join(itertools.takewhile(lambda line: _is_within(line, step), text.splitlines(keepends=True)))
+            if kept != text:
+                replace_text(path, kept)
+        else:
+            replace_text(path, "")
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, record: dict[str, object]) -> None:
+        """Append a line, seen by readers at once."""
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Bring the log to the disk: a checkpoint must not know of steps that the log has lost."""
+        os.fsync(self._file.fileno())
+
+
+def _is_within(line: str, step: int) -> bool:
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, TypeError, KeyError):  # what a power cut has made of the end
+        return False

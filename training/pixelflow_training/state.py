@@ -1,0 +1,87 @@
+"""Everything that a run's numbers depend on beside its recipe, as tensors with names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pixelflow_engine.model import PackedTransformer
+
+from .config import TrainConfig
+from .ema import EMA
+from .guard import LossHistory
+
+
+class TrainState:
+    """Weights, moments, averages and counters of a run.
+
+    The place in the data is ``step * batch_size``: what a sample gets is a pure function of recipe and position.
+
+    Args:
+        config: the recipe.
+        model: freshly drawn; trained in place.
+
+    Attributes:
+        model, optimizer, ema: see there.
+        history: recent losses of each stage.
+        step: steps done, skipped ones included.
+        skipped: steps that changed nothing because a loss or gradient was not finite; ``skipped_in_row``: of these, the
+            ones since the last step that counted.
+        seconds: training time until the last save.
+    """
+
+    def __init__(self, config: TrainConfig, model: PackedTransformer) -> None:
+        self.model = model
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.optimizer.lr,
+            betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        # What AdamW would make on its first step. Made here, a state has the same names before that step as after it.
+        for parameter in model.parameters():
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        self.ema = EMA(model, config.ema_decay)
+        self.history = LossHistory(config.scheduler.num_stages, config.guard.spike_factor)
+        self.step = self.skipped = self.skipped_in_row = 0
+        self.seconds = 0.0
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The state by name. Weights, moments and averages are the live ones; counters and losses are copies.
+
+        All of it is tensors, because whatever is not is pickled in a checkpoint.
+        """
+        moments = {
+            f"{name}.{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        counters = {
+            "step": torch.tensor(self.step),
+            "skipped": torch.tensor(self.skipped),
+            "skipped_in_row": torch.tensor(self.skipped_in_row),
+            "ema_step": torch.tensor(self.ema.step),
+            "seconds": torch.tensor(self.seconds, dtype=torch.float64),
+        }
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": moments,
+            "ema": self.ema.model.state_dict(),
+            "counters": counters,
+            "losses": {"history": self.history.tensor()},
+        }
+
+    def take_counters(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Counters and losses from what :meth:`tensors` gave once the live tensors in it have been filled."""
+        counters = tensors["counters"]
+        self.step = int(counters["step"])
+        self.skipped = int(counters["skipped"])
+        self.skipped_in_row = int(counters["skipped_in_row"])
+        self.ema.step = int(counters["ema_step"])
+        self.seconds = float(counters["seconds"])
+        self.history.load(tensors["losses"]["history"])
