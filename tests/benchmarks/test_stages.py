@@ -38,6 +38,7 @@ def test_the_command(tmp_path: Path) -> None:
     output = tmp_path / "stages.jsonl"
     who = [word for name in ("reference", "torch/eager", "triton/graphs") for word in ("--variant", name)]
     command = ["stages", "--device", "cpu", "--shape", "tiny", "--dtype", "float32", "--batch", "2", "--steps", "2"]
+    command += ["--solver", "euler", "--solver", "dopri5"]
     result = CliRunner().invoke(bench, [*command, *who, "--repeats", "3", "--output", str(output)])
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in output.read_text().splitlines()]
@@ -129,13 +130,24 @@ def test_the_floor_is_that_of_the_shapes() -> None:
 
 def test_the_most_important_comes_first() -> None:
     everything = list(
-        tasks(SHAPES["xl"], VARIANTS, range(4), [32, 1, 4, 16], ["dopri5", "euler"], None, torch.bfloat16, CPU)
+        tasks(
+            SHAPES["xl"],
+            VARIANTS,
+            range(4),
+            [32, 1, 4, 16],
+            ["dopri5", "euler"],
+            None,
+            torch.bfloat16,
+            torch.device("cuda"),
+        )
     )
     order = [(t.problem.batch, t.problem.solver, t.problem.stage) for t in everything]
     assert order[:4] == [(16, "euler", stage) for stage in (3, 2, 1, 0)]
     assert order[4:8] == [(16, "dopri5", stage) for stage in (3, 2, 1, 0)]
     assert {(b, s) for b, s, _ in order} == {(b, s) for b in (1, 4, 16, 32) for s in ("euler", "dopri5")}
     assert [t.problem.steps for t in everything[:4]] == [4, 10, 30, 30]
+    on_cpu = tasks(SHAPES["cpu"], VARIANTS, range(4), [1], ["euler"], None, torch.float32, CPU)
+    assert [t.problem.steps for t in on_cpu][:4] == [2, 2, 8, 30]
     assert [t.energy for t in everything[:5]] == [True] * 4 + [False]
     assert {name for t in everything for name in t.variants} == set(VARIANTS)
     assert WINDOW >= 2

@@ -22,7 +22,9 @@ def command(
         list[int] | None, typer.Option(min=1, help="May be repeated; 1, 4, 16, 32 on a GPU, 1 elsewhere.")
     ] = None,
     stage: Annotated[list[int] | None, typer.Option(help="Only this stage; may be repeated.")] = None,
-    solver: Annotated[list[str] | None, typer.Option(help="euler, dopri5; may be repeated.")] = None,
+    solver: Annotated[
+        list[str] | None, typer.Option(help="euler, dopri5; may be repeated. Both on a GPU, Euler elsewhere.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Euler's; by default few where they are long.")] = None,
     repeats: Repeats = 20,
     budget_seconds: Annotated[float, typer.Option(help="After that long no further problem is begun.")] = 480,
@@ -47,7 +49,7 @@ def command(
     what, config = getattr(torch, dtype), SHAPES[shape]
     count = config.scheduler.num_stages
     wanted = [name for name in VARIANTS if public is not None or name != "public"] if variant is None else variant
-    solvers: list[Any] = solver or ["euler", "dopri5"]
+    solvers: list[Any] = solver or (["euler", "dopri5"] if on_gpu else ["euler"])
     known(variant=(wanted, VARIANTS), solver=(solvers, ("euler", "dopri5")), stage=(stage or [], range(count)))
     work = tasks(
         config, wanted, stage or range(count), batch or ([16, 1, 4, 32] if on_gpu else [1]), solvers, steps, what, where

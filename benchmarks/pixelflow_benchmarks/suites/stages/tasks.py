@@ -57,7 +57,8 @@ def tasks(
             p = StageProblem(
                 config=config, stage=stage, batch=batch, steps=2, solver=solver, dtype=dtype, device=device
             )
-            number = min(30, max(4, 10240 // p.tokens)) if steps is None else steps
+            least, tokens = (4, 10240) if device.type == "cuda" else (2, 2048)
+            number = min(30, max(least, tokens // p.tokens)) if steps is None else steps
             yield StageProblem(
                 config=config, stage=stage, batch=batch, steps=number, solver=solver, dtype=dtype, device=device
             )
