@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 from pixelflow_benchmarks.analysis.compare import compare, compare_table, different_surroundings, measurements
 from pixelflow_benchmarks.cli import bench
 from pixelflow_benchmarks.harness.results import Run
-from support.results import measurement, run_of, write_runs
+from support.results import measurement, run_of, spread_of, write_runs
 
 
 def kernels(**medians: float) -> Run:
@@ -41,10 +42,34 @@ def test_spreads_that_touch_are_no_change() -> None:
         assert change.verdict == verdict
 
 
+def beside(variant: str, seconds: float, ratio: float, off: float = 0.01) -> dict[str, Any]:
+    """Measured, and so many times faster than eager in the same turns."""
+    return measurement("a", variant, seconds, off, times={"eager": spread_of(ratio, off)})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ratio", "verdict", "change"),
+    [
+        (2.0, 1.5, "within the spread", 1.0),  # the machine is half as fast
+        (1.0, 1.0, "slower", 1.5),  # though it takes as long: the machine is faster
+        (0.5, 3.0, "faster", 0.5),
+        (1.0, 1.51, "within the spread", 1.5 / 1.51),
+    ],
+)
+def test_what_counts_is_the_time_beside_an_opponents(seconds: float, ratio: float, verdict: str, change: float) -> None:
+    before = [run_of("kernels", beside("eager", 1.5, 1.0), beside("ours", 1.0, 1.5))]
+    after = [run_of("kernels", beside("eager", seconds * ratio, 1.0), beside("ours", seconds, ratio))]
+    changes = {c.name: c for c in compare(before, after)[0]}
+    assert changes["kernels: a, ours"].verdict == verdict
+    assert changes["kernels: a, ours"].ratio == pytest.approx(change)
+    assert changes["kernels: a, eager"].verdict in ("the machine", "within the spread"), "it is not our code"
+    assert (changes["kernels: a, eager"].verdict == "the machine") == (abs(seconds * ratio / 1.5 - 1) > 0.02)
+
+
 def test_what_was_measured_again_counts_as_it_was_the_last_time() -> None:
     earlier, later = kernels(a=1.0, b=2.0), run_of("kernels", measurement("a", "ours", 3.0), began="2026-02-01")
     found = measurements([earlier, later])
-    assert {name: times.median for name, times in found.items()} == {"kernels: a, ours": 3.0, "kernels: b, ours": 2.0}
+    assert {name: m.seconds.median for name, m in found.items()} == {"kernels: a, ours": 3.0, "kernels: b, ours": 2.0}
 
 
 def test_wrong_and_absent_records_have_no_time() -> None:

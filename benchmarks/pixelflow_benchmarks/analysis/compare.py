@@ -1,24 +1,52 @@
-"""Two result files, measurement by measurement: what became slower or faster by more than the spread of both."""
+"""Two result files, measurement by measurement: what became slower or faster by more than the spread of both.
+
+What counts is the time beside an opponent's of the same turns, where there is one: between two runs the machine
+changes, too, by more than it does within a run. An opponent's own time tells of the machine alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pixelflow_benchmarks.harness.results import Run, newest
+from pixelflow_benchmarks.harness.results import Record, Run, newest
 from pixelflow_benchmarks.harness.tables import TextTable
 
-Verdict = Literal["slower", "faster", "within the spread"]
+Verdict = Literal["slower", "faster", "within the spread", "the machine"]
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
-    """Seconds of one thing: the median, and what a fifth of the repeats lies below and above."""
+class Spread:
+    """The median, and what a fifth of the repeats lies below and above."""
 
     median: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, record: Mapping[str, float]) -> Spread:
+        """From a record's fields."""
+        return cls(record["median"], record["low"], record["high"])
+
+    def apart(self, other: Spread) -> bool:
+        """Whether the middle three fifths of both do not overlap."""
+        return self.low > other.high or self.high < other.low
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """How long one thing took.
+
+    Attributes:
+        seconds: of it.
+        times: by opponent of the same run, how many times faster than that it was; itself left out.
+        opponent: others were compared with it.
+    """
+
+    seconds: Spread
+    times: Mapping[str, Spread]
+    opponent: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +63,32 @@ class Change:
     after: Measurement
 
     @property
+    def beside(self) -> tuple[str, Spread, Spread] | None:
+        """The opponent that both were compared with, and times faster than it before and after."""
+        for opponent, before in self.before.times.items():
+            if opponent in self.after.times:
+                return opponent, before, self.after.times[opponent]
+        return None
+
+    @property
     def ratio(self) -> float:
-        """After over before: above 1 is slower."""
-        return self.after.median / self.before.median
+        """After over before, beside an opponent where there is one: above 1 is slower."""
+        if self.beside is not None:
+            _, before, after = self.beside
+            return before.median / after.median
+        return self.after.seconds.median / self.before.seconds.median
 
     @property
     def verdict(self) -> Verdict:
-        """Different where the middle three fifths of both do not overlap."""
-        if self.after.low > self.before.high:
-            return "slower"
-        if self.after.high < self.before.low:
-            return "faster"
-        return "within the spread"
+        """Different where the spreads of before and after do not overlap."""
+        before, after = self.before.seconds, self.after.seconds
+        if self.beside is not None:
+            _, before, after = self.beside
+        if not after.apart(before):
+            return "within the spread"
+        if self.beside is None and (self.before.opponent or self.after.opponent):
+            return "the machine"
+        return "slower" if self.ratio > 1 else "faster"
 
 
 def measurements(runs: Iterable[Run]) -> dict[str, Measurement]:
@@ -54,10 +96,15 @@ def measurements(runs: Iterable[Run]) -> dict[str, Measurement]:
     found: dict[str, Measurement] = {}
     for run in runs:
         for record in run.of_kind("measurement"):
-            if (times := record.get("seconds")) is not None:
-                name = f"{run.suite}: {record['case']}, {record['variant']}"
-                found[name] = Measurement(times["median"], times["low"], times["high"])
+            if "seconds" in record:
+                found[f"{run.suite}: {record['case']}, {record['variant']}"] = _measurement(record)
     return found
+
+
+def _measurement(record: Record) -> Measurement:
+    times = record.get("times", {})
+    others = {name: Spread.of(ratio) for name, ratio in times.items() if name != record["variant"]}
+    return Measurement(Spread.of(record["seconds"]), others, record["variant"] in times)
 
 
 def compare(before: Sequence[Run], after: Sequence[Run]) -> tuple[list[Change], list[str], list[str]]:
@@ -93,9 +140,20 @@ def compare_table(changes: Sequence[Change]) -> TextTable:
     rows = []
     for change in changes:
         mark = "" if change.verdict == "within the spread" else change.verdict
+        beside = change.beside
         rows.append(
-            (change.name, f"{change.before.median:.4g}", f"{change.after.median:.4g}", f"{change.ratio:.3f}", mark)
+            (
+                change.name,
+                f"{change.before.seconds.median:.4g}",
+                f"{change.after.seconds.median:.4g}",
+                "" if beside is None else f"{beside[1].median:.3f} and {beside[2].median:.3f} times {beside[0]}",
+                f"{change.ratio:.3f}",
+                mark,
+            )
         )
-    slower, faster = (sum(change.verdict == verdict for change in changes) for verdict in ("slower", "faster"))
-    title = f"{len(changes)} measurements: {slower} slower, {faster} faster, the others within the spread of both."
-    return TextTable(title, ("measurement", "before", "after", "ratio", ""), tuple(rows))
+    count = {verdict: sum(change.verdict == verdict for change in changes) for verdict in ("slower", "faster")}
+    title = (
+        f"{len(changes)} measurements: {count['slower']} slower, {count['faster']} faster, the others within the "
+        "spread of both, or the machine's doing."
+    )
+    return TextTable(title, ("measurement", "s before", "s after", "beside", "ratio", ""), tuple(rows))
