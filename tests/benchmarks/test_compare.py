@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pixelflow_benchmarks.analysis.compare import compare, compare_table, different_surroundings, measurements
+from pixelflow_benchmarks.analysis.compare import (
+    agreement_table,
+    compare,
+    compare_table,
+    different_surroundings,
+    measurements,
+)
 from pixelflow_benchmarks.cli import bench
 from pixelflow_benchmarks.harness.results import Run
 from support.results import measurement, run_of, spread_of, write_runs
@@ -64,6 +70,23 @@ def test_what_counts_is_the_time_beside_an_opponents(seconds: float, ratio: floa
     assert changes["kernels: a, ours"].ratio == pytest.approx(change)
     assert changes["kernels: a, eager"].verdict in ("the machine", "within the spread"), "it is not our code"
     assert (changes["kernels: a, eager"].verdict == "the machine") == (abs(seconds * ratio / 1.5 - 1) > 0.02)
+
+
+def test_how_two_runs_of_one_version_agree() -> None:
+    """One of three is beyond its spread in seconds, and another one beside its opponent."""
+    one = [
+        run_of("kernels", beside("ours", 1.0, 1.5), measurement("b", "ours", 1.0)),
+        run_of("images", beside("x", 1, 2)),
+    ]
+    two = [
+        run_of("kernels", beside("ours", 1.0, 1.6), measurement("b", "ours", 2.0)),
+        run_of("images", beside("x", 1, 2)),
+    ]
+    assert agreement_table(one, two).rows == (
+        ("kernels", "2", "1", "1", "1"),
+        ("images", "1", "0", "1", "0"),
+        ("all", "3", "1", "2", "1"),
+    )
 
 
 def test_what_was_measured_again_counts_as_it_was_the_last_time() -> None:

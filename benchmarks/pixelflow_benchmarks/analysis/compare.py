@@ -157,3 +157,20 @@ def compare_table(changes: Sequence[Change]) -> TextTable:
         "spread of both, or the machine's doing."
     )
     return TextTable(title, ("measurement", "s before", "s after", "beside", "ratio", ""), tuple(rows))
+
+
+def agreement_table(before: Sequence[Run], after: Sequence[Run]) -> TextTable:
+    """How two runs of one version agree: a row per suite, and what lies beyond the spread of both."""
+    changes, _, _ = compare(before, after)
+    rows = []
+    for suite in dict.fromkeys(change.name.partition(":")[0] for change in changes):
+        group = [change for change in changes if change.name.startswith(f"{suite}:")]
+        seconds = sum(change.after.seconds.apart(change.before.seconds) for change in group)
+        pairs = [change.beside for change in group if change.beside is not None]
+        beside = sum(new.apart(old) for _, old, new in pairs)
+        rows.append((suite, str(len(group)), str(seconds), str(len(pairs)), str(beside)))
+    total = tuple(str(sum(int(row[column]) for row in rows)) for column in range(1, 5))
+    header = ("suite", "measured twice", "seconds beyond the spread", "beside an opponent", "of these beyond it")
+    head = before[0].environment
+    title = f"One version measured twice; {head.get('gpu', head['processor'])}, torch {head['torch']}."
+    return TextTable(title, header, (*rows, ("all", *total)))

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from pixelflow_benchmarks.harness.results import newest, read_runs, result_files
+from pixelflow_benchmarks.harness.results import Run, newest, read_runs, result_files
 from pixelflow_benchmarks.harness.tables import TextTable
 from pixelflow_benchmarks.quality.table import again_table, quality_table
 from pixelflow_benchmarks.suites.gate.spread import spread_table
 
+from .compare import agreement_table
 from .suite_tables import OF_SUITES
 
 PLACE = re.compile(r"(<!-- table: (\S+) ([^>]*?) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
@@ -31,6 +32,8 @@ OF_EVALUATIONS: Mapping[str, Callable[..., TextTable]] = {
     "gate-spread": spread_table,
 }
 """From the lines of files that are no runs of a suite: evaluations, and the gate's ratios again and again."""
+OF_PAIRS: Mapping[str, Callable[[Sequence[Run], Sequence[Run]], TextTable]] = {"agreement": agreement_table}
+"""From the runs of two result files."""
 
 
 def fill(page: str, root: Path) -> str:
@@ -51,8 +54,11 @@ def _table(name: str, sources: list[str], root: Path) -> str:
     if name in OF_EVALUATIONS:
         evaluations = [[json.loads(line) for line in path.read_text("utf-8").splitlines()] for path in paths]
         return OF_EVALUATIONS[name](*evaluations).markdown()
+    if name in OF_PAIRS:
+        return OF_PAIRS[name](*(read_runs(path) for path in paths)).markdown()
     if name not in OF_SUITES:
-        raise ValueError(f"table: got {name!r}, expected one of {', '.join([*OF_SUITES, *OF_EVALUATIONS])}")
+        known = ", ".join([*OF_SUITES, *OF_EVALUATIONS, *OF_PAIRS])
+        raise ValueError(f"table: got {name!r}, expected one of {known}")
     files = [file for path in paths for file in ([path] if path.is_file() else result_files(path))]
     run = newest([run for file in files for run in read_runs(file)], name)
     if run is None:
