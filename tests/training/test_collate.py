@@ -233,3 +233,17 @@ def test_a_size_that_the_stages_do_not_divide_is_refused() -> None:
     config = tiny_config()
     with pytest.raises(ValueError, match=r"^layout: .*18x18"):
         make_batch(torch.zeros(4, 3, 18, 18), torch.zeros(4), make_plan(config, 4, 97), config)
+
+
+def test_a_batch_moves_whole() -> None:
+    config = tiny_config()
+    plan = make_plan(config, 4, seed=3)
+    batch = make_batch(torch.zeros(4, 3, 16, 16), torch.arange(4), plan, config)
+    assert batch.to(torch.device("cpu")) is batch
+    there = batch.to(torch.device("meta"))
+    for field in fields(Batch):
+        moved, stayed = getattr(there, field.name), getattr(batch, field.name)
+        if isinstance(stayed, Tensor):
+            assert (moved.device.type, moved.shape, moved.dtype) == ("meta", stayed.shape, stayed.dtype), field.name
+    assert there.layout.grids == batch.layout.grids
+    assert there.layout.image_index.device.type == "meta"

@@ -37,6 +37,20 @@ class Batch:
     latent_size: Tensor
     stage: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device; itself if it is there."""
+        if self.tokens.device == device:
+            return self
+        return Batch(
+            tokens=self.tokens.to(device),
+            targets=self.targets.to(device),
+            layout=PackedLayout.from_grids(self.layout.grids, device),
+            t_model=self.t_model.to(device),
+            labels=None if self.labels is None else self.labels.to(device),
+            latent_size=self.latent_size.to(device),
+            stage=self.stage.to(device),
+        )
+
 
 def make_batch(images: Tensor, labels: Tensor, plan: Plan, config: PixelFlowConfig) -> Batch:
     """Build the pack that a plan describes, on the device of the images.

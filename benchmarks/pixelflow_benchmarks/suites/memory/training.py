@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pixelflow_engine import PixelFlowConfig
 from pixelflow_engine.model import PackedTransformer
-from pixelflow_kernels import PackedLayout
 from pixelflow_training.collate import Batch
 from pixelflow_training.config import TrainConfig
 from pixelflow_training.data import ImageSet
@@ -79,17 +78,4 @@ def training_step(
     recipe = TrainConfig(
         model=config.model, scheduler=config.scheduler, resolution=config.resolution, batch_size=images
     )
-    return TrainingStep(model, _moved(training_batch(recipe, data, step=0), device))
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    return replace(
-        batch,
-        tokens=batch.tokens.to(device),
-        targets=batch.targets.to(device),
-        layout=PackedLayout.from_grids(batch.layout.grids, device),
-        t_model=batch.t_model.to(device),
-        labels=None if batch.labels is None else batch.labels.to(device),
-        latent_size=batch.latent_size.to(device),
-        stage=batch.stage.to(device),
-    )
+    return TrainingStep(model, training_batch(recipe, data, step=0).to(device))

@@ -7,14 +7,13 @@ values. What their loops do differently, each does by itself: batches, optimizer
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pixelflow_engine.model import PackedTransformer
 from pixelflow_engine.reference import PixelFlowTransformer
-from pixelflow_kernels import PackedLayout
 from pixelflow_training import loop
 from pixelflow_training.collate import Batch
 from pixelflow_training.config import TrainConfig
@@ -121,7 +120,7 @@ class EngineRun(LocalRun):
     def step(self, phases: Phases) -> None:
         """See :class:`~.problem.TrainingRun`."""
         with phases("batch"):
-            batch = on_device(self.draw(), self.problem.device)
+            batch = self.draw().to(self.problem.device)
         with phases("forward"):
             loss = self._losses(batch).mean()
         with phases("backward"):
@@ -145,7 +144,7 @@ class EngineRun(LocalRun):
 
     def gradients(self, batch: Batch) -> Gradients:
         """See :class:`~.problem.TrainingRun`."""
-        losses = self._losses(on_device(batch, self.problem.device))
+        losses = self._losses(batch.to(self.problem.device))
         losses.mean().backward()
         return self.taken(losses)
 
@@ -215,21 +214,6 @@ class ReferenceRun(LocalRun):
         with self.problem.autocast():
             velocities = packed_velocities(self.model, batch)
         return image_losses(velocities, batch)
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The same batch there."""
-    if device.type == "cpu":
-        return batch
-    return replace(
-        batch,
-        tokens=batch.tokens.to(device),
-        targets=batch.targets.to(device),
-        layout=PackedLayout.from_grids(batch.layout.grids, device),
-        t_model=batch.t_model.to(device),
-        labels=None if batch.labels is None else batch.labels.to(device),
-        latent_size=batch.latent_size.to(device),
-    )
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
