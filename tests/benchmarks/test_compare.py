@@ -89,9 +89,30 @@ def test_how_two_runs_of_one_version_agree() -> None:
     )
 
 
-def test_what_was_measured_again_counts_as_it_was_the_last_time() -> None:
-    earlier, later = kernels(a=1.0, b=2.0), run_of("kernels", measurement("a", "ours", 3.0), began="2026-02-01")
-    found = measurements([earlier, later])
+def test_runs_under_one_condition_count_together() -> None:
+    """Medians 1, 2 and 4 with spreads of 1 %: 2, from 0.99 to 4.04."""
+    runs = [kernels(a=1.0), kernels(a=4.0), kernels(a=2.0, b=7.0)]
+    found = measurements(runs)
+    seconds = found["kernels: a, ours"].seconds
+    assert (seconds.median, seconds.low, seconds.high) == (2.0, pytest.approx(0.99), pytest.approx(4.04))
+    assert found["kernels: b, ours"].seconds.median == 7.0
+    once = [kernels(a=4.1)]
+    assert [c.verdict for c in compare(runs, once)[0]] == ["slower"]
+    assert [c.verdict for c in compare(runs, [*once, kernels(a=3.0)])[0]] == ["within the spread"]
+
+
+def test_ratios_of_several_runs_count_together_where_all_have_them() -> None:
+    one, two = (run_of("kernels", beside("ours", s, r), began=f"2026-0{s:.0f}-01") for s, r in ((1.0, 1.5), (2.0, 3.0)))
+    ratio = measurements([one, two])["kernels: a, ours"].times["eager"]
+    assert (ratio.median, ratio.low, ratio.high) == (2.25, pytest.approx(1.485), pytest.approx(3.03))
+    alone = run_of("kernels", measurement("a", "ours", 1.0))
+    assert not measurements([one, alone])["kernels: a, ours"].times
+
+
+def test_under_other_conditions_the_newest_run_counts() -> None:
+    earlier = run_of("kernels", measurement("a", "ours", 1.0), measurement("b", "ours", 2.0), batch=1)
+    later = run_of("kernels", measurement("a", "ours", 3.0), began="2026-02-01", batch=2)
+    found = measurements([later, earlier])
     assert {name: m.seconds.median for name, m in found.items()} == {"kernels: a, ours": 3.0, "kernels: b, ours": 2.0}
 
 

@@ -2,10 +2,16 @@
 
 What counts is the time beside an opponent's of the same turns, where there is one: between two runs the machine
 changes, too, by more than it does within a run. An opponent's own time tells of the machine alone.
+
+What a file has several runs of is spread from the lowest to the highest of them. If only chance tells two versions with
+k runs each apart, all of one lie below all of the other in 2 of ``(2k choose k)`` cases: every third for k = 2, every
+tenth for 3, one of 35 for 4.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,10 +21,13 @@ from pixelflow_benchmarks.harness.tables import TextTable
 
 Verdict = Literal["slower", "faster", "within the spread", "the machine"]
 
+CHANGING = ("kind", "commit", "load", "sm_mhz", "memory_mhz", "celsius", "watts", "held_down_by")
+"""What the environments of two runs of one kind may differ in."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The median, and what a fifth of the repeats lies below and above."""
+    """The median, and what a fifth of the repeats lies below and above: of several runs the lowest and the highest."""
 
     median: float
     low: float
@@ -29,8 +38,14 @@ class Spread:
         """From a record's fields."""
         return cls(record["median"], record["low"], record["high"])
 
+    @classmethod
+    def over(cls, runs: Sequence[Spread]) -> Spread:
+        """Of several runs: the median of their medians, the lowest low and the highest high."""
+        median = statistics.median(run.median for run in runs)
+        return cls(median, min(run.low for run in runs), max(run.high for run in runs))
+
     def apart(self, other: Spread) -> bool:
-        """Whether the middle three fifths of both do not overlap."""
+        """Whether what lies between low and high does not overlap."""
         return self.low > other.high or self.high < other.low
 
 
@@ -92,19 +107,35 @@ class Change:
 
 
 def measurements(runs: Iterable[Run]) -> dict[str, Measurement]:
-    """Every time in a result file, by what it is of; what was measured again counts as it was the last time."""
-    found: dict[str, Measurement] = {}
-    for run in runs:
+    """Every time in a result file, by what it is of.
+
+    Runs of a suite under the conditions of its newest one count together; those under other conditions count where the
+    newer ones have nothing.
+    """
+    found: dict[str, list[tuple[Record, Measurement]]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.began):
         for record in run.of_kind("measurement"):
             if "seconds" in record:
-                found[f"{run.suite}: {record['case']}, {record['variant']}"] = _measurement(record)
-    return found
+                name = f"{run.suite}: {record['case']}, {record['variant']}"
+                found[name].append((conditions(run), _measurement(record)))
+    return {name: _together([of for under, of in group if under == group[-1][0]]) for name, group in found.items()}
+
+
+def conditions(run: Run) -> Record:
+    """Hardware, versions, sizes: all that is known of a run but the code and what changes from minute to minute."""
+    return {key: value for key, value in run.environment.items() if key not in CHANGING}
 
 
 def _measurement(record: Record) -> Measurement:
     times = record.get("times", {})
     others = {name: Spread.of(ratio) for name, ratio in times.items() if name != record["variant"]}
     return Measurement(Spread.of(record["seconds"]), others, record["variant"] in times)
+
+
+def _together(runs: Sequence[Measurement]) -> Measurement:
+    shared = [name for name in runs[0].times if all(name in run.times for run in runs)]
+    times = {name: Spread.over([run.times[name] for run in runs]) for name in shared}
+    return Measurement(Spread.over([run.seconds for run in runs]), times, any(run.opponent for run in runs))
 
 
 def compare(before: Sequence[Run], after: Sequence[Run]) -> tuple[list[Change], list[str], list[str]]:
@@ -123,14 +154,13 @@ def compare(before: Sequence[Run], after: Sequence[Run]) -> tuple[list[Change], 
 
 def different_surroundings(before: Sequence[Run], after: Sequence[Run]) -> list[str]:
     """In which the last runs of both differ besides the code: hardware, versions, sizes."""
-    changing = ("kind", "commit", "load", "sm_mhz", "memory_mhz", "celsius", "watts", "held_down_by")
     said = []
     for suite in dict.fromkeys(run.suite for run in before):
         old, new = newest(before, suite), newest(after, suite)
         if old is None or new is None:
             continue
-        one, two = old.environment, new.environment
-        keys = [key for key in dict.fromkeys([*one, *two]) if key not in changing]
+        one, two = conditions(old), conditions(new)
+        keys = dict.fromkeys([*one, *two])
         said += [f"{suite}, {key}: {one.get(key)} and {two.get(key)}" for key in keys if one.get(key) != two.get(key)]
     return said
 
