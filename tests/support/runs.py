@@ -76,10 +76,10 @@ def at_step(step: int, act: Callable[[], None]) -> None:
     """Do something when the batch of a step (from 0) is asked for."""
     honest = loop.training_batch
 
-    def watching(config: TrainConfig, data: Any, now: int) -> Any:
+    def watching(config: TrainConfig, data: Any, now: int, *share: int) -> Any:
         if now == step:
             act()
-        return honest(config, data, now)
+        return honest(config, data, now, *share)
 
     loop.training_batch = watching
 

@@ -110,7 +110,7 @@ def test_the_state_of_the_step_is_saved_however_late_it_is_written(
     state = SmallState(4)
     with Checkpointer(folder, config) as checkpoints:
         checkpoints.save(state)  # type: ignore[arg-type]
-        checkpoints.poll()  # does not wait
+        checkpoints.is_written()  # does not wait
         assert checkpoints.steps() == []
         state.weight.fill_(-1)  # training goes on
         state.step = 5
@@ -263,12 +263,12 @@ def test_a_failed_save_stops_training_at_the_next_step(tmp_path: Path, monkeypat
         saves.append(save_in_background(*arguments, **options))
         return saves[-1]
 
-    def filling(config: TrainConfig, data: Any, step: int) -> Any:
+    def filling(config: TrainConfig, data: Any, step: int, *share: int) -> Any:
         begun.append(step)
         wait(saves)
         if step == 3:
             disk.__enter__()
-        return honest(config, data, step)
+        return honest(config, data, step, *share)
 
     monkeypatch.setattr(module, "async_save", kept)
     monkeypatch.setattr(loop, "training_batch", filling)

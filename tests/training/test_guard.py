@@ -28,8 +28,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: Container[int], value: float 
     """The batches of some steps (from 1) have a target that is not finite."""
     honest = loop.training_batch
 
-    def poisoned(config: TrainConfig, data: ImageSet, step: int) -> Batch:
-        batch = honest(config, data, step)
+    def poisoned(config: TrainConfig, data: ImageSet, step: int, *share: int) -> Batch:
+        batch = honest(config, data, step, *share)
         if step + 1 in steps:
             batch.targets[0, 0] = value
         return batch
@@ -120,7 +120,7 @@ def test_skips_survive_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     loop.train(config, tmp_path / "whole", quiet=True)
     with monkeypatch.context() as patch:
         honest = loop.training_batch
-        patch.setattr(loop, "training_batch", lambda c, d, s: honest(c, d, s) if s < 4 else 1 / 0)
+        patch.setattr(loop, "training_batch", lambda c, d, s, *share: honest(c, d, s, *share) if s < 4 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             loop.train(config, tmp_path / "run", quiet=True)
     loop.train(config, tmp_path / "run", quiet=True)

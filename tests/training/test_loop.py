@@ -27,6 +27,7 @@ from pixelflow_training.collate import Batch
 from pixelflow_training.config import DataConfig, OptimizerConfig, TrainConfig, load_config
 from pixelflow_training.data import ImageSet, load_digits
 from pixelflow_training.plan import Plan, plan_step
+from pixelflow_training.step import batch_losses, stage_means, stage_sums
 from support.recipes import tiny_recipe
 from support.reference_models import randomize, seeded
 
@@ -125,9 +126,9 @@ def test_the_log_is_written_as_it_happens(
 ) -> None:
     honest, seen = loop.training_batch, []
 
-    def looking(config: TrainConfig, data: ImageSet, step: int) -> Batch:
+    def looking(config: TrainConfig, data: ImageSet, step: int, *share: int) -> Batch:
         seen.append([(line["event"], line["step"]) for line in records(tmp_path / "run")] if step else [])
-        return honest(config, data, step)
+        return honest(config, data, step, *share)
 
     monkeypatch.setattr(loop, "training_batch", looking)
     loop.train(recipe("steps=3", "eval_every=2"), tmp_path / "run", quiet=True)
@@ -253,7 +254,7 @@ def test_the_packed_gradient_is_that_of_the_reference_image_by_image(
     single.load_state_dict(packed.state_dict(), strict=True)
     packed, single = packed.double(), single.double()
 
-    loss = loop.batch_losses(packed, batch).mean()
+    loss = batch_losses(packed, batch).mean()
     loss.backward()
     x, targets = images_of(batch, batch.tokens, config), images_of(batch, batch.targets, config)
     velocities = [
@@ -291,7 +292,7 @@ def test_training_is_the_loop_written_out(recipe: Callable[..., TrainConfig], tm
     norms = []
     for step in range(4):
         rate = 3e-3 * [1 / 3, 2 / 3, 1, 1][step]  # three steps of warm-up, then the cosine's start
-        loss = loop.batch_losses(model, loop.training_batch(config, data, step)).mean()
+        loss = batch_losses(model, loop.training_batch(config, data, step)).mean()
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
         norms.append(norm)
@@ -417,9 +418,10 @@ def test_an_epoch_shows_every_image_once(recipe: Callable[..., TrainConfig]) -> 
 
 
 def test_losses_are_reported_by_stage() -> None:
-    losses, stage = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([1, 0, 1, 0])
-    assert loop.per_stage(losses, stage, 2) == [5.0, 2.5]
-    assert loop.per_stage(losses, stage, 3) == [5.0, 2.5, None]
+    losses, stages = [1.0, 2.0, 4.0, 8.0], [1, 0, 1, 0]
+    assert stage_sums(losses, stages, 3) == [10.0, 5.0, 0.0, 2.0, 2.0, 0.0]
+    assert stage_means(stage_sums(losses, stages, 2)) == [5.0, 2.5]
+    assert stage_means(stage_sums(losses, stages, 3)) == [5.0, 2.5, None]
 
 
 # --- the learning rate -------------------------------------------------------------------------------------

@@ -61,10 +61,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None])
     """Do something when a step (from 0) begins."""
     honest = loop.training_batch
 
-    def watching(config: TrainConfig, data: Any, now: int) -> Any:
+    def watching(config: TrainConfig, data: Any, now: int, *share: int) -> Any:
         if now == step:
             act()
-        return honest(config, data, now)
+        return honest(config, data, now, *share)
 
     monkeypatch.setattr(loop, "training_batch", watching)
 

@@ -39,6 +39,7 @@ from pixelflow_engine.errors import CheckpointError
 from .config import TrainConfig
 from .files import remove_folder, replace_text, sync
 from .manifest import check_recipe, read_manifest, verify, write_manifest
+from .ranks import ALONE, Ranks
 from .state import TrainState
 
 LATEST = "latest"
@@ -69,11 +70,13 @@ class Checkpointer:
         folder: holds the checkpoints; made if it is not there, inside one that is. Leftovers of saves that were cut
             short are removed.
         config: the recipe, which every checkpoint keeps and is held against.
+        ranks: who writes and reads together, on one file system; the first one checks, publishes and deletes.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, ranks: Ranks = ALONE) -> None:
         self.folder = folder
         self.config = config
+        self.ranks = ranks
         self._pending: Future[Any] | None = None
         self._saving = -1
         # On CUDA the buffers are pinned, and kept: a save waits for the one before, which was written from them.
@@ -81,10 +84,7 @@ class Checkpointer:
         self._warnings = warnings.catch_warnings()
 
     def __enter__(self) -> Checkpointer:
-        self.folder.mkdir(exist_ok=True)
-        sync(self.folder.parent)
-        for leftover in self.folder.glob(".*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        self.ranks.first_does(self._tidy)
         # Without a process group torch says at every save that it takes the process to be alone, which it is. Filters
         # are the process's: set and undone by the thread that saves, they might go wrong in the others.
         self._warnings.__enter__()
@@ -106,6 +106,12 @@ class Checkpointer:
         finally:
             self._warnings.__exit__(None, None, None)
 
+    def _tidy(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        sync(self.folder.parent)
+        for leftover in self.folder.glob(".*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
     # --- writing ---
 
     def save(self, state: TrainState) -> None:
@@ -121,25 +127,21 @@ class Checkpointer:
             state.tensors(),
             storage_writer=_Writer(self._partial(step), lambda: self._publish(step)),
             async_stager=self._stager,
-            no_dist=True,
+            process_group=self.ranks.saving,
+            no_dist=self.ranks.alone,
         )
         assert isinstance(pending, Future)  # what it is for a stager that blocks
         self._pending = pending
 
-    def poll(self) -> None:
-        """Raise if the save in the background has failed; do not wait for it.
-
-        Raises:
-            OSError: naming the checkpoint, the reason and the checkpoint that stays.
-        """
-        if self._pending is not None and self._pending.done():
-            self.wait()
+    def is_written(self) -> bool:
+        """Whether the save in the background is done or has failed, which :meth:`wait` then tells at once."""
+        return self._pending is not None and self._pending.done()
 
     def wait(self) -> None:
         """Wait until the save in the background is complete.
 
         Raises:
-            OSError: it has failed; see :meth:`poll`.
+            OSError: it has failed; naming the checkpoint, the reason and the checkpoint that stays.
         """
         if self._pending is None:
             return
@@ -152,7 +154,8 @@ class Checkpointer:
         except Exception as error:
             cause = _reason(error)
         folder, kept = self.folder / name_of(self._saving), self._latest()
-        shutil.rmtree(self._partial(self._saving), ignore_errors=True)  # room on the disk, perhaps
+        if self.ranks.first:
+            shutil.rmtree(self._partial(self._saving), ignore_errors=True)  # room on the disk, perhaps
         message = f"{folder}: the checkpoint could not be saved: {cause}; "
         message += f"the last one is {kept.name}" if kept else "there is none before it"
         raise (OSError if isinstance(cause, OSError) else RuntimeError)(message) from cause
@@ -199,9 +202,21 @@ class Checkpointer:
             CheckpointError: it is damaged or missing; the message names the file, and the checkpoints to choose from.
             ConfigError: it is of another recipe; the message names the keys.
         """
-        chosen = self._latest() if from_step is None else self.folder / name_of(from_step)
+        chosen = self.ranks.first_does(lambda: self._verified(from_step))
         if chosen is None:
             return False
+        tensors = state.tensors()
+        reader = FileSystemReader(chosen)
+        load(tensors, storage_reader=reader, process_group=self.ranks.saving, no_dist=self.ranks.alone)
+        state.take_counters(tensors)
+        self.ranks.first_does(lambda: self._forget_after(state.step))
+        return True
+
+    def _verified(self, from_step: int | None) -> Path | None:
+        """The checkpoint to go on from, if there is one, every bit of it checked."""
+        chosen = self._latest() if from_step is None else self.folder / name_of(from_step)
+        if chosen is None:
+            return None
         try:
             if not chosen.is_dir():
                 raise CheckpointError(f"{chosen}: missing")
@@ -215,11 +230,7 @@ class Checkpointer:
                 f"{error}; to go on from another checkpoint, pass --from-step (there is: {others})"
             ) from None
         check_recipe(chosen, manifest.recipe, self.config)
-        tensors = state.tensors()
-        load(tensors, storage_reader=FileSystemReader(chosen), no_dist=True)
-        state.take_counters(tensors)
-        self._forget_after(state.step)
-        return True
+        return chosen
 
     def _latest(self) -> Path | None:
         """What ``latest`` names; without it, as when the first save was cut before its last act, the newest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ class Batch:
         t_model: ``[n]`` float32.
         labels: ``[n]``, dropped ones replaced by the null class; None for a model without classes.
         latent_size: ``[n]``, width in tokens.
-        stage: ``[n]``, the stage of each image.
+        stage: ``[n]``, the stage of each image; on the CPU, as nothing is computed with it.
     """
 
     tokens: Tensor
@@ -48,7 +49,25 @@ class Batch:
             t_model=self.t_model.to(device),
             labels=None if self.labels is None else self.labels.to(device),
             latent_size=self.latent_size.to(device),
-            stage=self.stage.to(device),
+            stage=self.stage,
+        )
+
+    def parts(self, count: int) -> list[Batch]:
+        """The batch as so many packs, images dealt out one by one: what ranks' shares are to a step."""
+        return [self] if count == 1 else [self._part(index, count) for index in range(count)]
+
+    def _part(self, index: int, count: int) -> Batch:
+        ends = list(itertools.accumulate((rows * columns for rows, columns in self.layout.grids), initial=0))
+        chosen = list(itertools.pairwise(ends))[index::count]
+        tokens, targets = (torch.cat([x[at:end] for at, end in chosen]) for x in (self.tokens, self.targets))
+        return Batch(
+            tokens=tokens,
+            targets=targets,
+            layout=PackedLayout.from_grids(self.layout.grids[index::count], self.tokens.device),
+            t_model=self.t_model[index::count],
+            labels=None if self.labels is None else self.labels[index::count],
+            latent_size=self.latent_size[index::count],
+            stage=self.stage[index::count],
         )
 
 
@@ -92,5 +111,5 @@ def make_batch(images: Tensor, labels: Tensor, plan: Plan, config: PixelFlowConf
         t_model=torch.from_numpy(t_model)[plan.stage, plan.time].float().to(device),
         labels=torch.where(plan.drop.to(device), null, labels.to(device)) if null > 0 else None,
         latent_size=torch.tensor([columns for _, columns in grids], device=device),
-        stage=plan.stage.to(device),
+        stage=plan.stage,
     )

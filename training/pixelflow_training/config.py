@@ -129,6 +129,37 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ComputeConfig:
+    """How steps are computed: their speed, memory and rounding, not what is learned.
+
+    Attributes:
+        device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is a GPU if there is one.
+        backend: who computes, as for sampling: ``torch``, ``triton``, ``flash``; ``auto`` is ``triton`` on a GPU.
+        dtype: of velocities and their gradients. Weights, moments and averages are float32.
+        compile: whether blocks are compiled.
+        recompute: what the backward pass computes again to save memory: ``nothing``; ``pointwise``, all but products
+            and attention; ``blocks``, everything inside a block.
+        max_tokens: most tokens of a pack; a step with more is computed in parts whose gradients are added up. None
+            for one pack, whatever it holds.
+        shard: ranks that share one copy of weights, moments and averages: 1, every rank has its own (data parallel);
+            all of them, there is one (fully sharded); in between, every group of so many has one.
+    """
+
+    device: str = "auto"
+    backend: Literal["auto", "torch", "triton", "flash"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    recompute: Literal["nothing", "pointwise", "blocks"] = "nothing"
+    max_tokens: int | None = None
+    shard: int = 1
+
+    def __post_init__(self) -> None:
+        _check("compute.shard", self.shard, 1, math.inf)
+        if self.compile and self.recompute == "pointwise":
+            raise ConfigError("compute.recompute: got pointwise, expected another: a compiled block chooses by itself")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Everything that determines a run's numbers, and what is logged, kept and tolerated.
 
@@ -142,7 +173,7 @@ class TrainConfig:
         seed: of everything that is drawn.
         log_every: steps between lines of the log.
         eval_every: steps between losses on held-out images; the averaged model is saved then too.
-        checkpoint, guard: see there.
+        checkpoint, guard, compute: see there.
     """
 
     model: ModelConfig
@@ -159,6 +190,7 @@ class TrainConfig:
     eval_every: int = 500
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "eval_every"):
@@ -171,6 +203,9 @@ class TrainConfig:
             raise ConfigError(f"model.dropout: got {self.model.dropout}, expected 0 (packed attention has no dropout)")
         if self.model.cross_attention_dim is not None:
             raise ConfigError("model.cross_attention_dim: training of text-conditional models is not supported yet")
+        most, largest = self.compute.max_tokens, (self.resolution // self.model.patch_size) ** 2
+        if most is not None and most < largest:
+            raise ConfigError(f"compute.max_tokens: got {most}, expected at least {largest}: the largest image")
         halvings = 2**self.scheduler.num_stages
         if self.network.resolution % halvings:
             raise ConfigError(

@@ -1,16 +1,15 @@
-"""The training loop: plan -> images -> pack -> velocity -> loss -> step -> EMA -> checkpoint."""
+"""The training loop: plan -> images -> pack -> step -> log, model, checkpoint."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from pixelflow_engine.checkpoint import save_checkpoint
@@ -22,11 +21,13 @@ from .config import OptimizerConfig, TrainConfig
 from .data import ImageSet, augment, load_digits
 from .draws import Purpose, new_seed
 from .files import replace_text
-from .loss import image_losses
-from .plan import plan_held_out, plan_step
-from .run import RunDirectory
+from .parallel import whole
+from .plan import parts_of_step, plan_held_out, plan_step
+from .ranks import ALONE, Ranks, join
+from .run import Log, RunDirectory, Silence
 from .signals import StopRequests, TrainingStopped
 from .state import TrainState
+from .step import Stepped, TrainStep, backend_of, batch_losses, stage_means, stage_sums
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -55,37 +56,28 @@ def training_batch(config: TrainConfig, data: ImageSet, step: int, rank: int = 0
     return make_batch(images, data.labels[plan.sample], plan, config.network)
 
 
-def held_out_batches(config: TrainConfig, data: ImageSet) -> Iterator[Batch]:
-    """Every held-out image once, in parts of at most ``batch_size``, with draws that never change."""
+def held_out_batches(config: TrainConfig, data: ImageSet, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    """Every held-out image once, or a rank's share, in parts of a batch or less, with draws that never change."""
     parts = math.ceil(len(data) / config.batch_size)
     for part in range(parts):
-        plan = plan_held_out(config, len(data), part, parts)
+        plan = plan_held_out(config, len(data), part * world_size + rank, parts * world_size)
         yield make_batch(data.images[plan.sample], data.labels[plan.sample], plan, config.network)
 
 
-def batch_losses(model: PackedTransformer, batch: Batch) -> Tensor:
-    """Loss of each image of a batch, ``[n]``."""
-    velocities = model(batch.tokens, batch.t_model, batch.layout, batch.latent_size, batch.labels)
-    return image_losses(velocities, batch.targets, batch.layout)
-
-
-def per_stage(losses: Tensor, stage: Tensor, num_stages: int) -> list[float | None]:
-    """Mean loss of each stage; None for a stage without images."""
-    members = [losses[stage == s] for s in range(num_stages)]
-    return [part.mean().item() if len(part) else None for part in members]
-
-
 @torch.no_grad()
-def held_out_loss(model: PackedTransformer, batches: list[Batch], num_stages: int) -> list[float | None]:
-    """Mean loss of each stage over held-out images."""
-    losses = torch.cat([batch_losses(model, batch) for batch in batches])
-    return per_stage(losses, torch.cat([batch.stage for batch in batches]), num_stages)
+def held_out_loss(
+    model: PackedTransformer, batches: list[Batch], num_stages: int, ranks: Ranks = ALONE
+) -> list[float | None]:
+    """Mean loss of each stage over held-out images, of which each rank has its share."""
+    losses = torch.cat([batch_losses(model, batch) for batch in batches]).tolist()
+    stages = torch.cat([batch.stage for batch in batches]).tolist()
+    return stage_means(ranks.total(stage_sums(losses, stages, num_stages)))
 
 
 def train(
     config: TrainConfig, output: Path, quiet: bool = False, *, fresh: bool = False, from_step: int | None = None
 ) -> Path:
-    """Train on the CPU and write the averaged model; go on where a run was stopped or broke off.
+    """Train and write the averaged model; go on where a run was stopped or broke off.
 
     A run that goes on ends with the weights, averages, moments and log (but for its times) of one that never stopped,
     bit for bit, on the same machine with the same versions. Its recipe may differ only in keys that change no number.
@@ -112,67 +104,64 @@ def train(
     """
     num_stages = config.scheduler.num_stages
     train_set, held_out = load_digits(config.data, config.resolution, config.model.in_channels)
-    evaluation = list(held_out_batches(config, held_out))
-    state = TrainState(config, build_model(config))
-    model, ema, optimizer = state.model, state.ema, state.optimizer
     with ExitStack() as stack:
-        run = stack.enter_context(RunDirectory(output, fresh))
-        checkpoints = stack.enter_context(Checkpointer(run.checkpoints, config))
+        ranks = stack.enter_context(join(config))
+        backend_of(config, ranks.device)  # before anything is written
+        run = RunDirectory(output, fresh)
+        ranks.first_does(lambda: stack.enter_context(run) and None)
+        shares = held_out_batches(config, held_out, ranks.rank, ranks.world_size)
+        evaluation = [batch.to(ranks.device) for batch in shares]
+        state = TrainState(config, build_model(config).to(ranks.device), ranks)
+        checkpoints = stack.enter_context(Checkpointer(run.checkpoints, config, ranks))
         begin_or_go_on(run, checkpoints, state, config, from_step)
-        log = stack.enter_context(run.open_log(state.step))
+        train_step = TrainStep(state, config, ranks)
+        log: Log | Silence = run.open_log(state.step) if ranks.first else Silence()
+        stack.enter_context(log)
         stop = stack.enter_context(StopRequests())
-        bar = stack.enter_context(tqdm(total=config.steps, initial=state.step, disable=quiet, unit="step"))
+        bar = stack.enter_context(
+            tqdm(total=config.steps, initial=state.step, disable=quiet or not ranks.first, unit="step")
+        )
         lap = time.perf_counter()
         began = lap - state.seconds
         images = tokens = 0
         while state.step < config.steps:
-            batch = training_batch(config, train_set, state.step)
+            batch = training_batch(config, train_set, state.step, ranks.rank, ranks.world_size).to(ranks.device)
             lr = learning_rate(config.optimizer, state.step, config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            losses = batch_losses(model, batch)
-            loss = losses.mean()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
-            stage_loss = per_stage(losses.detach(), batch.stage, num_stages)
-            finite = math.isfinite(loss.item()) and math.isfinite(norm.item())
+            done = train_step(batch, lr, parts_of_step(config, state.step, ranks.world_size))
             state.step += 1
-            if finite:
-                optimizer.step()
-                ema.update(model)
+            if done.finite:
                 state.skipped_in_row = 0
-                for spike in state.history.add(stage_loss):
+                for spike in state.history.add(done.stage_loss):
                     log.write({"event": "spike", "step": state.step, **spike._asdict()})
             else:
                 state.skipped += 1
                 state.skipped_in_row += 1
-                log.write(skipped_record(config, train_set, state, stage_loss, loss, norm))
-            optimizer.zero_grad(set_to_none=True)
-            images, tokens = images + config.batch_size, tokens + batch.layout.num_tokens
+                log.write(skipped_record(config, train_set, state, done))
+            images, tokens = images + config.batch_size, tokens + done.tokens
             bar.update()
             if state.skipped_in_row > config.guard.max_skipped:
                 raise not_finite(run, config, train_set, state)
 
             last = state.step == config.steps
-            if finite and (state.step % config.log_every == 0 or last):
+            if done.finite and (state.step % config.log_every == 0 or last):
                 now = time.perf_counter()
                 record: dict[str, object] = {
                     "event": "train",
                     "step": state.step,
-                    "loss": loss.item(),
-                    "stage_loss": stage_loss,
-                    "grad_norm": norm.item(),
+                    "loss": done.loss,
+                    "stage_loss": done.stage_loss,
+                    "grad_norm": done.norm,
                     "lr": lr,
                     "images_per_second": images / (now - lap),
                     "tokens_per_second": tokens / (now - lap),
                     "seconds": now - began,
                 }
                 log.write(record)
-                bar.set_postfix_str(f"loss {loss.item():.4f}, {images / (now - lap):.0f} images/s", refresh=False)
+                bar.set_postfix_str(f"loss {done.loss:.4f}, {images / (now - lap):.0f} images/s", refresh=False)
                 lap, images, tokens = now, 0, 0
             if state.step % config.eval_every == 0 or last:
                 paused = time.perf_counter()
-                losses_held_out = held_out_loss(ema.model, evaluation, num_stages)
+                losses_held_out = held_out_loss(state.ema.model, evaluation, num_stages, ranks)
                 log.write(
                     {
                         "event": "held_out",
@@ -181,16 +170,19 @@ def train(
                         "seconds": time.perf_counter() - began,
                     }
                 )
-                save_checkpoint(run.model, config.network, dict(ema.model.state_dict()), overwrite=True)
+                export(run, state, config, ranks)
                 lap += time.perf_counter() - paused  # speed is that of training alone
-            checkpoints.poll()
-            if state.step % config.checkpoint.every == 0 or last or stop.received:
+            told, written = ranks.total([stop.received is not None, checkpoints.is_written()])
+            if written == ranks.world_size:
+                checkpoints.wait()
+            if state.step % config.checkpoint.every == 0 or last or told:
                 log.sync()
                 state.seconds = time.perf_counter() - began
                 checkpoints.save(state)
-            if stop.received and not last:
+            if told and not last:
                 checkpoints.wait()
-                raise TrainingStopped(f"{stop.received.name}: stopped and saved after step {state.step}")
+                name = stop.received.name if stop.received else "signal to another rank"
+                raise TrainingStopped(f"{name}: stopped and saved after step {state.step}")
     return run.model
 
 
@@ -198,30 +190,38 @@ def begin_or_go_on(
     run: RunDirectory, checkpoints: Checkpointer, state: TrainState, config: TrainConfig, from_step: int | None
 ) -> None:
     """Fill the state from a checkpoint, or save its beginning: whatever has a log has a checkpoint."""
-    if checkpoints.restore(state, from_step):
+    begins = not checkpoints.restore(state, from_step)
+
+    def prepare() -> None:
+        if begins:
+            run.check_unused()
         run.write_recipe(config)
-        return
-    run.check_unused()
-    run.write_recipe(config)
-    checkpoints.save(state)
-    checkpoints.wait()
+
+    checkpoints.ranks.first_does(prepare)
+    if begins:
+        checkpoints.save(state)
+        checkpoints.wait()
+
+
+def export(run: RunDirectory, state: TrainState, config: TrainConfig, ranks: Ranks) -> None:
+    """Write the averaged model in the form that every command takes; all ranks take part."""
+    tensors = {name: whole(tensor) for name, tensor in state.ema.model.state_dict().items()}
+    ranks.first_does(lambda: save_checkpoint(run.model, config.network, tensors, overwrite=True))
 
 
 def skipped_record(
     config: TrainConfig,
     data: ImageSet,
     state: TrainState,
-    stage_loss: Sequence[float | None],
-    loss: Tensor,
-    norm: Tensor,
+    done: Stepped,
 ) -> dict[str, object]:
     """The log's line of a step that changed nothing. Its numbers are text, as JSON knows no NaN."""
     return {
         "event": "skipped",
         "step": state.step,
-        "loss": str(loss.item()),
-        "stage_loss": [None if value is None else str(value) for value in stage_loss],
-        "grad_norm": str(norm.item()),
+        "loss": str(done.loss),
+        "stage_loss": [None if value is None else str(value) for value in done.stage_loss],
+        "grad_norm": str(done.norm),
         "samples": batch_samples(config, data, state.step - 1),
         "skipped": state.skipped,
     }

@@ -21,8 +21,9 @@ from .files import sync
 MANIFEST = "manifest.json"
 FORMAT = 1
 
-# Keys of a recipe that change what is logged, kept or tolerated, and no number of the run.
-FREE = ("log_every", "eval_every", "checkpoint", "guard")
+# Keys of a recipe that change what is logged, kept or tolerated, and no number of the run; and how it is computed,
+# which changes rounding, as another device does.
+FREE = ("log_every", "eval_every", "checkpoint", "guard", "compute")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,8 +120,8 @@ def verify(folder: Path, manifest: Manifest) -> None:
 def check_recipe(folder: Path, saved: Mapping[str, Any], config: TrainConfig) -> None:
     """Refuse to go on with another recipe.
 
-    Free are the keys that change no number: ``log_every``, ``eval_every``, ``checkpoint`` and ``guard``; and ``steps``
-    under a constant learning rate, so that a finished run can be made longer.
+    Free are the keys that change no number: ``log_every``, ``eval_every``, ``checkpoint`` and ``guard``; ``compute``,
+    which changes rounding; and ``steps`` under a constant learning rate, so that a finished run can be made longer.
 
     Raises:
         ConfigError: naming every key that differs, with both values.

@@ -79,6 +79,27 @@ def plan_step(config: TrainConfig, step: int, dataset_size: int, rank: int = 0, 
     )
 
 
+def parts_of_step(config: TrainConfig, step: int, world_size: int = 1) -> int:
+    """In how many parts each rank computes a step, so that no pack has more than ``compute.max_tokens`` tokens.
+
+    Ranks exchange gradients part by part, so all have the same number, which may be more than some of them need.
+    """
+    most = config.compute.max_tokens
+    if most is None:
+        return 1
+    num_stages = config.scheduler.num_stages
+    stages = sorted(
+        (position % num_stages for position in range(step * config.batch_size, (step + 1) * config.batch_size)),
+        reverse=True,
+    )
+    lengths = [((config.resolution >> (num_stages - 1 - stage)) // config.model.patch_size) ** 2 for stage in stages]
+    # The first part of the first rank has the largest images: sizes descend, and images are dealt out one by one.
+    count = 1
+    while sum(lengths[:: count * world_size]) > most:
+        count += 1
+    return count
+
+
 def plan_held_out(config: TrainConfig, dataset_size: int, rank: int = 0, world_size: int = 1) -> Plan:
     """Plan an evaluation of all held-out images, or a share of it: each once, unchanged, with its label.
 

@@ -123,6 +123,22 @@ class Log:
         os.fsync(self._file.fileno())
 
 
+class Silence:
+    """The log of a rank that keeps none: the first one's is the run's."""
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, record: dict[str, object]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+
 def _is_within(line: str, step: int) -> bool:
     try:
         return line.endswith("\n") and json.loads(line)["step"] <= step

@@ -10,6 +10,8 @@ from pixelflow_engine.model import PackedTransformer
 from .config import TrainConfig
 from .ema import EMA
 from .guard import LossHistory
+from .parallel import shard
+from .ranks import ALONE, Ranks
 
 
 class TrainState:
@@ -19,7 +21,8 @@ class TrainState:
 
     Args:
         config: the recipe.
-        model: freshly drawn; trained in place.
+        model: freshly drawn, where it is to be trained; trained in place.
+        ranks: who has a part of it.
 
     Attributes:
         model, optimizer, ema: see there.
@@ -30,8 +33,9 @@ class TrainState:
         seconds: training time until the last save.
     """
 
-    def __init__(self, config: TrainConfig, model: PackedTransformer) -> None:
-        self.model = model
+    def __init__(self, config: TrainConfig, model: PackedTransformer, ranks: Ranks = ALONE) -> None:
+        self.model, self.ema = model, EMA(model, config.ema_decay)
+        shard([self.model, self.ema.model], config.compute, ranks)  # before moments are made, in the weights' image
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.optimizer.lr,
@@ -46,7 +50,6 @@ class TrainState:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-        self.ema = EMA(model, config.ema_decay)
         self.history = LossHistory(config.scheduler.num_stages, config.guard.spike_factor)
         self.step = self.skipped = self.skipped_in_row = 0
         self.seconds = 0.0

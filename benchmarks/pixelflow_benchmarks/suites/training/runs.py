@@ -18,6 +18,7 @@ from pixelflow_training import loop
 from pixelflow_training.collate import Batch
 from pixelflow_training.config import TrainConfig
 from pixelflow_training.ema import EMA
+from pixelflow_training.step import batch_losses
 
 from .phases import UNTIMED, Phases
 from .problem import PROBE, Gradients, Stepped, TrainingProblem
@@ -154,7 +155,7 @@ class EngineRun(LocalRun):
 
     def _losses(self, batch: Batch) -> Tensor:
         with self.problem.autocast():
-            return loop.batch_losses(self.model, batch)
+            return batch_losses(self.model, batch)
 
 
 class ReferenceRun(LocalRun):

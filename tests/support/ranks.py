@@ -1,0 +1,76 @@
+"""Several processes that train together, as torchrun would start them, forked off one that has imported torch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pixelflow_training import loop
+from pixelflow_training.ranks import RankLostError
+from pixelflow_training.signals import EXIT_STOPPED, TrainingStopped
+from support.recipes import tiny_recipe
+from support.runs import at_step, send
+
+LOST, FAILED = 40, 41
+"""What a rank leaves with: another was lost, and any other error, which is in ``rank-N.txt``."""
+
+
+def in_ranks(count: int, folder: Path, target: Callable[..., None], *arguments: Any) -> list[int | None]:
+    """Run ``target(folder, *arguments)`` in so many ranks; their exit codes, -9 for SIGKILL."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pixelflow_training.loop", "sklearn.datasets"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        context.Process(target=_as_rank, args=(rank, count, port, folder, target, arguments)) for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def _as_rank(
+    rank: int, count: int, port: int, folder: Path, target: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    try:
+        target(folder, *arguments)
+    except TrainingStopped:
+        os._exit(EXIT_STOPPED)
+    except BaseException as error:
+        (folder / f"rank-{rank}.txt").write_text("".join(traceback.format_exception(error)))
+        os._exit(LOST if isinstance(error, RankLostError) else FAILED)
+
+
+def said(folder: Path, rank: int) -> str:
+    """The error that a rank left."""
+    path = folder / f"rank-{rank}.txt"
+    return path.read_text() if path.exists() else ""
+
+
+def train(folder: Path, overrides: list[str]) -> None:
+    """For :func:`in_ranks`: train the tiny recipe."""
+    loop.train(tiny_recipe(folder / os.environ["RANK"], *overrides), folder / "run", quiet=True)
+
+
+def train_signalled(folder: Path, overrides: list[str], step: int, rank: int, number: signal.Signals) -> None:
+    """For :func:`in_ranks`: one rank gets a signal when a step begins."""
+    if int(os.environ["RANK"]) == rank:
+        at_step(step, lambda: send(number))
+    train(folder, overrides)

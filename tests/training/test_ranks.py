@@ -1,0 +1,218 @@
+"""Two processes train together: as one would, stopped and killed like one, and on from what one has left."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pixelflow_engine import load_checkpoint
+from pixelflow_engine.errors import ConfigError
+from pixelflow_training import loop
+from pixelflow_training.collate import Batch
+from pixelflow_training.config import TrainConfig
+from pixelflow_training.ranks import ALONE, join
+from pixelflow_training.signals import EXIT_STOPPED
+from support.ranks import FAILED, LOST, in_ranks, said, train, train_signalled
+from support.recipes import tiny_recipe
+from support.runs import digest, lines, outcome, state_of
+
+OVERRIDES = ["steps=6", "log_every=1", "eval_every=3", "checkpoint.every=2", "batch_size=9"]
+WAYS = {"copies": [], "sharded": ["compute.shard=2"]}
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def way(request: pytest.FixtureRequest) -> list[str]:
+    return [*OVERRIDES, *WAYS[request.param]]
+
+
+@pytest.fixture(scope="module")
+def whole(way: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two ranks that is never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    prepare(folder)
+    assert in_ranks(2, folder, train, way) == [0, 0], said(folder, 0) + said(folder, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    loop.train(tiny_recipe(folder, *OVERRIDES), folder / "run", quiet=True)
+    return folder
+
+
+def prepare(folder: Path) -> Path:
+    """A place for each rank's recipe file."""
+    for rank in range(4):
+        (folder / str(rank)).mkdir()
+    return folder
+
+
+def recipe(folder: Path, *overrides: str) -> TrainConfig:
+    return tiny_recipe(folder, *OVERRIDES, *overrides)
+
+
+def trained(folder: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(folder / "run") if line["event"] == "train"]
+
+
+def test_two_ranks_train_as_one(whole: Path, alone: Path) -> None:
+    """The same images; sums in another order, which training then magnifies: a step by less than a thousandth."""
+    ours, theirs = trained(whole), trained(alone)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 4, 5, 6]
+    for one, two in zip(ours, theirs, strict=True):
+        rounding = 1e-6 * 10 ** min(one["step"] - 1, 3)
+        assert one["loss"] == pytest.approx(two["loss"], rel=rounding), one["step"]
+        assert one["stage_loss"] == pytest.approx(two["stage_loss"], rel=rounding), one["step"]
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=10 * rounding), one["step"]
+    held_out = [
+        [line["stage_loss"] for line in lines(f / "run") if line["event"] == "held_out"] for f in (whole, alone)
+    ]
+    assert held_out[0][0] == pytest.approx(held_out[1][0], rel=1e-3)
+    model = load_checkpoint(whole / "run" / "model")
+    assert model.config == recipe(alone).network
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict.values())
+
+
+def test_groups_that_share_a_copy_train_as_one_and_so_do_parts(alone: Path, tmp_path: Path) -> None:
+    """Four ranks, two copies of the weights, and packs of two images or less."""
+    prepare(tmp_path)
+    overrides = [*OVERRIDES, "compute.shard=2", "compute.max_tokens=16"]
+    assert in_ranks(4, tmp_path, train, overrides) == [0, 0, 0, 0], said(tmp_path, 0) + said(tmp_path, 1)
+    for one, two in zip(trained(tmp_path), trained(alone), strict=True):
+        rounding = 1e-6 * 10 ** min(one["step"] - 1, 3)
+        assert one["loss"] == pytest.approx(two["loss"], rel=rounding), one["step"]
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=10 * rounding), one["step"]
+
+
+def test_the_same_again_gives_the_same_bits(whole: Path, way: list[str], tmp_path: Path) -> None:
+    assert in_ranks(2, prepare(tmp_path), train, way) == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
+    assert lines(tmp_path / "run") == lines(whole / "run")
+    assert saved(tmp_path) == saved(whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_stopped_by_a_signal_to_any_rank_it_still_arrives(
+    whole: Path, way: list[str], tmp_path: Path, rank: int
+) -> None:
+    prepare(tmp_path)
+    codes = in_ranks(2, tmp_path, train_signalled, way, 3, rank, signal.SIGTERM)
+    assert codes == [EXIT_STOPPED, EXIT_STOPPED], said(tmp_path, 0) + said(tmp_path, 1)
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000004\n"
+    assert in_ranks(2, tmp_path, train, way) == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
+    assert lines(tmp_path / "run") == lines(whole / "run")
+    assert saved(tmp_path) == saved(whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_is_named_and_no_more_is_lost_than_since_the_last_checkpoint(
+    whole: Path, way: list[str], tmp_path: Path, rank: int
+) -> None:
+    prepare(tmp_path)
+    codes = in_ranks(2, tmp_path, train_signalled, way, 5, rank, signal.SIGKILL)
+    assert codes[rank] == -signal.SIGKILL
+    assert codes[1 - rank] == LOST, said(tmp_path, 1 - rank)
+    assert "has ended or does not answer" in said(tmp_path, 1 - rank)
+    # That of step 4 may have been under way.
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() in ("step-00000002\n", "step-00000004\n")
+    assert in_ranks(2, tmp_path, train, way) == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
+    assert lines(tmp_path / "run") == lines(whole / "run")
+    assert saved(tmp_path) == saved(whole)
+
+
+def saved(folder: Path) -> str:
+    """Of the last checkpoint, whole, whoever wrote it."""
+    return digest(state_of(folder / "run", recipe(folder)).tensors())
+
+
+def test_another_number_of_ranks_goes_on_from_the_same_state(whole: Path, tmp_path: Path, alone: Path) -> None:
+    """What ranks have saved is read by one process, and the other way round; nothing of the state changes."""
+    config = recipe(tmp_path)
+    # A finished run is read, and not trained: what it saves again would show.
+    before = saved(whole)
+    assert before == outcome(whole / "run", config)["state"]
+    run = prepare(tmp_path) / "run"
+    loop.train(tiny_recipe(tmp_path, *OVERRIDES, "optimizer.schedule=constant", "steps=2"), run, quiet=True)
+    longer = [*OVERRIDES, "optimizer.schedule=constant", "steps=4", "compute.shard=2"]
+    assert in_ranks(2, tmp_path, train, longer) == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
+    loop.train(tiny_recipe(tmp_path, *OVERRIDES, "optimizer.schedule=constant", "steps=6"), run, quiet=True)
+    assert [line["step"] for line in trained(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def poison_one(folder: Path, overrides: list[str], rank: int) -> None:
+    """For :func:`in_ranks`: the third step's batch of one rank has a target that is not finite."""
+    honest = loop.training_batch
+
+    def poisoned(config: TrainConfig, data: Any, step: int, *share: int) -> Batch:
+        batch = honest(config, data, step, *share)
+        if step == 2 and int(os.environ["RANK"]) == rank:
+            batch.targets[0, 0] = math.nan
+        return batch
+
+    loop.training_batch = poisoned
+    train(folder, overrides)
+
+
+def test_a_batch_that_is_not_finite_on_one_rank_is_skipped_on_all(way: list[str], tmp_path: Path) -> None:
+    assert in_ranks(2, prepare(tmp_path), poison_one, way, 1) == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
+    events = [(line["event"], line["step"]) for line in lines(tmp_path / "run")]
+    assert ("skipped", 3) in events
+    assert ("train", 3) not in events
+    assert [step for event, step in events if event == "train"] == [1, 2, 4, 5, 6]
+
+
+def test_errors_of_the_first_rank_are_told_by_all(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("")
+    assert in_ranks(2, tmp_path, train, OVERRIDES) == [FAILED, FAILED]
+    for rank in (0, 1):
+        assert "FileExistsError: output:" in said(tmp_path, rank)
+
+
+def test_what_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ConfigError, match=r"compute\.shard: got 2, but there is one process"),
+        join(recipe(tmp_path, "compute.shard=2")),
+    ):
+        pass
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(ConfigError, match=r"compute\.shard: got 3, expected a divisor of 4"),
+        join(recipe(tmp_path, "compute.shard=3")),
+    ):
+        pass
+    with (
+        pytest.raises(ConfigError, match="batch_size: got 2, expected at least 4"),
+        join(recipe(tmp_path, "batch_size=2")),
+    ):
+        pass
+
+
+def test_alone_there_is_nobody_to_ask() -> None:
+    assert ALONE.alone
+    assert ALONE.first
+    assert ALONE.total([1.5, 2.0]) == [1.5, 2.0]
+    assert ALONE.first_does(lambda: 3) == 3
+
+
+def test_torchrun_starts_it(tmp_path: Path) -> None:
+    """The command of the documentation, as a user gives it."""
+    tiny_recipe(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    command += ["-m", "pixelflow_engine", "train", "--config", str(tmp_path / "tiny.yaml"), "--quiet"]
+    command += ["--output", str(tmp_path / "run"), "steps=2", "compute.device=cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()][-1] == 2
