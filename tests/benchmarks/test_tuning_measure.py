@@ -204,8 +204,8 @@ def test_no_kernel_begins_after_the_budget() -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_candidate_is_accepted_by_its_kernel_and_right(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a model of two heads and images of at most 16 tokens, in float32."""
-    from pixelflow_benchmarks.suites.kernels import case
     from pixelflow_benchmarks.suites.kernels import adamw as adamw_case
+    from pixelflow_benchmarks.suites.kernels import case
     from pixelflow_benchmarks.suites.tuning import adamw, cascade, modulate, rope2d, varlen_attention
 
     # Among four keys one takes nearly all of a softmax: what is left of a gradient then is less than what is rounded.
