@@ -162,6 +162,20 @@ def test_numbers(data: st.DataObject) -> None:
     assert numbers[0] == want[0]
 
 
+@pytest.mark.parametrize("norm", [0.0, 1e-45, 0.7, 3e38, math.inf, math.nan, 2.0**63, 2.0**62])
+@pytest.mark.parametrize("max_norm", [1.0, math.inf])
+def test_numbers_of_norms_at_the_edge(norm: float, max_norm: float) -> None:
+    """What is not finite never counts; what is so large that its squares are not, only where it is clipped."""
+    from pixelflow_kernels.adamw import kernels
+
+    settings = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "max_norm": max_norm, "ema_decay": 0.5}
+    counters, numbers = torch.tensor([3, 1, 1]), torch.full((9,), -1.0)
+    kernels.launch_numbers(torch.tensor(norm), torch.tensor(1e-3), counters, numbers, settings)
+    counts = math.isfinite(norm) and (max_norm == 1.0 or norm < 2.0**63)
+    assert counters.tolist() == ([4, 1, 0] if counts else [3, 2, 2])
+    assert numbers[0] == float(counts)
+
+
 # --- the norm ------------------------------------------------------------------------------------------------
 
 
