@@ -38,6 +38,7 @@ VARIANTS = {
     "cascade.draw_renoise": BOTH,
     "cascade.renoise": BOTH,
     "cascade.training_pairs": BOTH,
+    "adamw.update": ("ours", "eager", "torch fused"),
 }
 """By kernel, so that collecting them makes no tensors."""
 
@@ -49,7 +50,9 @@ BATCH, DTYPE = (16, torch.bfloat16) if ON_GPU else (1, torch.float32)
 def stages_of(kernel: str) -> list[int]:
     """Where a kernel has a case, the largest first; on a CPU only its smallest."""
     last = len(STAGE_SIDES) - 1
-    first = {"cascade.draw_renoise": 1, "cascade.renoise": 1, "cascade.training_pairs": last}.get(kernel, 0)
+    first = {"cascade.draw_renoise": 1, "cascade.renoise": 1, "cascade.training_pairs": last, "adamw.update": last}.get(
+        kernel, 0
+    )
     return [*range(last, first - 1, -1)] if ON_GPU else [first]
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from pixelflow_benchmarks.suites.kernels import attention_truth, cascade, modulate, rope2d
+from pixelflow_benchmarks.suites.kernels import adamw, attention_truth, cascade, modulate, rope2d
 from pixelflow_benchmarks.suites.kernels import case as case_module
 from pixelflow_benchmarks.suites.kernels import varlen_attention as attention_cases
 from pixelflow_benchmarks.suites.kernels.case import Case, Outputs, Problem, faults, level_d
@@ -28,12 +28,12 @@ def narrow(
     monkeypatch: pytest.MonkeyPatch, sides: tuple[int, ...], heads: int = HEADS, head_dim: int = HEAD_DIM
 ) -> None:
     """A model of few heads and stages with small images."""
-    for module in (case_module, cascade):
+    for module in (case_module, cascade, adamw):
         monkeypatch.setattr(module, "STAGE_SIDES", sides)
     for module in (rope2d, attention_cases):
         monkeypatch.setattr(module, "HEADS", heads)
         monkeypatch.setattr(module, "HEAD_DIM", head_dim)
-    for module in (rope2d, modulate, attention_cases):
+    for module in (rope2d, modulate, attention_cases, adamw):
         monkeypatch.setattr(module, "WIDTH", heads * head_dim)
 
 
@@ -74,7 +74,7 @@ def passes(case: Case, ours: Outputs, plain: Outputs, truth: Outputs | None) -> 
 @pytest.mark.parametrize(("op", "dtype"), [*product(OPS, DTYPES)], ids=str)
 def test_what_a_case_does_not_let_pass(op: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every case of the command, with two images, which guidance doubles; stage 1 is the last one of cascade's."""
-    narrow(monkeypatch, (2, 4) if op == "cascade" else (4, 8, 16))
+    narrow(monkeypatch, (2, 4) if op in ("cascade", "adamw") else (4, 8, 16))
     cases = [*all_cases([op], [1], 2, dtype, CPU)]
     assert cases
     for case in cases:

@@ -204,17 +204,19 @@ def test_no_kernel_begins_after_the_budget() -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_candidate_is_accepted_by_its_kernel_and_right(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a model of two heads and images of at most 16 tokens, in float32."""
+    from pixelflow_benchmarks.suites.kernels import adamw as adamw_case
     from pixelflow_benchmarks.suites.kernels import case
-    from pixelflow_benchmarks.suites.tuning import cascade, modulate, rope2d, varlen_attention
+    from pixelflow_benchmarks.suites.tuning import adamw, cascade, modulate, rope2d, varlen_attention
 
     # Among four keys one takes nearly all of a softmax: what is left of a gradient then is less than what is rounded.
     sides = (4, 4, 4, 4) if kernel.startswith("varlen_attention") else (2, 2, 4, 4)
-    for module in (case, cascade):
+    for module in (case, cascade, adamw):
         monkeypatch.setattr(module, "STAGE_SIDES", sides)
     for module in (rope2d, varlen_attention):
         monkeypatch.setattr(module, "HEADS", 2)
     for module in (rope2d, modulate):
         monkeypatch.setattr(module, "WIDTH", 144)
+    monkeypatch.setattr(adamw_case, "WIDTH", 24)
     # The interpreter knows neither warps nor stages nor registers.
     different = {repr(sorted((k, v) for k, v in c.items() if k.isupper())): c for c in SPACES[kernel]}
     (tunable,) = tunables([kernel], (0, 3), 1, torch.float32, CPU)

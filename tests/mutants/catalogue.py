@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import cascade, modulate, ode_step, rope2d, varlen_attention
+from . import adamw, cascade, modulate, ode_step, rope2d, varlen_attention
 from .mutant import Mutant
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -11,4 +11,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *modulate.MUTANTS,
     *ode_step.MUTANTS,
     *varlen_attention.MUTANTS,
+    *adamw.MUTANTS,
 )

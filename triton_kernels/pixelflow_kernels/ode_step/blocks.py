@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pixelflow_kernels.configs import arch_of, launch_config
+from pixelflow_kernels.rounding import apart
 
 SMALL_IMAGE = 16384  # values; smaller images have blocks of their own size, so that there are enough of them
 
@@ -28,18 +29,6 @@ def block_of(blocks, stride_image, BLOCK: tl.constexpr):
     image = tl.program_id(0) // blocks
     places = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     return image, places, places < stride_image, image.to(tl.int64) * stride_image
-
-
-@triton.jit
-def apart(product):
-    """A float32 product with the same bits, which no compiler can fuse with the sum that it goes into.
-
-    For sm_100, ptxas 12.9 fuses packed products and sums even where it is told not to. So there the bits pass through
-    an integer sum with a zero that it does not know to be one: the grid has a single layer.
-    """
-    if product.dtype == tl.float32:
-        product = (product.to(tl.int32, bitcast=True) + tl.program_id(2)).to(tl.float32, bitcast=True)
-    return product
 
 
 @triton.jit

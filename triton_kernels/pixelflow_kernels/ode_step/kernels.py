@@ -19,7 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import apart, block_of, first_nonzero, guided_velocity, launch_arguments, velocity_arguments
+from pixelflow_kernels.rounding import apart
+
+from .blocks import block_of, first_nonzero, guided_velocity, launch_arguments, velocity_arguments
 
 
 @triton.jit

@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pixelflow_kernels.configs import arch_of, launch_config
+from pixelflow_kernels.rounding import apart
 
-from .blocks import apart, block_of, first_nonzero, guided_velocity, launch_arguments, velocity_arguments
+from .blocks import block_of, first_nonzero, guided_velocity, launch_arguments, velocity_arguments
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 
 from .case import STAGE_SIDES, Case, Problem
 
-OPS = ("varlen_attention", "modulate", "rope2d", "ode_step", "cascade")
+OPS = ("varlen_attention", "modulate", "rope2d", "ode_step", "cascade", "adamw")
 """Most important first: a run that is cut short has measured what matters most."""
 
 __all__ = ["OPS", "STAGE_SIDES", "Case", "Problem", "all_cases"]

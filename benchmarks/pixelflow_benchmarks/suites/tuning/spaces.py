@@ -29,7 +29,9 @@ def tiles(*sizes: tuple[int, int, int]) -> tuple[Config, ...]:
     return tuple({"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps} for m, n, warps in sizes)
 
 
-_VALUES = grid(axis("BLOCK", 256, 512, 1024, 2048), axis("num_warps", 2, 4, 8))  # of a state, value by value
+_VALUES = grid(
+    axis("BLOCK", 256, 512, 1024, 2048), axis("num_warps", 2, 4, 8)
+)  # of tensors that are worked on value by value
 
 SPACES: dict[str, tuple[Config, ...]] = {
     "varlen_attention.forward": grid(
@@ -58,6 +60,8 @@ SPACES: dict[str, tuple[Config, ...]] = {
     "ode_step.accept": _VALUES,
     "cascade.renoise": grid(axis("BLOCK_R", 4, 8, 16), axis("BLOCK_C", 16, 32, 64, 128), axis("num_warps", 4, 8)),
     "cascade.pairs": grid(axis("BLOCK", 1024, 2048, 4096), axis("num_warps", 2, 4, 8)),
+    "adamw.update": _VALUES,
+    "adamw.squares": _VALUES,
     "cascade.initial": grid(axis("BLOCK", 256, 512, 1024), axis("num_warps", 2, 4, 8)),
 }
 

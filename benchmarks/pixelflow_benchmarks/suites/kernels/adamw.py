@@ -1,0 +1,128 @@
+"""adamw: norm, clipping, AdamW and moving average of the parameters of some blocks, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from pixelflow_kernels.adamw import FusedAdamW, reference
+
+from .case import STAGE_SIDES, WIDTH, Case, Outputs, Problem, size_of
+
+LR, BETAS, EPS, DECAY, EMA = 1e-4, (0.9, 0.999), 1e-8, 0.01, 0.9999
+MAX_NORM = 1e9
+"""Above the gradients' norm: all of clipping is done, and no norm's last bit decides others."""
+TAKEN = 100
+"""Steps before this one."""
+
+State = dict[str, list[Tensor]]
+
+
+def cases(problem: Problem) -> Iterator[Case]:
+    """Once for all stages; half as many blocks as there are images, each of them of the published width."""
+    if problem.stage == len(STAGE_SIDES) - 1:
+        yield _update(problem)
+
+
+def block_shapes() -> list[tuple[int, ...]]:
+    """Weights and biases of a block, and the weights of its four norms."""
+    wide = ((3, 1), (1, 1), (4, 1), (1, 4), (6, 1))
+    products = [(rows * WIDTH, columns * WIDTH) for rows, columns in wide]
+    shapes: list[tuple[int, ...]] = [(WIDTH,)] * 4
+    return shapes + [shape for rows, columns in products for shape in ((rows, columns), (rows,))]
+
+
+def start(problem: Problem) -> State:
+    """Parameters, gradients and what a hundred steps have left behind, float32, the same every time."""
+    shapes = block_shapes() * max(problem.batch // 2, 1)
+    names = ("parameters", "gradients", "exp_avgs", "exp_avg_sqs", "averages")
+    state = {
+        name: [problem.normal(*shape, seed=5 * i + k, dtype=torch.float32) for i, shape in enumerate(shapes)]
+        for k, name in enumerate(names)
+    }
+    state["exp_avg_sqs"] = [x.square_() for x in state["exp_avg_sqs"]]
+    return state
+
+
+def _update(problem: Problem) -> Case:
+    state = start(problem)
+    gradients, device = state["gradients"], problem.device
+    settings = (*BETAS, EPS, DECAY, MAX_NORM, EMA)
+
+    def plain(dtype: torch.dtype = torch.float32) -> Outputs:
+        norm = reference.gradient_norm(gradients)
+        found = reference.numbers(norm.item(), LR, TAKEN, *settings)
+        numbers = torch.tensor(found, dtype=torch.float64, device=device).float().to(dtype)
+        lists = (state[name] for name in ("gradients", "parameters", "exp_avgs", "exp_avg_sqs", "averages"))
+        new = []
+        for g, p, m, v, average in zip(*lists, strict=True):
+            new.append(reference.update(g.to(dtype), p.to(dtype), m.to(dtype), v.to(dtype), average.to(dtype), numbers))
+        return tuple(x for tensors in zip(*new, strict=True) for x in tensors if x is not None)
+
+    return Case(
+        name=f"adamw.update/{problem.label}",
+        variants={
+            "ours": _Ours(state),
+            "eager": _Torch(state, fused=False),
+            "torch fused": _Torch(state, fused=True),
+        },
+        plain=plain,
+        truth=lambda: plain(torch.float64),
+        exact=True,
+        growth=4.0,  # torch also rounds beta2 and a parameter that has decayed
+        # Gradients twice: they cannot be clipped before all of them have been read.
+        bytes_moved=2 * size_of(*gradients) + 2 * sum(size_of(*state[n]) for n in state if n != "gradients"),
+    )
+
+
+class _Ours:
+    """The first call gives the outputs that are checked; each call is one step."""
+
+    def __init__(self, state: State) -> None:
+        self.gradients = state["gradients"]
+        own = [[x.clone() for x in state[name]] for name in ("parameters", "averages")]
+        self.optimizer = FusedAdamW(
+            *own, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, max_norm=MAX_NORM, ema_decay=EMA
+        )
+        for name in ("exp_avgs", "exp_avg_sqs"):
+            for mine, x in zip(getattr(self.optimizer, name), state[name], strict=True):
+                mine.copy_(x)
+        self.optimizer.counters[0] = TAKEN
+
+    def __call__(self) -> Outputs:
+        o = self.optimizer
+        o.update(self.gradients)
+        return (*o.parameters, *o.exp_avgs, *o.exp_avg_sqs, *o.averages)
+
+
+class _Torch:
+    """torch's clipping, AdamW (fused, or a launch for each operation) and interpolation, by lists of tensors."""
+
+    def __init__(self, state: State, fused: bool) -> None:
+        self.parameters = [torch.nn.Parameter(x.clone()) for x in state["parameters"]]
+        self.averages = [x.clone() for x in state["averages"]]
+        on_gpu = self.parameters[0].is_cuda
+        kind = {"fused": True} if fused else {"foreach": True}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, capturable=on_gpu, **kind
+        )
+        self.weight = 1 - min(EMA, (1 + TAKEN) / (10 + TAKEN))
+        for i, parameter in enumerate(self.parameters):
+            parameter.grad = state["gradients"][i].clone()
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(TAKEN), device=parameter.device),
+                "exp_avg": state["exp_avgs"][i].clone(),
+                "exp_avg_sq": state["exp_avg_sqs"][i].clone(),
+            }
+
+    def __call__(self) -> Outputs:
+        torch.nn.utils.clip_grad_norm_(self.parameters, MAX_NORM)
+        self.optimizer.step()
+        parameters = [p.detach() for p in self.parameters]
+        torch._foreach_lerp_(self.averages, parameters, self.weight)
+        moments = (self.optimizer.state[p] for p in self.parameters)
+        firsts, seconds = zip(*((m["exp_avg"], m["exp_avg_sq"]) for m in moments), strict=True)
+        return tuple(chain(parameters, firsts, seconds, self.averages))
