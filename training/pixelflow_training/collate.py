@@ -13,6 +13,7 @@ from pixelflow_engine.schedule import make_stages
 from pixelflow_kernels import PackedLayout
 from pixelflow_kernels.cascade import training_pairs
 
+from .data import SkippedImage
 from .plan import Plan
 
 
@@ -27,6 +28,7 @@ class Batch:
         labels: ``[n]``, dropped ones replaced by the null class; None for a model without classes.
         latent_size: ``[n]``, width in tokens.
         stage: ``[n]``, the stage of each image.
+        skipped: images that could not be read, for which others stand in.
     """
 
     tokens: Tensor
@@ -36,6 +38,7 @@ class Batch:
     labels: Tensor | None
     latent_size: Tensor
     stage: Tensor
+    skipped: tuple[SkippedImage, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; itself if it is there."""
@@ -49,6 +52,7 @@ class Batch:
             labels=None if self.labels is None else self.labels.to(device),
             latent_size=self.latent_size.to(device),
             stage=self.stage.to(device),
+            skipped=self.skipped,
         )
 
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from pixelflow_engine.model import PackedTransformer
 from .checkpoint import Checkpointer
 from .collate import Batch, make_batch
 from .config import OptimizerConfig, TrainConfig
-from .data import ImageSet, augment, load_digits
+from .data import ImageSource, Loader, SkippedImages, TrainingImages, augment, open_data
 from .draws import Purpose, new_seed
 from .files import replace_text
 from .loss import image_losses
@@ -48,19 +49,21 @@ def build_model(config: TrainConfig) -> PackedTransformer:
     return model
 
 
-def training_batch(config: TrainConfig, data: ImageSet, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-    """The batch of a step, or a rank's share of it: a pure function of the recipe and these numbers."""
+def training_batch(config: TrainConfig, data: TrainingImages, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+    """The batch of a step, or a rank's share of it: a pure function of the recipe, the images and these numbers."""
     plan = plan_step(config, step, len(data), rank, world_size)
-    images = augment(data.images[plan.sample], config.data.augment, plan.affine)
-    return make_batch(images, data.labels[plan.sample], plan, config.network)
+    taken = data.take(plan)
+    images = augment(taken.images, config.data.augment, plan.affine)
+    return replace(make_batch(images, taken.labels, plan, config.network), skipped=taken.skipped)
 
 
-def held_out_batches(config: TrainConfig, data: ImageSet) -> Iterator[Batch]:
+def held_out_batches(config: TrainConfig, data: TrainingImages) -> Iterator[Batch]:
     """Every held-out image once, in parts of at most ``batch_size``, with draws that never change."""
     parts = math.ceil(len(data) / config.batch_size)
     for part in range(parts):
         plan = plan_held_out(config, len(data), part, parts)
-        yield make_batch(data.images[plan.sample], data.labels[plan.sample], plan, config.network)
+        taken = data.take(plan)
+        yield replace(make_batch(taken.images, taken.labels, plan, config.network), skipped=taken.skipped)
 
 
 def batch_losses(model: PackedTransformer, batch: Batch) -> Tensor:
@@ -83,7 +86,13 @@ def held_out_loss(model: PackedTransformer, batches: list[Batch], num_stages: in
 
 
 def train(
-    config: TrainConfig, output: Path, quiet: bool = False, *, fresh: bool = False, from_step: int | None = None
+    config: TrainConfig,
+    output: Path,
+    quiet: bool = False,
+    *,
+    fresh: bool = False,
+    from_step: int | None = None,
+    source: ImageSource | None = None,
 ) -> Path:
     """Train on the CPU and write the averaged model; go on where a run was stopped or broke off.
 
@@ -97,6 +106,7 @@ def train(
         quiet: no progress bar.
         fresh: refuse a directory that holds anything.
         from_step: go on from the checkpoint of this step instead of the last one; later ones are deleted.
+        source: images of your own, instead of those that ``data.name`` and ``data.path`` say.
 
     Returns:
         the checkpoint's folder, ``output/model``.
@@ -104,15 +114,16 @@ def train(
     Raises:
         FileExistsError: ``output`` holds a run that cannot go on, or another process trains there.
         CheckpointError: the checkpoint is damaged or missing; nothing is lost, and ``from_step`` chooses another one.
-        ConfigError: the checkpoint is of another recipe.
-        OSError: a checkpoint could not be saved; the one before it is as it was.
+        ConfigError: the checkpoint is of another recipe, or the images do not suit the model.
+        ValueError: more than ``data.max_skipped`` images could not be read; the log has names and reasons.
+        OSError: a checkpoint could not be saved; the one before it is as it was. Or the data cannot be read.
+        ChildProcessError: a process that reads images has ended unexpectedly.
         FloatingPointError: more than ``guard.max_skipped`` steps in a row had a loss or gradient that is not finite;
             ``output/nonfinite.json`` has their samples.
         TrainingStopped: a signal came; everything is saved.
     """
     num_stages = config.scheduler.num_stages
-    train_set, held_out = load_digits(config.data, config.resolution, config.model.in_channels)
-    evaluation = list(held_out_batches(config, held_out))
+    train_set, held_out = open_data(config, source)
     state = TrainState(config, build_model(config))
     model, ema, optimizer = state.model, state.ema, state.optimizer
     with ExitStack() as stack:
@@ -120,13 +131,19 @@ def train(
         checkpoints = stack.enter_context(Checkpointer(run.checkpoints, config))
         begin_or_go_on(run, checkpoints, state, config, from_step)
         log = stack.enter_context(run.open_log(state.step))
+        skipped = SkippedImages(log, config.data.max_skipped)
+        evaluation = list(held_out_batches(config, held_out))
+        for batch in evaluation:
+            skipped.add(state.step, batch.skipped)
         stop = stack.enter_context(StopRequests())
+        data = stack.enter_context(Loader(train_set, config, state.step))
         bar = stack.enter_context(tqdm(total=config.steps, initial=state.step, disable=quiet, unit="step"))
         lap = time.perf_counter()
         began = lap - state.seconds
         images = tokens = 0
         while state.step < config.steps:
-            batch = training_batch(config, train_set, state.step)
+            batch = training_batch(config, data, state.step)
+            skipped.add(state.step + 1, batch.skipped)
             lr = learning_rate(config.optimizer, state.step, config.steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -146,12 +163,12 @@ def train(
             else:
                 state.skipped += 1
                 state.skipped_in_row += 1
-                log.write(skipped_record(config, train_set, state, stage_loss, loss, norm))
+                log.write(skipped_record(config, data, state, stage_loss, loss, norm))
             optimizer.zero_grad(set_to_none=True)
             images, tokens = images + config.batch_size, tokens + batch.layout.num_tokens
             bar.update()
             if state.skipped_in_row > config.guard.max_skipped:
-                raise not_finite(run, config, train_set, state)
+                raise not_finite(run, config, data, state)
 
             last = state.step == config.steps
             if finite and (state.step % config.log_every == 0 or last):
@@ -209,7 +226,7 @@ def begin_or_go_on(
 
 def skipped_record(
     config: TrainConfig,
-    data: ImageSet,
+    data: TrainingImages,
     state: TrainState,
     stage_loss: Sequence[float | None],
     loss: Tensor,
@@ -227,12 +244,12 @@ def skipped_record(
     }
 
 
-def batch_samples(config: TrainConfig, data: ImageSet, step: int) -> list[int]:
+def batch_samples(config: TrainConfig, data: TrainingImages, step: int) -> list[int]:
     """Which samples the batch of a step (from 0) is made of, by number."""
     return sorted(plan_step(config, step, len(data)).sample.tolist())
 
 
-def not_finite(run: RunDirectory, config: TrainConfig, data: ImageSet, state: TrainState) -> FloatingPointError:
+def not_finite(run: RunDirectory, config: TrainConfig, data: TrainingImages, state: TrainState) -> FloatingPointError:
     """Keep the samples of the steps that were skipped in a row, and say so."""
     first = state.step - state.skipped_in_row  # from 0
     batches = [{"step": s + 1, "samples": batch_samples(config, data, s)} for s in range(first, state.step)]
