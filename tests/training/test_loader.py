@@ -154,4 +154,4 @@ def test_the_smoke_recipe_trains_with_everything_on(tmp_path: Path) -> None:
     assert [step for event, step in events if event == "train"] == [2, 4, 6, 8, 10, 12]
     assert [step for event, step in events if event == "held_out"] == [6, 12]
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir())
-    assert kept == ["step-00000006", "step-00000010", "step-00000012"]
+    assert kept == ["step-00000000", "step-00000006", "step-00000010", "step-00000012"]

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import TracebackType
 
 import torch
@@ -130,6 +131,7 @@ def _undisturbed() -> Iterator[None]:
     The parent is told to stop by the same signals, finishes its step with them, and ends them itself. What torch makes
     of SIGCHLD, errors in the middle of anything, is undone.
     """
+    resource_tracker.ensure_running()  # now, as starting it lets these signals through again
     on_death = signal.getsignal(signal.SIGCHLD)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
