@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -142,5 +143,5 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(signal.SIGCHLD, on_death)
 
 
-def _as_it_is(taken: Taken) -> Taken:
+def _as_it_is(taken: Any) -> Any:
     return taken

@@ -88,11 +88,11 @@ def _members(shard: Path, descriptor: int) -> Iterator[Member]:
     """The plain files of a tar that is whole."""
     try:
         with tarfile.open(shard, "r:") as archive:
-            for member in archive:
+            while member := archive.next():
                 if member.isreg() and not member.issparse():
                     yield Member(member.name, member.offset_data, member.size)
                 archive.members.clear()  # type: ignore[attr-defined] # a list of all that it has seen
-            end = archive.offset  # type: ignore[attr-defined]
+            end = archive.offset
     except tarfile.TarError as error:
         raise ConfigError(f"data.path: {shard}: not a tar without compression, or not all of one: {error}") from error
     # What comes next is the end, unless a header is damaged, at which tarfile stops as well.
