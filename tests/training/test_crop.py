@@ -96,7 +96,7 @@ def ramp_error(square: Tensor, left: int, top: int, scale: tuple[float, float], 
     return max(float(np.abs(error).max()) for error in errors)
 
 
-@pytest.mark.parametrize(("height", "width"), [(72, 72), (144, 144), (120, 200), (250, 120), (60, 81)])
+@pytest.mark.parametrize(("height", "width"), [(72, 72), (144, 144), (120, 200), (250, 120), (60, 83)])
 def test_the_short_side_becomes_an_eighth_more_than_the_square(height: int, width: int) -> None:
     """Two roundings to whole levels, one for each direction: at most a level; a pixel beside would be more."""
     step = 1 if max(height, width) > 127 else 2
