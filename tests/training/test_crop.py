@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pixelflow_training import plan as plan_module
 from pixelflow_training.config import PILLOW_PIXELS
 from pixelflow_training.data import UnreadableImageError
 from pixelflow_training.data.crop import offset, prepare
@@ -56,6 +57,19 @@ def test_every_offset_is_equally_likely(tmp_path: Path) -> None:
     assert len(pairs) == 9
     # Five standard deviations of a binomial with 9000 tries of probability 1/9.
     assert all(abs(count - 1000) < 5 * (1000 * 8 / 9) ** 0.5 for count in pairs.values()), pairs
+
+
+@pytest.mark.parametrize("drawn", [0.0, 1 - 2.0**-53])
+def test_the_smallest_and_largest_draws_are_places(
+    drawn: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too rare to be met by chance."""
+    monkeypatch.setattr(
+        plan_module, "uniforms", lambda seed, purpose, at, n: torch.full((len(at), n), drawn, dtype=torch.float64)
+    )
+    places = plan_step(tiny_recipe(tmp_path), 0, 20).crop
+    assert places.shape == (8, 2)
+    assert {offset(32, place) for place in places.flatten().tolist()} <= {0, 32}
 
 
 def test_held_out_images_show_their_middle(tmp_path: Path) -> None:
