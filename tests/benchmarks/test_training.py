@@ -250,7 +250,7 @@ def test_a_step_moves_weights_as_adam_can() -> None:
 def test_the_engines_step_is_that_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four steps here and four of ``pixelflow train`` on the same images end with the same averages, bit for bit."""
     recipe = replace(TINY.recipe, steps=4, eval_every=4)
-    monkeypatch.setattr(loop, "load_digits", lambda *settings: (TINY.images(), TINY.images()))
+    monkeypatch.setattr(loop, "open_data", lambda *settings: (TINY.images(), TINY.images()))
     folder = loop.train(recipe, tmp_path / "run", quiet=True)
     who = run(PLAIN, opponents({name: w.clone() for name, w in loop.build_model(recipe).state_dict().items()}))
     for _ in range(4):

@@ -372,6 +372,8 @@ def test_going_back_deletes_what_lies_ahead(tmp_path: Path, folder: Path) -> Non
         ("model.depth=2", "model.depth: got 2, the checkpoint has 1"),
         ("optimizer.betas=[0.9, 0.95]", r"optimizer.betas: got \[0.9, 0.95\], the checkpoint has \[0.9, 0.999\]"),
         ("data.augment.shift=0.0", "data.augment.shift: got 0.0, the checkpoint has 0.03"),
+        ("data.crop=center", 'data.crop: got "center", the checkpoint has "random"'),
+        ("data.max_pixels=9", "data.max_pixels: got 9"),  # other images would be skipped
         ("batch_size=9", "batch_size: got 9"),
         ("steps=20", "steps: got 20, the checkpoint has 10"),  # the cosine ends elsewhere
     ],
@@ -388,6 +390,7 @@ def test_another_recipe_is_refused_by_key(tmp_path: Path, folder: Path, override
         ["log_every=3"],
         ["eval_every=2", "checkpoint.every=7", "checkpoint.keep_every=2"],
         ["guard.max_skipped=0", "guard.spike_factor=9.0"],
+        ["data.workers=3", "data.max_skipped=5"],
         ["optimizer.schedule=constant", "steps=20"],
     ],
 )

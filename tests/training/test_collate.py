@@ -35,6 +35,7 @@ def make_plan(config: PixelFlowConfig, count: int, seed: int, **given: Tensor) -
         "drop": torch.zeros(count, dtype=torch.bool),
         "flip": torch.zeros(count, dtype=torch.bool),
         "affine": torch.rand(count, 4, generator=draws, dtype=torch.float64),
+        "crop": torch.rand(count, 2, generator=draws, dtype=torch.float64),
         "noise_seed": torch.randint(-(2**63), 2**63 - 1, (count,), generator=draws),
     }
     return Plan(**(drawn | given))

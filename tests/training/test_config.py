@@ -21,6 +21,8 @@ RECIPES = sorted(
     if entry.name.endswith(".yaml")
 )
 
+DIGITS = [name for name in RECIPES if name.startswith("digits")]
+
 
 def written(folder: Path, text: str | bytes) -> str:
     path = folder / "recipe.yaml"
@@ -32,14 +34,28 @@ def written(folder: Path, text: str | bytes) -> str:
 
 
 def test_the_documented_recipes_ship() -> None:
-    assert RECIPES == ["digits", "digits-two-minutes"]
+    assert RECIPES == ["digits", "digits-two-minutes", "smoke", "xl-imagenet256"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_loads_by_name_and_by_path(name: str, tmp_path: Path) -> None:
     config = load_config(name)
     assert config == load_config(written(tmp_path, recipe_path(name).read_bytes()))
-    assert config.network.model.num_classes == 10
+    assert config.network.model.num_classes == (1000 if "imagenet" in name else 10)
+
+
+def test_the_large_recipe_is_the_published_configuration() -> None:
+    """As its authors' ``pixelflow_xl_c2i.yaml`` and ``train.py`` have it, in our names."""
+    config = load_config("xl-imagenet256", ["data.path=imagenet"])
+    model, optimizer, data = config.model, config.optimizer, config.data
+    assert (model.num_attention_heads, model.attention_head_dim, model.depth, model.patch_size) == (16, 72, 28, 4)
+    assert (model.in_channels, model.out_channels, model.num_classes, model.attention_bias) == (3, 3, 1000, True)
+    assert (config.scheduler.num_train_timesteps, config.scheduler.num_stages, config.resolution) == (1000, 4, 256)
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.betas) == (1e-4, 0, (0.9, 0.999))
+    assert (optimizer.schedule, optimizer.warmup_steps, optimizer.max_grad_norm) == ("constant", 0, 1)
+    assert (data.name, data.path, data.crop, data.augment.flip) == ("folder", "imagenet", "random", True)
+    assert (data.augment.rotate, data.augment.scale, data.augment.shift) == (0, 0, 0)
+    assert (config.ema_decay, config.label_drop, config.seed) == (0.9999, 0.1, 42)
 
 
 def test_the_short_recipe_makes_half_the_resolution_much_sooner() -> None:
@@ -50,7 +66,7 @@ def test_the_short_recipe_makes_half_the_resolution_much_sooner() -> None:
     assert short.steps * short.batch_size < long.steps * long.batch_size / 5
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", DIGITS)
 def test_a_recipe_keeps_out_the_digits_that_the_evaluation_holds_out(name: str) -> None:
     """The evaluation takes the default split: any other would judge a model by digits that it was trained on."""
     data, default = load_config(name).data, DataConfig()
@@ -69,7 +85,7 @@ def test_the_bundled_models_recipe_loads() -> None:
     assert load_config(str(folder / "recipe.yaml")) == load_config("digits")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", DIGITS)
 def test_digits_are_not_mirrored(name: str) -> None:
     assert not load_config(name).data.augment.flip
 
@@ -152,7 +168,9 @@ def test_an_unknown_key_is_named_beside_the_known_ones(override: str, key: str, 
         ("optimizer.betas=0.9", "optimizer.betas", "0.9", "a list"),
         ("optimizer.betas=[0.9, x]", "optimizer.betas[1]", "'x'", "a number"),
         ("optimizer.schedule=linear", "optimizer.schedule", "'linear'", "constant, cosine"),
-        ("data.name=faces", "data.name", "'faces'", "digits"),
+        ("data.name=faces", "data.name", "'faces'", "digits, folder, shards"),
+        ("data.crop=left", "data.crop", "'left'", "random, center"),
+        ("data.workers=1.5", "data.workers", "1.5", "an integer"),
         ("model.attention_bias=1", "model.attention_bias", "1", "bool"),
         ("model=3", "model", "int", "a mapping"),
         ("optimizer=[]", "optimizer", "list", "a mapping"),
@@ -238,6 +256,12 @@ def test_a_recipe_that_is_not_found_lists_those_that_are(name: str) -> None:
         (["model.cross_attention_dim=8"], "model.cross_attention_dim", ""),
         (["model.depth=0"], "model.depth", "0"),
         (["data.augment.scale=1.0"], "data.augment.scale", "1.0"),  # would shrink an image to nothing
+        (["data.workers=-1"], "data.workers", "-1"),
+        (["data.max_pixels=0"], "data.max_pixels", "0"),
+        (["data.max_pixels=89478486"], "data.max_pixels", "89478486"),  # Pillow would refuse it by itself
+        (["data.max_skipped=-1"], "data.max_skipped", "-1"),
+        (["data.path=somewhere"], "data.path", "'somewhere'"),  # that the digits would not be read from
+        (["data.name=folder", "model.in_channels=4", "model.out_channels=4"], "model.in_channels", "4"),
         (["optimizer.lr=-0.001"], "optimizer.lr", "-0.001"),
         (["optimizer.weight_decay=-0.1"], "optimizer.weight_decay", "-0.1"),
         (["optimizer.betas=[0.9]"], "optimizer.betas", "0.9"),

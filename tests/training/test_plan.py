@@ -64,12 +64,12 @@ def test_shapes_and_types(recipe: Make) -> None:
     for plan in (plan_step(config, 2, 30), plan_held_out(config, 7)):
         assert len(plan) == 7
         shapes = {name: tuple(getattr(plan, name).shape) for name in FIELDS}
-        assert shapes == dict.fromkeys(FIELDS, (7,)) | {"affine": (7, 4)}
+        assert shapes == dict.fromkeys(FIELDS, (7,)) | {"affine": (7, 4), "crop": (7, 2)}
         assert {getattr(plan, name).dtype for name in ("position", "sample", "stage", "time", "noise_seed")} == {
             torch.int64
         }
         assert plan.drop.dtype == plan.flip.dtype == torch.bool
-        assert plan.affine.dtype == torch.float64
+        assert plan.affine.dtype == plan.crop.dtype == torch.float64
 
 
 def test_a_plan_is_a_pure_function_of_recipe_and_step(recipe: Make) -> None:
@@ -169,6 +169,7 @@ def test_draws_have_their_laws_and_are_independent(recipe: Make) -> None:
         "noise, low": (plan.noise_seed & 0xFFFFF) / 2**20,
     }
     columns |= {f"affine {i}": (x + 1) / 2 for i, x in enumerate(plan.affine.unbind(1))}
+    columns |= {f"crop {i}": x for i, x in enumerate(plan.crop.unbind(1))}
     table = torch.stack([x.double() for x in columns.values()])
     for name, x in columns.items():
         x = x.double()

@@ -14,6 +14,7 @@ from pixelflow_engine.schedule import make_stages
 from pixelflow_kernels import PackedLayout
 from pixelflow_kernels.cascade import training_pairs
 
+from .data import SkippedImage
 from .plan import Plan
 
 
@@ -28,6 +29,7 @@ class Batch:
         labels: ``[n]``, dropped ones replaced by the null class; None for a model without classes.
         latent_size: ``[n]``, width in tokens.
         stage: ``[n]``, the stage of each image; on the CPU, as nothing is computed with it.
+        skipped: images that could not be read, for which others stand in.
     """
 
     tokens: Tensor
@@ -37,6 +39,7 @@ class Batch:
     labels: Tensor | None
     latent_size: Tensor
     stage: Tensor
+    skipped: tuple[SkippedImage, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; itself if it is there."""
@@ -50,6 +53,7 @@ class Batch:
             labels=None if self.labels is None else self.labels.to(device),
             latent_size=self.latent_size.to(device),
             stage=self.stage,
+            skipped=self.skipped,
         )
 
     def parts(self, count: int) -> list[Batch]:

@@ -14,6 +14,8 @@ import yaml
 from pixelflow_engine.config import ModelConfig, PixelFlowConfig, SchedulerConfig, from_mapping
 from pixelflow_engine.errors import ConfigError
 
+PILLOW_PIXELS = 89_478_485  # from which on Pillow warns of a bomb
+
 
 def _check(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
@@ -48,16 +50,35 @@ class DataConfig:
     """Where images come from.
 
     Attributes:
-        name: ``digits``, scikit-learn's 1,797 handwritten digits.
+        name: ``digits``, scikit-learn's 1,797 handwritten digits; ``folder``, a tree with a folder for each class;
+            ``shards``, tar files as WebDataset writes them.
+        path: where folders or shards are.
         held_out: number of images kept out of training.
         split_seed: which ones.
+        crop: how an image from a file becomes a square: ``random``, somewhere out of it at 1.125 times the size;
+            ``center``, out of its middle.
+        max_pixels: a file whose image has more is not decoded, but skipped; at most what Pillow allows.
+        max_skipped: different files that may be skipped because they cannot be read; one more stops the run.
+        workers: processes that read files ahead; 0 reads them between the steps.
         augment: see there.
     """
 
-    name: Literal["digits"] = "digits"
+    name: Literal["digits", "folder", "shards"] = "digits"
+    path: str | None = None
     held_out: int = 360
     split_seed: int = 0
+    crop: Literal["random", "center"] = "random"
+    max_pixels: int = PILLOW_PIXELS
+    max_skipped: int = 100
+    workers: int = 0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        if self.name == "digits" and self.path is not None:
+            raise ConfigError(f"data.path: got {self.path!r}, expected none for data.name=digits")
+        _check("data.max_pixels", self.max_pixels, 1, PILLOW_PIXELS)
+        _check("data.max_skipped", self.max_skipped, 0, math.inf)
+        _check("data.workers", self.workers, 0, 1024)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,6 +227,8 @@ class TrainConfig:
         most, largest = self.compute.max_tokens, (self.resolution // self.model.patch_size) ** 2
         if most is not None and most < largest:
             raise ConfigError(f"compute.max_tokens: got {most}, expected at least {largest}: the largest image")
+        if self.data.name != "digits" and self.model.in_channels not in (1, 3):
+            raise ConfigError(f"model.in_channels: got {self.model.in_channels}, expected 1 or 3 for images from files")
         halvings = 2**self.scheduler.num_stages
         if self.network.resolution % halvings:
             raise ConfigError(

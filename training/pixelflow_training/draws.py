@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     AFFINE = 22
     NOISE = 23
     HELD_OUT = 24
+    CROP = 25
 
 
 def words(seed: int, purpose: Purpose, positions: Tensor, count: int) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from pixelflow_engine.model import PackedTransformer
 from .checkpoint import Checkpointer
 from .collate import Batch, make_batch
 from .config import OptimizerConfig, TrainConfig
-from .data import ImageSet, augment, load_digits
+from .data import ImageSource, Loader, SkippedImages, TrainingImages, augment, open_data
 from .draws import Purpose, new_seed
 from .files import replace_text
 from .parallel import whole
@@ -49,19 +50,21 @@ def build_model(config: TrainConfig) -> PackedTransformer:
     return model
 
 
-def training_batch(config: TrainConfig, data: ImageSet, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-    """The batch of a step, or a rank's share of it: a pure function of the recipe and these numbers."""
+def training_batch(config: TrainConfig, data: TrainingImages, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+    """The batch of a step, or a rank's share of it: a pure function of the recipe, the images and these numbers."""
     plan = plan_step(config, step, len(data), rank, world_size)
-    images = augment(data.images[plan.sample], config.data.augment, plan.affine)
-    return make_batch(images, data.labels[plan.sample], plan, config.network)
+    taken = data.take(plan)
+    images = augment(taken.images, config.data.augment, plan.affine)
+    return replace(make_batch(images, taken.labels, plan, config.network), skipped=taken.skipped)
 
 
-def held_out_batches(config: TrainConfig, data: ImageSet, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+def held_out_batches(config: TrainConfig, data: TrainingImages, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
     """Every held-out image once, or a rank's share, in parts of a batch or less, with draws that never change."""
     parts = math.ceil(len(data) / config.batch_size)
     for part in range(parts):
         plan = plan_held_out(config, len(data), part * world_size + rank, parts * world_size)
-        yield make_batch(data.images[plan.sample], data.labels[plan.sample], plan, config.network)
+        taken = data.take(plan)
+        yield replace(make_batch(taken.images, taken.labels, plan, config.network), skipped=taken.skipped)
 
 
 @torch.no_grad()
@@ -75,7 +78,13 @@ def held_out_loss(
 
 
 def train(
-    config: TrainConfig, output: Path, quiet: bool = False, *, fresh: bool = False, from_step: int | None = None
+    config: TrainConfig,
+    output: Path,
+    quiet: bool = False,
+    *,
+    fresh: bool = False,
+    from_step: int | None = None,
+    source: ImageSource | None = None,
 ) -> Path:
     """Train and write the averaged model; go on where a run was stopped or broke off.
 
@@ -89,6 +98,7 @@ def train(
         quiet: no progress bar.
         fresh: refuse a directory that holds anything.
         from_step: go on from the checkpoint of this step instead of the last one; later ones are deleted.
+        source: images of your own, instead of those that ``data.name`` and ``data.path`` say.
 
     Returns:
         the checkpoint's folder, ``output/model``.
@@ -96,28 +106,36 @@ def train(
     Raises:
         FileExistsError: ``output`` holds a run that cannot go on, or another process trains there.
         CheckpointError: the checkpoint is damaged or missing; nothing is lost, and ``from_step`` chooses another one.
-        ConfigError: the checkpoint is of another recipe.
-        OSError: a checkpoint could not be saved; the one before it is as it was.
+        ConfigError: the checkpoint is of another recipe, or the images do not suit the model.
+        ValueError: more than ``data.max_skipped`` images could not be read; the log has names and reasons.
+        OSError: a checkpoint could not be saved; the one before it is as it was. Or the data cannot be read.
+        ChildProcessError: a process that reads images has ended unexpectedly.
         FloatingPointError: more than ``guard.max_skipped`` steps in a row had a loss or gradient that is not finite;
             ``output/nonfinite.json`` has their samples.
         TrainingStopped: a signal came; everything is saved.
     """
     num_stages = config.scheduler.num_stages
-    train_set, held_out = load_digits(config.data, config.resolution, config.model.in_channels)
+    train_set, held_out = open_data(config, source)
     with ExitStack() as stack:
         ranks = stack.enter_context(join(config))
         backend_of(config, ranks.device)  # before anything is written
         run = RunDirectory(output, fresh)
         ranks.first_does(lambda: stack.enter_context(run) and None)
-        shares = held_out_batches(config, held_out, ranks.rank, ranks.world_size)
-        evaluation = [batch.to(ranks.device) for batch in shares]
         state = TrainState(config, build_model(config).to(ranks.device), ranks)
         checkpoints = stack.enter_context(Checkpointer(run.checkpoints, config, ranks))
         begin_or_go_on(run, checkpoints, state, config, from_step)
         train_step = TrainStep(state, config, ranks)
         log: Log | Silence = run.open_log(state.step) if ranks.first else Silence()
         stack.enter_context(log)
+        skipped = SkippedImages(log, config.data.max_skipped)
+        evaluation = []
+        for batch in held_out_batches(config, held_out, ranks.rank, ranks.world_size):
+            note_skipped(batch, state.step, skipped, ranks)
+            evaluation.append(batch.to(ranks.device))
         stop = stack.enter_context(StopRequests())
+        data = stack.enter_context(
+            Loader(train_set, config, state.step, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
+        )
         bar = stack.enter_context(
             tqdm(total=config.steps, initial=state.step, disable=quiet or not ranks.first, unit="step")
         )
@@ -125,7 +143,8 @@ def train(
         began = lap - state.seconds
         images = tokens = 0
         while state.step < config.steps:
-            batch = training_batch(config, train_set, state.step, ranks.rank, ranks.world_size).to(ranks.device)
+            batch = training_batch(config, data, state.step, ranks.rank, ranks.world_size).to(ranks.device)
+            note_skipped(batch, state.step + 1, skipped, ranks)
             lr = learning_rate(config.optimizer, state.step, config.steps)
             done = train_step(batch, lr, parts_of_step(config, state.step, ranks.world_size))
             state.step += 1
@@ -136,11 +155,11 @@ def train(
             else:
                 state.skipped += 1
                 state.skipped_in_row += 1
-                log.write(skipped_record(config, train_set, state, done))
+                log.write(skipped_record(config, data, state, done))
             images, tokens = images + config.batch_size, tokens + done.tokens
             bar.update()
             if state.skipped_in_row > config.guard.max_skipped:
-                raise not_finite(run, config, train_set, state)
+                raise not_finite(run, config, data, state)
 
             last = state.step == config.steps
             if done.finite and (state.step % config.log_every == 0 or last):
@@ -186,6 +205,12 @@ def train(
     return run.model
 
 
+def note_skipped(batch: Batch, step: int, skipped: SkippedImages, ranks: Ranks) -> None:
+    """Count and log the images that any rank could not read on the way to a step."""
+    if unread := ranks.together(batch.skipped):
+        ranks.first_does(lambda: skipped.add(step, unread))
+
+
 def begin_or_go_on(
     run: RunDirectory, checkpoints: Checkpointer, state: TrainState, config: TrainConfig, from_step: int | None
 ) -> None:
@@ -211,7 +236,7 @@ def export(run: RunDirectory, state: TrainState, config: TrainConfig, ranks: Ran
 
 def skipped_record(
     config: TrainConfig,
-    data: ImageSet,
+    data: TrainingImages,
     state: TrainState,
     done: Stepped,
 ) -> dict[str, object]:
@@ -227,12 +252,12 @@ def skipped_record(
     }
 
 
-def batch_samples(config: TrainConfig, data: ImageSet, step: int) -> list[int]:
+def batch_samples(config: TrainConfig, data: TrainingImages, step: int) -> list[int]:
     """Which samples the batch of a step (from 0) is made of, by number."""
     return sorted(plan_step(config, step, len(data)).sample.tolist())
 
 
-def not_finite(run: RunDirectory, config: TrainConfig, data: ImageSet, state: TrainState) -> FloatingPointError:
+def not_finite(run: RunDirectory, config: TrainConfig, data: TrainingImages, state: TrainState) -> FloatingPointError:
     """Keep the samples of the steps that were skipped in a row, and say so."""
     first = state.step - state.skipped_in_row  # from 0
     batches = [{"step": s + 1, "samples": batch_samples(config, data, s)} for s in range(first, state.step)]

@@ -23,7 +23,7 @@ FORMAT = 1
 
 # Keys of a recipe that change what is logged, kept or tolerated, and no number of the run; and how it is computed,
 # which changes rounding, as another device does.
-FREE = ("log_every", "eval_every", "checkpoint", "guard", "compute")
+FREE = ("log_every", "eval_every", "checkpoint", "guard", "compute", "data.workers", "data.max_skipped")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,18 +120,19 @@ def verify(folder: Path, manifest: Manifest) -> None:
 def check_recipe(folder: Path, saved: Mapping[str, Any], config: TrainConfig) -> None:
     """Refuse to go on with another recipe.
 
-    Free are the keys that change no number: ``log_every``, ``eval_every``, ``checkpoint`` and ``guard``; ``compute``,
-    which changes rounding; and ``steps`` under a constant learning rate, so that a finished run can be made longer.
+    Free are the keys that change no number: ``log_every``, ``eval_every``, ``checkpoint``, ``guard``,
+    ``data.workers`` and ``data.max_skipped``; ``compute``, which changes rounding; and ``steps`` under a constant
+    learning rate, so that a finished run can be made longer.
 
     Raises:
         ConfigError: naming every key that differs, with both values.
     """
-    free = {*FREE, "steps"} if config.optimizer.schedule == "constant" else {*FREE}
+    free = (*FREE, "steps") if config.optimizer.schedule == "constant" else FREE
     before, now = _flat(saved), _flat(plain(config))
     changed = [
         f"{key}: got {json.dumps(now.get(key))}, the checkpoint has {json.dumps(before.get(key))}"
         for key in sorted(before.keys() | now.keys())
-        if key.partition(".")[0] not in free and before.get(key) != now.get(key)
+        if not any(key == name or key.startswith(f"{name}.") for name in free) and before.get(key) != now.get(key)
     ]
     if changed:
         raise ConfigError(f"{folder}: written by another recipe: {'; '.join(changed)}")

@@ -30,6 +30,7 @@ class Plan:
         drop: ``[n]`` bool, whether the label is replaced by the null class.
         flip: ``[n]`` bool, whether the image is mirrored left to right.
         affine: ``[n, 4]`` float64 from -1 to below 1, as fractions of their limits: turn, size, moves across and down.
+        crop: ``[n, 2]`` float64 above 0 to 1: where in the room beside it the square is cut out, across and down.
         noise_seed: ``[n]`` int64, 64 bits.
     """
 
@@ -40,6 +41,7 @@ class Plan:
     drop: Tensor
     flip: Tensor
     affine: Tensor
+    crop: Tensor
     noise_seed: Tensor
 
     def __len__(self) -> int:
@@ -75,6 +77,7 @@ def plan_step(config: TrainConfig, step: int, dataset_size: int, rank: int = 0, 
         drop=uniforms(seed, Purpose.LABEL_DROP, position, 1)[:, 0] < config.label_drop,
         flip=(uniforms(seed, Purpose.FLIP, position, 1)[:, 0] < 0.5) & config.data.augment.flip,
         affine=2 * uniforms(seed, Purpose.AFFINE, position, 4) - 1,
+        crop=1 - uniforms(seed, Purpose.CROP, position, 2),
         noise_seed=seeds(seed, Purpose.NOISE, position),
     )
 
@@ -101,7 +104,7 @@ def parts_of_step(config: TrainConfig, step: int, world_size: int = 1) -> int:
 
 
 def plan_held_out(config: TrainConfig, dataset_size: int, rank: int = 0, world_size: int = 1) -> Plan:
-    """Plan an evaluation of all held-out images, or a share of it: each once, unchanged, with its label.
+    """Plan an evaluation of all held-out images, or a share of it: each once, its middle, unchanged, with its label.
 
     Stages, times and noise are drawn once for all, by a seed of their own, and do not depend on the batch size.
 
@@ -121,6 +124,7 @@ def plan_held_out(config: TrainConfig, dataset_size: int, rank: int = 0, world_s
         drop=torch.zeros(count, dtype=torch.bool),
         flip=torch.zeros(count, dtype=torch.bool),
         affine=torch.zeros(count, 4, dtype=torch.float64),
+        crop=torch.full((count, 2), 0.5, dtype=torch.float64),
         noise_seed=seeds(seed, Purpose.NOISE, position),
     )
 

@@ -96,6 +96,7 @@ class Log:
     """
 
     def __init__(self, path: Path, step: int) -> None:
+        self._path = path
         if path.exists():
             text = path.read_text(encoding="utf-8", errors="replace")
             kept = "".join(itertools.takewhile(lambda line: _is_within(line, step), text.splitlines(keepends=True)))
@@ -112,6 +113,11 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+    def records(self, event: str) -> list[dict[str, object]]:
+        """What it holds of an event, in order."""
+        with self._path.open(encoding="utf-8") as file:
+            return [record for record in map(json.loads, file) if record.get("event") == event]
 
     def write(self, record: dict[str, object]) -> None:
         """Append a line, seen by readers at once."""
@@ -131,6 +137,10 @@ class Silence:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+    def records(self, event: str) -> list[dict[str, object]]:
+        """None."""
+        return []
 
     def write(self, record: dict[str, object]) -> None:
         """Nothing."""

@@ -1,0 +1,82 @@
+"""Images in a tree of folders, one for each class, as ImageNet's are: ``root/class/.../image.jpg``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from pixelflow_engine.errors import ConfigError
+
+from .decode import SUFFIXES, decode
+from .names import Names
+from .source import UnreadableImageError
+
+
+class FolderSource:
+    """The images below a folder; the class is the number of the first folder on the way, in the order of names.
+
+    Images are in the order of their paths' bytes, whatever the file system says. Files and folders whose names begin
+    with a dot are left out, and so is what does not end like an image.
+
+    Args:
+        root: the folder.
+        num_classes: of the model; 0 for a model without classes, which takes any number of folders.
+        channels, max_pixels: as in :func:`~.decode.decode`.
+
+    Raises:
+        ConfigError: there are not as many folders as classes, or one has no image.
+        OSError: a folder cannot be read.
+    """
+
+    def __init__(self, root: Path, num_classes: int, channels: int, max_pixels: int) -> None:
+        self.root = root
+        self.channels = channels
+        self.max_pixels = max_pixels
+        if not root.is_dir():
+            raise ConfigError(f"data.path: {root} is not a folder")
+        classes = sorted((e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != "."), key=os.fsencode)
+        if not classes or len(classes) != num_classes > 0:
+            expected = f"model.num_classes, {num_classes}" if num_classes else "one or more"
+            raise ConfigError(f"data.path: {root} has {_listed(classes, 'class folders')}, expected {expected}")
+        members = [_images_below(root, name) for name in classes]
+        if empty := [name for name, images in zip(classes, members, strict=True) if not images]:
+            raise ConfigError(f"data.path: {root} has {_listed(empty, 'class folders')} without images")
+        counts = torch.tensor([len(images) for images in members])
+        self.labels: Tensor = torch.arange(len(classes)).repeat_interleave(counts)
+        self._names = Names(name for images in members for name in images)
+
+    def name(self, sample: int) -> str:
+        """Path below the root."""
+        return self._names[sample]
+
+    def load(self, sample: int) -> Tensor:
+        """See :class:`~.source.ImageSource`."""
+        try:
+            with (self.root / self._names[sample]).open("rb") as file:
+                return decode(file, self.channels, self.max_pixels)
+        except OSError as error:
+            raise UnreadableImageError(error.strerror or str(error)) from error
+
+
+def _images_below(root: Path, name: str) -> list[str]:
+    """Paths of a class's images below the root, sorted."""
+    found = []
+    for folder, folders, files in os.walk(root / name, onerror=_raise):
+        folders[:] = [inner for inner in folders if inner[0] != "."]
+        below = os.path.relpath(folder, root)
+        found += [f"{below}/{file}" for file in files if file[0] != "." and file.lower().endswith(SUFFIXES)]
+    return sorted(found, key=os.fsencode)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def _listed(names: list[str], what: str) -> str:
+    """``3 class folders (cat, dog, owl)``."""
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return f"{len(names)} {what}" + (f" ({shown})" if names else "")

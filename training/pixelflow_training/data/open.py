@@ -1,0 +1,53 @@
+"""From a recipe to the images that it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pixelflow_engine.errors import ConfigError
+from pixelflow_training.config import TrainConfig
+
+from .digits import load_digits
+from .folder import FolderSource
+from .prepared import PreparedImages
+from .shards import ShardSource
+from .source import ImageSource, TrainingImages, split
+
+
+def open_data(config: TrainConfig, source: ImageSource | None = None) -> tuple[TrainingImages, TrainingImages]:
+    """Images to train on, and those that are held out.
+
+    Args:
+        config: the recipe.
+        source: images of your own, instead of those that ``data.name`` and ``data.path`` say.
+
+    Raises:
+        ConfigError: there is no path, or what is there does not suit the model.
+        ValueError: ``data.held_out`` leaves nothing on one side, or a label is of no class.
+        OSError: a folder or file cannot be read.
+        ImportError: the digits without scikit-learn.
+    """
+    data, model = config.data, config.model
+    if source is None and data.name == "digits":
+        return load_digits(data, config.resolution, model.in_channels)
+    if source is None:
+        if data.path is None:
+            raise ConfigError(f"data.path: missing, expected where the images of data.name={data.name} are")
+        kind = FolderSource if data.name == "folder" else ShardSource
+        source = kind(Path(data.path), model.num_classes, model.in_channels, data.max_pixels)
+    _check_labels(source.labels, model.num_classes)
+    kept, held_out = split(len(source.labels), data)
+    return PreparedImages(source, kept, config), PreparedImages(source, held_out, config)
+
+
+def _check_labels(labels: Tensor, num_classes: int) -> None:
+    if labels.dtype != torch.int64 or labels.ndim != 1:
+        raise ValueError(f"labels: got {labels.dtype} {list(labels.shape)}, expected torch.int64 [N]")
+    if num_classes and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(
+            f"labels: got {int(labels.min())} to {int(labels.max())}, expected 0 to {num_classes - 1}: "
+            f"model.num_classes is {num_classes}"
+        )

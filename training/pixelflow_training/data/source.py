@@ -1,0 +1,107 @@
+"""What training asks of images: a source of them by number, and those of a plan, ready for the pack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pixelflow_training.config import DataConfig
+from pixelflow_training.plan import Plan
+
+
+class UnreadableImageError(Exception):
+    """An image cannot be read, or is not one; the message is the reason, and the same every time."""
+
+
+class ImageSource(Protocol):
+    """Labelled images by number, of any size. Whoever implements it can be trained on: ``train(source=...)``.
+
+    With ``data.workers`` above 0 it is pickled, once for each worker.
+
+    Attributes:
+        labels: ``[N]`` int64, from 0 to ``model.num_classes - 1``; their number is that of the images.
+    """
+
+    @property
+    def labels(self) -> Tensor:
+        """See above."""
+
+    def name(self, sample: int) -> str:
+        """What a user would look for: a file's name, say."""
+
+    def load(self, sample: int) -> Tensor:
+        """An image ``[c, H, W]`` uint8 with the model's channels, the same at every call.
+
+        Raises:
+            UnreadableImageError: it is skipped; any other error stops the run.
+        """
+
+
+class SkippedImage(NamedTuple):
+    """An image that could not be read."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Taken:
+    """The images of a plan, in its order.
+
+    Attributes:
+        images: ``[n, c, R, R]`` uint8.
+        labels: ``[n]`` int64.
+        skipped: those that could not be read; others stand in for them.
+    """
+
+    images: Tensor
+    labels: Tensor
+    skipped: tuple[SkippedImage, ...] = ()
+
+    def pin_memory(self) -> Taken:
+        """The same in memory that a GPU can read by itself."""
+        return Taken(self.images.pin_memory(), self.labels.pin_memory(), self.skipped)
+
+
+class TrainingImages(Protocol):
+    """Images of the model's size, numbered as plans number samples."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, plan: Plan) -> Taken:
+        """The images of a plan."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ImageSet:
+    """Labelled images in memory.
+
+    Attributes:
+        images: ``[N, c, R, R]`` uint8.
+        labels: ``[N]`` int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def take(self, plan: Plan) -> Taken:
+        """The images of a plan."""
+        return Taken(self.images[plan.sample], self.labels[plan.sample])
+
+
+def split(count: int, config: DataConfig) -> tuple[Tensor, Tensor]:
+    """Numbers of the images to train on and of those held out, each in an order drawn by ``split_seed``.
+
+    Raises:
+        ValueError: ``held_out`` leaves nothing on one side.
+    """
+    if not 0 < config.held_out < count:
+        raise ValueError(f"data.held_out: got {config.held_out}, expected 1 to {count - 1}")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.split_seed))
+    return order[config.held_out :], order[: config.held_out]
