@@ -7,7 +7,9 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .curves import Curve, RunCurves
 from .look import PALETTE, plot_style
@@ -110,14 +112,14 @@ def _draw_stage(axes: Axes, run: RunCurves, stage: int, smooth: float, number: i
                   marker="x", markersize=5, color=WRONG, gid=f"{name}-skipped", zorder=4)  # fmt: skip
 
 
-def _line(axes: Axes, curve: Curve, color: str, name: str, **look: object) -> None:
+def _line(axes: Axes, curve: Curve, color: str, name: str, **look: Any) -> None:
     if len(curve) == 1:
         look = {"marker": "o", "markersize": 3.6, **look}
     if len(curve):
         axes.plot(curve.steps, curve.values, color=color, gid=name, **look)
 
 
-def _dots(axes: Axes, curve: Curve, color: str, name: str, marker: str = "o", **look: object) -> None:
+def _dots(axes: Axes, curve: Curve, color: str, name: str, marker: str = "o", **look: Any) -> None:
     if len(curve):
         look = {"markeredgewidth": 0, **look} if "markeredgecolor" not in look else look
         axes.plot(curve.steps, curve.values, color=color, gid=name, linestyle="none", marker=marker, **look)
@@ -127,7 +129,9 @@ def _finish(axes: Axes, title: str, last: int, log: bool) -> None:
     """Title, ticks, and a logarithmic axis if asked for and positive values span much."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    values = [y for line in axes.lines if line.get_transform() == axes.transData for y in line.get_ydata()]
+    values = [
+        float(y) for line in axes.lines if line.get_transform() == axes.transData for y in np.asarray(line.get_ydata())
+    ]
     axes.set_title(title, fontsize=11, loc="left", color=INK)
     axes.set_xlim(0, last * 1.02)
     axes.grid(axis="y", alpha=0.7)
@@ -150,7 +154,7 @@ def _legend(figure: Figure, runs: Sequence[RunCurves]) -> None:
     """Runs by colour, then what the marks mean."""
     from matplotlib.lines import Line2D
 
-    def mark(label: str, **look: object) -> Line2D:
+    def mark(label: str, **look: Any) -> Line2D:
         return Line2D([], [], **{"color": INK, "label": label, **look})
 
     marks = [
@@ -164,7 +168,7 @@ def _legend(figure: Figure, runs: Sequence[RunCurves]) -> None:
         marks.append(mark("step skipped", linestyle="none", marker="x", markersize=5, color=WRONG))
     height = figure.get_figheight() * 72
     names = [mark(f"{run.name} ({run.last} steps)", color=_color(n), linewidth=3) for n, run in enumerate(runs)]
-    shared = {"frameon": False, "fontsize": 10, "handlelength": 2.2}
+    shared: dict[str, Any] = {"frameon": False, "fontsize": 10, "handlelength": 2.2}
     figure.legend(handles=marks, loc="lower center", bbox_to_anchor=(0.5, 0.0), ncols=len(marks), **shared)
     figure.legend(handles=names, loc="lower center", bbox_to_anchor=(0.5, 24 / height), ncols=2, **shared)
 

@@ -38,7 +38,8 @@ def command(
 
     if output.suffix != ".jsonl":
         raise ValueError(f"output: got {output}, expected a name that ends in .jsonl")
-    head = {"recipe": config, "steps": steps or STEPS, "count": count}
+    steps = steps or STEPS
+    head = {"recipe": config, "steps": steps, "count": count}
     runs = read_runs(output) if output.exists() else []
     for run in runs:
         if other := {key: run.environment.get(key) for key in head if run.environment.get(key) != head[key]}:
@@ -46,6 +47,6 @@ def command(
     before = [record for run in runs for record in run.records]
     output.parent.mkdir(parents=True, exist_ok=True)
     with recording(output, "ablations", CPU, **head) as keep:
-        keep.all(measure_ablations(config, work, range(seeds), head["steps"], count, before, quiet))
+        keep.all(measure_ablations(config, work, range(seeds), steps, count, before, quiet))
     for table in TABLES.values():
         show(table([*runs, keep.run]))
