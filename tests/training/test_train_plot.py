@@ -179,6 +179,19 @@ def test_every_series_is_drawn_where_it_belongs(tmp_path: Path) -> None:
     assert {"a (100 steps)", "b (200 steps)", "spike", "step skipped", "held out"} <= {*said}
 
 
+def test_the_smoothed_line_is_smoothed(tmp_path: Path) -> None:
+    run = written(tmp_path / "run", *(step(s, 0.5 + 0.1 * (s % 2)) for s in range(1, 41)))
+    heights = {}
+    for smooth in (0, 10):
+        plotted(run, "--smooth", smooth, "--output", tmp_path / "x.svg")
+        found = series(tmp_path / "x.svg")
+        heights[smooth] = [[y for _, y in found[f"run0-stage0-{kind}"]] for kind in ("raw", "smoothed")]
+    raw, line = heights[0]
+    assert line == pytest.approx(raw, abs=1e-4)
+    raw, line = heights[10]
+    assert max(line[6:]) - min(line[6:]) < (max(raw) - min(raw)) / 5  # the mean of eleven turns by an eleventh
+
+
 def test_nothing_is_marked_where_nothing_happened(tmp_path: Path) -> None:
     plotted(written(tmp_path / "a", step(1, 0.5), step(2, 0.4)), "--output", tmp_path / "x.svg")
     assert not {"spike", "step skipped"} & {*texts(tmp_path / "x.svg")}

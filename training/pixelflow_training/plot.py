@@ -105,7 +105,7 @@ def _draw_stage(axes: Axes, run: RunCurves, stage: int, smooth: float, number: i
     # Behind the dots of training a line would be lost.
     _line(axes, held_out, color, f"{name}-held-out", linewidth=0.9, marker="o", markersize=3.6,
           markerfacecolor="white", linestyle=(0, (4, 2)), zorder=3)  # fmt: skip
-    _dots(axes, spikes, WRONG, f"{name}-spikes", marker="^", markersize=5, markeredgecolor=color)
+    _dots(axes, spikes, WRONG, f"{name}-spikes", marker="^", markersize=5.5, markeredgecolor=color, markeredgewidth=0.5)
     if run.skipped:
         # At the foot of the panel, whatever the losses are.
         axes.plot(run.skipped, [0.02] * len(run.skipped), transform=axes.get_xaxis_transform(), linestyle="none",
