@@ -180,11 +180,11 @@ def generated(stages: int, seed: int, name: str, **scores: Any) -> dict[str, Any
 
 
 def made_up(frechet: dict[str, list[float]]) -> list[Run]:
-    """Three seeds in two runs; settings that are not named score 0."""
+    """Three seeds in two runs; settings that are not named score 0, and 10 more for each stage that is missing."""
     places = {(stages, s.name) for stages, settings in plan.PLAN.items() for s in settings}
     places |= {(plan.FULL, measure.matched_name(s)) for s in plan.DOPRI5}
     records = [
-        generated(stages, seed, name, frechet=frechet.get(name, [0.0] * 3)[seed])
+        generated(stages, seed, name, frechet=frechet.get(name, [0.0] * 3)[seed] + 10 * (plan.FULL - stages))
         for stages, name in sorted(places)
         for seed in range(3)
     ]
@@ -230,6 +230,12 @@ def test_rows_are_of_the_cascade_and_the_setting_that_they_name() -> None:
     solvers = {row[0]: row for row in table.solvers_table(runs).rows}
     assert solvers["Euler 30"][4] == "4.33 ± 0.50"
     assert solvers["Euler 20"][4] == "0.00 ± 0.00"
+    kick_off = [row[:2] + row[3:4] for row in table.kick_off_table(runs).rows if row[1] == plan.UNGUIDED.name]
+    assert kick_off == [
+        ("16 px", plan.UNGUIDED.name, "20.00 ± 0.00"),
+        ("8 → 16 px", plan.UNGUIDED.name, "10.00 ± 0.00"),
+        ("4 → 8 → 16 px", plan.UNGUIDED.name, "0.00 ± 0.00"),
+    ]
     trained = table.trainings_table(runs)
     assert [row[0] for row in trained.rows] == ["16 px", "8 → 16 px", "4 → 8 → 16 px"]
     assert trained.rows[1][4:] == ("11 ± 1", "0.2000 ± 0.1000, 0.2000 ± 0.1000")
