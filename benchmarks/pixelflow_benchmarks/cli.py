@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from .commands import (
+    ablations,
     blocks,
     coldstart,
     compare,
@@ -25,6 +26,7 @@ from .commands import (
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure the quality of generated images.")
 evaluate.command("digits")(digits.evaluate)
+evaluate.command("ablations")(ablations.command)
 evaluate.command("table")(digits.table)
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed.")

@@ -102,8 +102,6 @@ def train_killed_on_disk(folder: Path, overrides: list[str], operation: int) -> 
 
 def train_by_command(folder: Path, overrides: list[str], step: int, signals: list[signal.Signals]) -> None:
     """For :func:`in_process`: ``pixelflow train``, sent signals when a step begins."""
-    import typer
-
     from pixelflow_training.cli import train
 
     def act() -> None:
@@ -112,6 +110,4 @@ def train_by_command(folder: Path, overrides: list[str], step: int, signals: lis
 
     at_step(step, act)
     tiny_recipe(folder)
-    app = typer.Typer()
-    app.command()(train)
-    app(["--config", str(folder / "tiny.yaml"), "--output", str(folder / "run"), "--quiet", *overrides])
+    train(["--config", str(folder / "tiny.yaml"), "--output", str(folder / "run"), "--quiet", *overrides])

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
 from pixelflow_engine.errors import CheckpointError
@@ -254,11 +253,9 @@ def test_the_command_says_how_to_begin(
     tmp_path: Path, config: TrainConfig, options: list[str], error: type[Exception], message: str
 ) -> None:
     break_off(config, tmp_path / "run", 1)
-    app = typer.Typer()
-    app.command()(train)
     command = ["--config", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "run"), *options, *OVERRIDES]
     with pytest.raises(error, match=message):
-        CliRunner().invoke(app, command, catch_exceptions=False)
+        CliRunner().invoke(train, command, catch_exceptions=False)
 
 
 def test_a_run_without_checkpoints_is_not_overwritten(tmp_path: Path, config: TrainConfig) -> None:

@@ -1,18 +1,31 @@
-"""``pixelflow train``."""
+"""``pixelflow train``: a run, and pictures of runs."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 console = Console()
 
 
-def train(
+class TrainGroup(TyperGroup):
+    """A group whose first command needs no name: what does not begin with the name of a command is for it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See :class:`click.Command`."""
+        return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
+
+
+train = typer.Typer(cls=TrainGroup, help="Train a model from a recipe, or go on; draw what runs did.")
+
+
+@train.command()
+def run(
     config: Annotated[str, typer.Option(help="YAML file, or the name of a recipe: digits, digits-two-minutes.")],
     output: Annotated[Path, typer.Option(help="Run directory: recipe, log, checkpoints, model. A run there goes on.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dotted: optimizer.lr=3e-4")] = None,
@@ -23,6 +36,8 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Train a model from a recipe, or go on; the result is a checkpoint that every other command takes.
+
+    The word `run` may be left out. `pixelflow train plot RUN` draws what a run did.
 
     SIGTERM and SIGINT (Ctrl-C) finish the step, save, and exit with code 75: the same command goes on. A second Ctrl-C
     stops at once, with code 130; the last checkpoint stays. Go on only from run directories of your own: loading a
@@ -42,3 +57,23 @@ def train(
         os._exit(EXIT_AT_ONCE)
     if not quiet:
         console.print(f"wrote {folder}", highlight=False, soft_wrap=True)
+
+
+@train.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, or their logs.")],
+    output: Annotated[Path, typer.Option(help="The picture: *.svg or *.png.")] = Path("losses.svg"),
+    smooth: Annotated[
+        float | None,
+        typer.Option(min=0, help="Steps that losses are averaged over; by default a thirtieth of the run."),
+    ] = None,
+) -> None:
+    """Draw losses by stage, learning rate, gradient norm and speed of runs, also of one that goes on.
+
+    Spikes and steps that were skipped are marked in red.
+    """
+    from .curves import read_curves, short_names
+    from .plot import save_plot
+
+    save_plot([read_curves(run, name) for run, name in zip(runs, short_names(runs), strict=True)], output, smooth)
+    console.print(f"wrote {output}", highlight=False, soft_wrap=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pixelflow_benchmarks.harness.results import Run, newest, read_runs, result_files
 from pixelflow_benchmarks.harness.tables import TextTable
+from pixelflow_benchmarks.quality.ablations.table import TABLES as ABLATIONS
 from pixelflow_benchmarks.quality.table import again_table, quality_table
 from pixelflow_benchmarks.suites.gate.spread import spread_table
 
@@ -34,6 +35,8 @@ OF_EVALUATIONS: Mapping[str, Callable[..., TextTable]] = {
 """From the lines of files that are no runs of a suite: evaluations, and the gate's ratios again and again."""
 OF_PAIRS: Mapping[str, Callable[[Sequence[Run], Sequence[Run]], TextTable]] = {"agreement": agreement_table}
 """From the runs of two result files."""
+OF_RUNS: Mapping[str, Callable[[Sequence[Run]], TextTable]] = ABLATIONS
+"""From all runs of result files together: each did what those before it had left."""
 
 
 def fill(page: str, root: Path) -> str:
@@ -56,8 +59,12 @@ def _table(name: str, sources: list[str], root: Path) -> str:
         return OF_EVALUATIONS[name](*evaluations).markdown()
     if name in OF_PAIRS:
         return OF_PAIRS[name](*(read_runs(path) for path in paths)).markdown()
+    if name in OF_RUNS:
+        runs = [run for path in paths if path.exists() for run in read_runs(path)]
+        absent = f"Not measured: no run of `pixelflow eval ablations` in {', '.join(sources)}.\n"
+        return OF_RUNS[name](runs).markdown() if runs else absent
     if name not in OF_SUITES:
-        known = ", ".join([*OF_SUITES, *OF_EVALUATIONS, *OF_PAIRS])
+        known = ", ".join([*OF_SUITES, *OF_EVALUATIONS, *OF_PAIRS, *OF_RUNS])
         raise ValueError(f"table: got {name!r}, expected one of {known}")
     files = [file for path in paths for file in ([path] if path.is_file() else result_files(path))]
     run = newest([run for file in files for run in read_runs(file)], name)

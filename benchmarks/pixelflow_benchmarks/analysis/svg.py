@@ -12,7 +12,9 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pixelflow_training.look import PALETTE, plot_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,34 +23,10 @@ INK, FAINT, WRONG, ABSENT = "#010203", "#040506", "#070809", "#0a0b0c"
 """Colours that the page decides on."""
 _IN_PAGE = {INK: "currentColor", FAINT: "var(--rule)", WRONG: "var(--wrong)", ABSENT: "var(--muted)"}
 
-PALETTE = ("#2f81c9", "#d9730d", "#2c9c69", "#8a6fd1", "#c2559d", "#1f9aae", "#9a8f1e", "#a8714b")
-"""On white and on black alike; red is for what is wrong, grey for who sets the measure."""
 GREYS = ("#858c96", "#b08f6a")
 MARKERS = "osD^vP"
 
 _TAG = re.compile(r"<[^<>]*>")
-
-STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "pixelflow",
-    "text.parse_math": False,
-    "font.size": 11,
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 11,
-    "axes.linewidth": 1,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.8,
-    "lines.markersize": 5.5,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +48,7 @@ def drawing() -> Iterator[None]:
         from matplotlib import style
     except ImportError as error:
         raise ImportError("report needs matplotlib: the extra `report` (in a clone: make setup)") from error
-    with style.context(["default", STYLE]):
+    with style.context(["default", plot_style(INK, FAINT)]):
         yield
 
 

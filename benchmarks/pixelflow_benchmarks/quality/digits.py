@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from pixelflow_benchmarks.harness.environment import environment
 from pixelflow_engine import PixelFlowEngine
+from pixelflow_engine.events import StageReport
 from pixelflow_training.config import DataConfig
 from pixelflow_training.data import load_digits
 
@@ -21,17 +22,26 @@ from .scores import Judge, Scores, scan_values
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """One way to sample."""
+    """One way to sample.
+
+    Attributes:
+        solver: of every stage.
+        steps: Euler's, of every stage or of each.
+        rtol: Dopri5's relative tolerance.
+        guidance_schedule, guidance_scale: the weights of guidance.
+    """
 
     solver: Literal["euler", "dopri5"] = "euler"
-    steps: int = 10
+    steps: int | tuple[int, ...] = 10
+    rtol: float = 1e-3
     guidance_schedule: Literal["stagewise", "constant"] = "stagewise"
     guidance_scale: float = 2.4
 
     @property
     def name(self) -> str:
         """What a reader calls it."""
-        steps = f"Euler {self.steps}" if self.solver == "euler" else "Dopri5"
+        tolerance = "" if self.rtol == 1e-3 else f" {self.rtol:g}"
+        steps = f"Euler {self.steps}" if self.solver == "euler" else f"Dopri5{tolerance}"
         guidance = "no guidance" if self.guidance_scale == 1 else f"{self.guidance_schedule} {self.guidance_scale:g}"
         return f"{steps}, {guidance}"
 
@@ -49,24 +59,25 @@ SETTINGS = (
 
 def sample_digits(
     engine: PixelFlowEngine, setting: Setting, count: int, seed: int, batch_size: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64], int]:
-    """``count`` images ``[N, R, R, c]`` with classes in turn, their classes, and evaluations of the first batch."""
+) -> tuple[NDArray[np.float32], NDArray[np.int64], list[tuple[StageReport, ...]]]:
+    """``count`` images ``[N, R, R, c]`` with classes in turn, their classes, and the stages of each batch."""
     classes = engine.config.model.num_classes
     labels = [i % classes for i in range(count)]
-    parts, evaluations = [], 0
+    parts, reports = [], []
     for first in range(0, count, batch_size):
         out = engine(
             labels[first : first + batch_size],
             num_inference_steps=setting.steps,
             solver=setting.solver,
+            rtol=setting.rtol,
             guidance_schedule=setting.guidance_schedule,
             guidance_scale=setting.guidance_scale,
             seed=seed + first,
             output_type="np",
         )
         parts.append(np.asarray(out.images))
-        evaluations = evaluations or sum(stage.evaluations for stage in out.stages)
-    return np.concatenate(parts), np.array(labels, dtype=np.int64), evaluations
+        reports.append(out.stages)
+    return np.concatenate(parts), np.array(labels, dtype=np.int64), reports
 
 
 def evaluate_digits(
@@ -98,7 +109,7 @@ def evaluate_digits(
         for repeat in range(repeats):
             for setting in settings:
                 began = time.perf_counter()
-                images, labels, evaluations = sample_digits(engine, setting, count, repeat * 1_000_000, batch_size)
+                images, labels, reports = sample_digits(engine, setting, count, repeat * 1_000_000, batch_size)
                 seconds = time.perf_counter() - began
                 scores: Scores = judge.score(scan_values(images), labels)
                 bar.update()
@@ -108,7 +119,7 @@ def evaluate_digits(
                     **asdict(setting),
                     "repeat": repeat,
                     "count": count,
-                    "evaluations": evaluations,
+                    "evaluations": sum(stage.evaluations for stage in reports[0]),
                     "seconds": seconds,
                     **asdict(scores),
                 }
