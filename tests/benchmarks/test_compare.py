@@ -83,9 +83,9 @@ def test_how_two_runs_of_one_version_agree() -> None:
         run_of("images", beside("x", 1, 2)),
     ]
     assert agreement_table(one, two).rows == (
-        ("kernels", "2", "1", "1", "1"),
-        ("images", "1", "0", "1", "0"),
-        ("all", "3", "1", "2", "1"),
+        ("kernels", "1", "2", "1", "2.0%", "1", "1", "2.0%"),
+        ("images", "1", "1", "0", "2.0%", "1", "0", "2.0%"),
+        ("all", "2", "3", "1", "2.0%", "2", "1", "2.0%"),
     )
 
 

@@ -44,6 +44,11 @@ class Spread:
         median = statistics.median(run.median for run in runs)
         return cls(median, min(run.low for run in runs), max(run.high for run in runs))
 
+    @property
+    def width(self) -> float:
+        """From low to high, over the median."""
+        return (self.high - self.low) / self.median
+
     def apart(self, other: Spread) -> bool:
         """Whether what lies between low and high does not overlap."""
         return self.low > other.high or self.high < other.low
@@ -190,17 +195,34 @@ def compare_table(changes: Sequence[Change]) -> TextTable:
 
 
 def agreement_table(before: Sequence[Run], after: Sequence[Run]) -> TextTable:
-    """How two runs of one version agree: a row per suite, and what lies beyond the spread of both."""
+    """How two files of one version agree: a row per suite; what lies beyond the spread of both, and how wide it is."""
     changes, _, _ = compare(before, after)
-    rows = []
-    for suite in dict.fromkeys(change.name.partition(":")[0] for change in changes):
-        group = [change for change in changes if change.name.startswith(f"{suite}:")]
-        seconds = sum(change.after.seconds.apart(change.before.seconds) for change in group)
-        pairs = [change.beside for change in group if change.beside is not None]
-        beside = sum(new.apart(old) for _, old, new in pairs)
-        rows.append((suite, str(len(group)), str(seconds), str(len(pairs)), str(beside)))
-    total = tuple(str(sum(int(row[column]) for row in rows)) for column in range(1, 5))
-    header = ("suite", "measured twice", "seconds beyond the spread", "beside an opponent", "of these beyond it")
+    suites = list(dict.fromkeys(change.name.partition(":")[0] for change in changes))
+    groups = {suite: [change for change in changes if change.name.startswith(f"{suite}:")] for suite in suites}
+    rows = [_agreement_row(suite, group) for suite, group in [*groups.items(), ("all", changes)]]
+    header = (
+        "suite", "runs", "measured twice", "seconds beyond the spread", "its width",
+        "beside an opponent", "of these beyond it", "its width",
+    )  # fmt: skip
     head = before[0].environment
-    title = f"One version measured twice; {head.get('gpu', head['processor'])}, torch {head['torch']}."
-    return TextTable(title, header, (*rows, ("all", *total)))
+    title = (
+        f"One version measured twice; {head.get('gpu', head['processor'])}, torch {head['torch']}. "
+        "Width: from low to high over the median, in the median case."
+    )
+    counts = {suite: sum(run.suite == suite for run in before) for suite in suites}
+    counts["all"] = sum(counts.values())
+    return TextTable(title, header, tuple((row[0], str(counts[row[0]]), *row[1:]) for row in rows))
+
+
+def _agreement_row(suite: str, group: Sequence[Change]) -> tuple[str, ...]:
+    pairs = [change.beside for change in group if change.beside is not None]
+    seconds = sum(change.after.seconds.apart(change.before.seconds) for change in group)
+    beside = sum(new.apart(old) for _, old, new in pairs)
+    widths = [
+        statistics.median(spread.width for spread in spreads) if spreads else 0.0
+        for spreads in (
+            [spread for change in group for spread in (change.before.seconds, change.after.seconds)],
+            [spread for _, old, new in pairs for spread in (old, new)],
+        )
+    ]
+    return suite, str(len(group)), str(seconds), f"{widths[0]:.1%}", str(len(pairs)), str(beside), f"{widths[1]:.1%}"
