@@ -9,6 +9,7 @@ from .commands import (
     blocks,
     coldstart,
     compare,
+    curves,
     digits,
     distance,
     everything,
@@ -35,6 +36,7 @@ bench.command("kernels")(kernels.command)
 bench.command("stages")(stages.command)
 bench.command("images")(images.command)
 bench.command("training")(training.command)
+bench.command("curves")(curves.command)
 bench.command("distance")(distance.command)
 bench.command("memory")(memory.command)
 bench.command("coldstart")(coldstart.command)

@@ -347,11 +347,11 @@ class PackedTransformer(nn.Module):
 
     def modulations(self, c: Tensor) -> tuple[Tensor, ...]:
         """Rows of every block, ``[n, 6C]``, and of the head, ``[n, 2C]`` (shift and scale), in at least float32."""
-        activated = F.silu(c)
         if self.all_modulations is not None:
-            return self.split_modulations(self.all_modulations(activated))
-        head = self.proj_out_1(activated)
-        blocks = [block.norm1(activated) for block in self.blocks]
+            return self.split_modulations(self.all_modulations(F.silu(c)))
+        # A SiLU for each product and the head's last, as in the reference: gradients of c add up in the same order.
+        blocks = [block.norm1(F.silu(c)) for block in self.blocks]
+        head = self.proj_out_1(F.silu(c))
         return *blocks, head.to(at_least_fp32(head.dtype))
 
     def all_modulations_of(self, activated: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from pixelflow_benchmarks.harness.results import Record, Run
 from pixelflow_benchmarks.harness.tables import TextTable
 from pixelflow_benchmarks.suites.blocks import block_table, operation_tables
 from pixelflow_benchmarks.suites.coldstart.table import coldstart_table
+from pixelflow_benchmarks.suites.curves import curves_table
 from pixelflow_benchmarks.suites.distance import distance_table
 from pixelflow_benchmarks.suites.images.table import image_table
 from pixelflow_benchmarks.suites.kernels.table import kernel_table
@@ -22,6 +23,7 @@ from .units import percent, quantity, size
 OF_SUITES: Mapping[str, Callable[[Run], TextTable]] = {
     "blocks": block_table,
     "coldstart": coldstart_table,
+    "curves": curves_table,
     "distance": distance_table,
     "images": image_table,
     "kernels": kernel_table,

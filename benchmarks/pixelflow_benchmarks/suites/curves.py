@@ -1,0 +1,186 @@
+"""Loss curves: the packed step on each backend beside the reference, which is trained image by image.
+
+All begin with one seed's weights and see its batches, in float32; who trains is all that differs. Another seed draws
+other weights, orders, times and noise: what curves differ by between seeds is the measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixelflow_benchmarks.harness.results import Run
+from pixelflow_benchmarks.harness.tables import TextTable
+from pixelflow_engine.backends import choose
+from pixelflow_engine.config import ModelConfig, SchedulerConfig
+from pixelflow_engine.errors import BackendUnavailableError
+from pixelflow_engine.layers import unpatchify
+from pixelflow_engine.model import PackedTransformer
+from pixelflow_engine.reference import PixelFlowTransformer
+from pixelflow_engine.reference import training as reference_training
+from pixelflow_training.collate import Batch
+from pixelflow_training.config import DataConfig, OptimizerConfig, TrainConfig
+from pixelflow_training.data import ImageSet, load_digits
+from pixelflow_training.loop import batch_losses, build_model, learning_rate, training_batch
+
+REFERENCE = "reference"
+WINDOWS = 10
+"""In which a curve is averaged: a step's own loss is that of a few images at random times."""
+
+Losses = Callable[[Batch], Tensor]
+
+
+def recipe(steps: int, seed: int) -> TrainConfig:
+    """A model small enough for the interpreter, on digits of 8 pixels in two stages: images of 4 tokens and of 1."""
+    return TrainConfig(
+        model=ModelConfig(
+            num_attention_heads=2, attention_head_dim=24, depth=1, in_channels=1, out_channels=1, num_classes=10
+        ),
+        scheduler=SchedulerConfig(num_stages=2),
+        resolution=8,
+        data=DataConfig(held_out=360),
+        optimizer=OptimizerConfig(lr=3e-3, warmup_steps=max(steps // 20, 1)),
+        steps=steps,
+        batch_size=4,
+        seed=seed,
+    )
+
+
+def measure_curves(backends: Sequence[str], seeds: int, steps: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Train the reference and every backend by every seed.
+
+    Args:
+        backends: of the packed model.
+        seeds: how many, from 0.
+        steps: of training, a multiple of ``WINDOWS``.
+        device: where to run.
+
+    Yields:
+        records: ``curve`` with a variant's ``loss`` at every step; ``agreement`` of a backend's curve with the
+        reference's of that seed: the largest ``difference`` of a window's mean, and of a ``step``; ``spread``, the
+        difference between the reference's seeds in the window where it is smallest. Wrong is what differs by more.
+        ``absent`` for a backend that cannot run.
+
+    Raises:
+        ValueError: the steps are no multiple of the windows.
+    """
+    if steps < WINDOWS or steps % WINDOWS:
+        raise ValueError(f"steps: got {steps}, expected a multiple of {WINDOWS}")
+    expected = {}
+    for seed in range(seeds):
+        config = recipe(steps, seed)
+        reference = _reference(config, build_model(config)).to(device)
+        expected[seed] = _train(config, reference, partial(reference_losses, reference), device)
+        yield {"kind": "curve", "variant": REFERENCE, "seed": seed, "loss": expected[seed]}
+    spread = spread_of(list(expected.values()))
+    for name in backends:
+        try:
+            found = choose(name, device, torch.float32, recipe(steps, 0).model.attention_head_dim)
+        except BackendUnavailableError as error:
+            yield {"kind": "absent", "variant": name, "reason": str(error)}
+            continue
+        for seed in range(seeds):
+            config = recipe(steps, seed)
+            model = build_model(config).to(device)
+            model.operations = found.operations(compiled=False)
+            losses = _train(config, model, partial(batch_losses, model), device)
+            yield {"kind": "curve", "variant": name, "seed": seed, "loss": losses}
+            yield agreement(name, seed, losses, expected[seed], spread)
+
+
+def reference_losses(model: PixelFlowTransformer, batch: Batch) -> Tensor:
+    """Loss of each image ``[n]``, one by one."""
+    p, losses = model.patch_size, []
+    lengths = [rows * columns for rows, columns in batch.layout.grids]
+    parts = zip(batch.tokens.split(lengths), batch.targets.split(lengths), batch.layout.grids, strict=True)
+    for i, (*tokens, (rows, columns)) in enumerate(parts):
+        shape = (1, tokens[0].shape[1] // p**2, rows * p, columns * p)
+        x, target = (unpatchify(part, shape, p) for part in tokens)
+        label = None if batch.labels is None else batch.labels[i : i + 1]
+        losses.append(reference_training.loss([model(x, batch.t_model[i : i + 1], label)], [target]))
+    return torch.stack(losses)
+
+
+def windows(losses: Sequence[float]) -> Tensor:
+    """Means over equal parts of a curve, ``[WINDOWS]`` float64."""
+    return torch.tensor(losses, dtype=torch.float64).unflatten(0, (WINDOWS, -1)).mean(1)
+
+
+def spread_of(curves: Sequence[Sequence[float]]) -> float:
+    """The difference between the highest and the lowest curve in the window where they are nearest."""
+    means = torch.stack([windows(curve) for curve in curves])
+    return (means.amax(0) - means.amin(0)).min().item()
+
+
+def agreement(
+    variant: str, seed: int, losses: Sequence[float], expected: Sequence[float], spread: float
+) -> dict[str, Any]:
+    """The record of how far a curve is from the reference's of the same seed; wrong beyond the spread of seeds."""
+    difference = (windows(losses) - windows(expected)).abs().max().item()
+    step = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    record = {"kind": "agreement", "case": f"seed {seed}", "variant": variant, "right": difference <= spread}
+    found = {"difference": difference, "step": step, "spread": spread}
+    return record | (found if record["right"] else {"fault": f"differs by {difference:.3g}, seeds by {spread:.3g}"})
+
+
+def curves_table(run: Run) -> TextTable:
+    """A row for each curve: where it begins and ends, and how far it is from the reference's of its seed."""
+    agreements = {(r["variant"], r["case"]): r for r in run.of_kind("agreement")}
+    rows = []
+    for record in run.of_kind("curve"):
+        means = windows(record["loss"])
+        found = agreements.get((record["variant"], f"seed {record['seed']}"))
+        own = ("", "")
+        if found is not None:
+            own = (f"{found['difference']:.1e}", f"{found['step']:.1e}") if found["right"] else (found["fault"], "")
+        rows.append((record["variant"], str(record["seed"]), f"{means[0]:.4f}", f"{means[-1]:.4f}", *own))
+    head = run.environment
+    reference = [record["loss"] for record in run.of_kind("curve") if record["variant"] == REFERENCE]
+    where = head.get("gpu", head.get("processor", head["machine"]))
+    title = (
+        f"{head['steps']} steps of {head['batch']} digits, float32; {where}, torch {head['torch']}. Means over a "
+        f"{WINDOWS}th of the steps; the reference's seeds are nowhere nearer together than {spread_of(reference):.1e}."
+    )
+    header = ("who trains", "seed", "first loss", "last loss", "furthest from the reference", "at a single step")
+    return TextTable(title, header, tuple(rows))
+
+
+def _reference(config: TrainConfig, model: PackedTransformer) -> PixelFlowTransformer:
+    """The reference with a packed model's weights."""
+    shape = config.model
+    reference = PixelFlowTransformer(
+        depth=shape.depth,
+        num_attention_heads=shape.num_attention_heads,
+        attention_head_dim=shape.attention_head_dim,
+        in_channels=shape.in_channels,
+        out_channels=shape.out_channels,
+        patch_size=shape.patch_size,
+        num_classes=shape.num_classes,
+        attention_bias=shape.attention_bias,
+    )
+    reference.load_state_dict(model.state_dict(), strict=True)
+    return reference
+
+
+def _train(config: TrainConfig, model: nn.Module, losses_of: Losses, device: torch.device) -> list[float]:
+    """A plain loop: the loss of every step."""
+    data = _digits(config)
+    settings, losses = config.optimizer, []
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=settings.weight_decay, fused=True)
+    for step in range(config.steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(settings, step, config.steps)
+        loss = losses_of(training_batch(config, data, step).to(device)).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def _digits(config: TrainConfig) -> ImageSet:
+    return load_digits(config.data, config.resolution, config.model.in_channels)[0]
