@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from pixelflow_benchmarks.opponents.random_models import SHAPES, random_reference, random_weights
 from pixelflow_benchmarks.suites.blocks import trace_engine_block
 from pixelflow_benchmarks.suites.images.opponents import ImageProblem, drawn_at_once, reference_images
-from pixelflow_benchmarks.suites.kernels import cascade, modulate, rope2d
+from pixelflow_benchmarks.suites.kernels import adamw, cascade, modulate, rope2d
 from pixelflow_benchmarks.suites.kernels import case as case_module
 from pixelflow_benchmarks.suites.kernels import varlen_attention as attention_cases
 from pixelflow_benchmarks.suites.kernels.cases import OPS, all_cases
@@ -122,12 +122,12 @@ def test_a_stage_s_bytes(stage: int) -> None:
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of few heads and small images, whose attention kernel is its CPU implementation."""
-    for module in (case_module, cascade):
+    for module in (case_module, cascade, adamw):
         monkeypatch.setattr(module, "STAGE_SIDES", (2, 4, 8, 16))
     for module in (rope2d, attention_cases):
         monkeypatch.setattr(module, "HEADS", 2)
         monkeypatch.setattr(module, "HEAD_DIM", 8)
-    for module in (rope2d, modulate, attention_cases):
+    for module in (rope2d, modulate, attention_cases, adamw):
         monkeypatch.setattr(module, "WIDTH", 16)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *numbers: Any, backend: str, multiple_of: int) -> Tensor:
@@ -151,14 +151,19 @@ class Handed(TorchDispatchMode):
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "pixelflow":
             given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
-            self.found += [(f"{name}.{k}", value) for k, value in given.items() if isinstance(value, Tensor)]
+            for k, value in given.items():
+                leaves = torch.utils._pytree.tree_leaves(value)
+                self.found += [(f"{name}.{k}", leaf) for leaf in leaves if isinstance(leaf, Tensor)]
             results = torch.utils._pytree.tree_leaves(out)
-            self.found += [(f"{name} -> {i}", value) for i, value in enumerate(results)]
+            self.found += [(f"{name} -> {i}", value) for i, value in enumerate(results) if value is not None]
         return out
 
 
 PER_IMAGE = {"cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "step", "guidance", "seeds", "index", "spans", "tau"}
 LSE = {"varlen_attention -> 1", "varlen_attention_backward.lse"}
+TABLES = {"gradient_norm -> 0", *(f"adamw_ema.{name}" for name in ("counters", "lr", "norm"))}
+TABLES |= {f"{op}.{name}" for op in ("adamw_ema", "gradient_norm") for name in ("pointers", "known", "chunks")}
+WRITTEN = {f"adamw_ema.{name}" for name in ("parameters", "exp_avgs", "exp_avg_sqs", "averages")}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -175,8 +180,8 @@ def test_a_case_s_bytes(op: str, dtype: torch.dtype) -> None:
         for name, tensor in trace.found:
             if name.rpartition(".")[2] in PER_IMAGE:
                 assert tensor.numel() <= 2 * 6 + 1, (case.name, name)
-            elif name not in LSE:
-                moved += tensor.numel() * tensor.element_size()
+            elif name not in LSE | TABLES:
+                moved += tensor.numel() * tensor.element_size() * (2 if name in WRITTEN else 1)
         if "rms_residual.forward+backward" in case.name:
             moved += 4 * 16  # its weight's gradient is made of the rows of the others
         assert case.bytes_moved == moved, case.name

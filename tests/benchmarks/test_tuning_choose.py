@@ -199,7 +199,7 @@ def test_kernels_come_by_importance() -> None:
 
     assert named() == [*KERNELS]
     operations = [*dict.fromkeys(kernel.split(".")[0] for kernel in KERNELS)]
-    assert operations == ["varlen_attention", "rope2d", "modulate", "ode_step", "cascade"]
+    assert operations == ["varlen_attention", "rope2d", "modulate", "ode_step", "cascade", "adamw"]
     assert KERNELS[0] == ATTENTION
     assert named("cascade.pairs", "rope2d") == ["rope2d.forward", "rope2d.backward", "rope2d.rotate", "cascade.pairs"]
     with pytest.raises(ValueError, match="op: got 'rope3d', expected one of varlen_attention, rope2d"):

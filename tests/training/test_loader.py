@@ -94,7 +94,7 @@ def test_a_run_with_workers_ends_as_one_without(recipe: Callable[..., TrainConfi
 
     honest = loop.training_batch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "training_batch", lambda c, d, step: honest(c, d, step) if step < 5 else 1 / 0)
+        patch.setattr(loop, "training_batch", lambda c, d, s, *share: honest(c, d, s, *share) if s < 5 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             loop.train(alone, tmp_path / "helped", quiet=True)
     loop.train(helped, tmp_path / "helped", quiet=True)

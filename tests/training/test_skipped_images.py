@@ -199,7 +199,7 @@ def test_a_run_skips_logs_and_goes_on(
     assert any(step > 5 for _, step in whole)
 
     honest = loop.training_batch
-    monkeypatch.setattr(loop, "training_batch", lambda c, d, step: honest(c, d, step) if step < 5 else 1 / 0)
+    monkeypatch.setattr(loop, "training_batch", lambda c, d, s, *share: honest(c, d, s, *share) if s < 5 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         loop.train(config, tmp_path / "run", quiet=True, source=Numbers(60, broken))
     assert images_skipped(tmp_path / "run") == [(name, step) for name, step in whole if step <= 5]

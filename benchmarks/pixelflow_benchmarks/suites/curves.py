@@ -25,7 +25,8 @@ from pixelflow_engine.reference import training as reference_training
 from pixelflow_training.collate import Batch
 from pixelflow_training.config import DataConfig, OptimizerConfig, TrainConfig
 from pixelflow_training.data import ImageSet, load_digits
-from pixelflow_training.loop import batch_losses, build_model, learning_rate, training_batch
+from pixelflow_training.loop import build_model, learning_rate, training_batch
+from pixelflow_training.step import batch_losses
 
 REFERENCE = "reference"
 WINDOWS = 10

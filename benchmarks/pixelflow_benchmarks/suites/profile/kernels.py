@@ -27,6 +27,7 @@ OURS: dict[Class, tuple[str, ...]] = {
         "_euler_kernel", "_stage_kernel", "_accept_kernel",
         "_begin_kernel", "_end_kernel", "_error_kernel", "_start_kernel", "_finish_kernel",
         "_initial_kernel", "_renoise_kernel", "_pair_kernel",
+        "_squares_kernel", "_norm_kernel", "_numbers_kernel", "_update_kernel",
     ),
 }  # fmt: skip
 """The kernels of :mod:`pixelflow_kernels` that are launched."""
