@@ -171,6 +171,34 @@ def test_a_batch_that_is_not_finite_on_one_rank_is_skipped_on_all(way: list[str]
     assert [step for event, step in events if event == "train"] == [1, 2, 4, 5, 6]
 
 
+def ask(folder: Path) -> None:
+    """For :func:`in_ranks`: everything that ranks tell each other, into a file."""
+    with join(recipe(folder / os.environ["RANK"])) as ranks:
+        found = {
+            "together": ranks.together(["a", "b"][: ranks.rank + 1]),
+            "nothing": ranks.together([]),
+            "total": ranks.total([1.5, ranks.rank]),
+            "first": ranks.first_does(lambda: ranks.rank + 7),
+        }
+    (folder / f"found-{ranks.rank}.json").write_text(json.dumps(found))
+
+
+def test_what_ranks_tell_each_other_is_the_same_for_all(tmp_path: Path) -> None:
+    assert in_ranks(2, prepare(tmp_path), ask) == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"found-{rank}.json").read_text())
+        assert found == {"together": ["a", "a", "b"], "nothing": [], "total": [3.0, 1.0], "first": 7}
+
+
+def test_too_many_steps_that_are_not_finite_stop_all_ranks(tmp_path: Path) -> None:
+    overrides = [*OVERRIDES, "guard.max_skipped=0"]
+    assert in_ranks(2, prepare(tmp_path), poison_one, overrides, 1) == [FAILED, FAILED]
+    for rank in (0, 1):
+        assert "FloatingPointError: step 3: the loss or the gradient was not finite" in said(tmp_path, rank)
+    batches = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert [(batch["step"], len(batch["samples"])) for batch in batches] == [(3, 9)], "those of both ranks"
+
+
 def test_errors_of_the_first_rank_are_told_by_all(tmp_path: Path) -> None:
     prepare(tmp_path)
     (tmp_path / "run").mkdir()

@@ -159,7 +159,7 @@ def train(
             images, tokens = images + config.batch_size, tokens + done.tokens
             bar.update()
             if state.skipped_in_row > config.guard.max_skipped:
-                raise not_finite(run, config, data, state)
+                raise ranks.first_does(lambda: not_finite(run, config, data, state))
 
             last = state.step == config.steps
             if done.finite and (state.step % config.log_every == 0 or last):
