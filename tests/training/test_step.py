@@ -223,6 +223,21 @@ def test_products_are_not_computed_again_where_only_pointwise_operations_are(
     assert counts["nothing"] == counts["pointwise"] < counts["blocks"]
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_blocks_have_the_same_gradients(recipe: Callable[..., TrainConfig]) -> None:
+    """Sums in another order: u = 6e-8 for each of the hundred or so operations between a weight and the loss."""
+    gradients = []
+    for compiled in ("false", "true"):
+        config = recipe("model.depth=1", f"compute.compile={compiled}", "optimizer.max_grad_norm=1e9")
+        step = TrainStep(random_state(config), config)
+        assert (type(step.model.operations).__name__ == "TraceableOperations") == (compiled == "true")
+        gradients.append(taken_by(step))
+        step(batch_of(config), 1e-3)
+    (plain,), (ours,) = gradients
+    assert (ours - plain).norm() <= 6e-6 * plain.norm()
+
+
 # --- at the door, and what is not finite --------------------------------------------------------------------
 
 
