@@ -239,8 +239,10 @@ def test_torchrun_starts_it(tmp_path: Path) -> None:
     """The command of the documentation, as a user gives it."""
     tiny_recipe(tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    command += ["-m", "pixelflow_engine", "train", "--config", str(tmp_path / "tiny.yaml"), "--quiet"]
+    command += ["-m", "pixelflow_engine", "train", "--config", str(tmp_path / "tiny.yaml"), "compute.shard=2"]
     command += ["--output", str(tmp_path / "run"), "steps=2", "compute.device=cpu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("wrote ") == 1, "the first rank speaks for all"
+    assert "Warning" not in done.stderr
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()][-1] == 2

@@ -55,7 +55,7 @@ def run(
     except KeyboardInterrupt:
         # Not sys.exit, which would wait for a checkpoint that is being written. It is not there until it is complete.
         os._exit(EXIT_AT_ONCE)
-    if not quiet:
+    if not quiet and os.environ.get("RANK", "0") == "0":
         console.print(f"wrote {folder}", highlight=False, soft_wrap=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import cast
 
 import torch
@@ -32,6 +33,8 @@ def shard(models: list[PackedTransformer], compute: ComputeConfig, ranks: Ranks)
     # Inputs stay as they are: modulations are float32 in any model.
     dtype = getattr(torch, compute.dtype)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # Blocks return views, and nothing is computed in place on what they return.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     for model in models:
         for block in model.blocks:
             fully_shard(block.norm1, mesh=mesh, mp_policy=policy)
