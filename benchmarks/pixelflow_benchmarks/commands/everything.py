@@ -17,8 +17,8 @@ import typer
 
 from .options import Device, Public, console, place_of
 
-GRACE = 60.0
-"""Seconds that a suite may need beyond its share to end by itself: a check, a compilation, a table."""
+GRACE = 120.0
+"""Seconds that a suite may need beyond its share to end by itself: a check, a compilation, on a CPU its profiles."""
 
 
 @dataclass(frozen=True, slots=True)
