@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from pixelflow_benchmarks.harness.results import Run
 from pixelflow_benchmarks.harness.tables import TextTable
+from pixelflow_benchmarks.opponents.random_models import random_reference
+from pixelflow_benchmarks.suites.training.checks import images_of
 from pixelflow_engine.backends import choose
 from pixelflow_engine.config import ModelConfig, SchedulerConfig
 from pixelflow_engine.errors import BackendUnavailableError
-from pixelflow_engine.layers import unpatchify
-from pixelflow_engine.model import PackedTransformer
 from pixelflow_engine.reference import PixelFlowTransformer
 from pixelflow_engine.reference import training as reference_training
 from pixelflow_training.collate import Batch
@@ -74,7 +74,8 @@ def measure_curves(backends: Sequence[str], seeds: int, steps: int, device: torc
     expected = {}
     for seed in range(seeds):
         config = recipe(steps, seed)
-        reference = _reference(config, build_model(config)).to(device)
+        weights = build_model(config).state_dict()
+        reference = random_reference(config.network, weights, torch.float32).requires_grad_(True).to(device)
         expected[seed] = _train(config, reference, partial(reference_losses, reference), device)
         yield {"kind": "curve", "variant": REFERENCE, "seed": seed, "loss": expected[seed]}
     spread = spread_of(list(expected.values()))
@@ -95,12 +96,9 @@ def measure_curves(backends: Sequence[str], seeds: int, steps: int, device: torc
 
 def reference_losses(model: PixelFlowTransformer, batch: Batch) -> Tensor:
     """Loss of each image ``[n]``, one by one."""
-    p, losses = model.patch_size, []
-    lengths = [rows * columns for rows, columns in batch.layout.grids]
-    parts = zip(batch.tokens.split(lengths), batch.targets.split(lengths), batch.layout.grids, strict=True)
-    for i, (*tokens, (rows, columns)) in enumerate(parts):
-        shape = (1, tokens[0].shape[1] // p**2, rows * p, columns * p)
-        x, target = (unpatchify(part, shape, p) for part in tokens)
+    losses = []
+    pixels = [images_of(tokens, batch, model.patch_size) for tokens in (batch.tokens, batch.targets)]
+    for i, (x, target) in enumerate(zip(*pixels, strict=True)):
         label = None if batch.labels is None else batch.labels[i : i + 1]
         losses.append(reference_training.loss([model(x, batch.t_model[i : i + 1], label)], [target]))
     return torch.stack(losses)
@@ -148,23 +146,6 @@ def curves_table(run: Run) -> TextTable:
     )
     header = ("who trains", "seed", "first loss", "last loss", "furthest from the reference", "at a single step")
     return TextTable(title, header, tuple(rows))
-
-
-def _reference(config: TrainConfig, model: PackedTransformer) -> PixelFlowTransformer:
-    """The reference with a packed model's weights."""
-    shape = config.model
-    reference = PixelFlowTransformer(
-        depth=shape.depth,
-        num_attention_heads=shape.num_attention_heads,
-        attention_head_dim=shape.attention_head_dim,
-        in_channels=shape.in_channels,
-        out_channels=shape.out_channels,
-        patch_size=shape.patch_size,
-        num_classes=shape.num_classes,
-        attention_bias=shape.attention_bias,
-    )
-    reference.load_state_dict(model.state_dict(), strict=True)
-    return reference
 
 
 def _train(config: TrainConfig, model: nn.Module, losses_of: Losses, device: torch.device) -> list[float]:
