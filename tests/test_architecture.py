@@ -360,6 +360,45 @@ def test_versions_can_fail(requirement: str, pins: str, why: str) -> None:
     assert version_complaints(pyproject, "numpy==2.1") == []
 
 
+# --- tests -------------------------------------------------------------------------------------------------
+
+
+def collected_as(path: Path) -> str:
+    """The name under which pytest imports a file of tests: a folder without ``__init__.py`` is no part of it."""
+    parts = [path.stem]
+    for folder in path.parents:
+        if not (folder / "__init__.py").exists():
+            break
+        parts.insert(0, folder.name)
+    return ".".join(parts)
+
+
+def name_complaints(paths: Iterable[Path]) -> list[str]:
+    """Files of tests that cannot be collected in one call, since they are imported under one name."""
+    known: dict[str, Path] = {}
+    return [
+        f"{path} and {known[name]} are both {name}"
+        for path in sorted(paths)
+        if known.setdefault(name := collected_as(path), path) != path
+    ]
+
+
+def test_names_of_tests() -> None:
+    found = [path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("test_*.py")]
+    assert {"tests", "benchmarks"} == {path.relative_to(ROOT).parts[0] for path in found}
+    complaints = name_complaints(found)
+    assert not complaints, "\n".join(complaints)
+
+
+def test_names_of_tests_can_fail(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "test_stages.py" for folder in ("one", "two", "packed")]
+    for path in paths:
+        path.parent.mkdir()
+        path.touch()
+    (tmp_path / "packed" / "__init__.py").touch()
+    assert name_complaints(paths) == [f"{paths[1]} and {paths[0]} are both test_stages"]
+
+
 # --- words -------------------------------------------------------------------------------------------------
 
 # Brackets keep the patterns from matching themselves.
