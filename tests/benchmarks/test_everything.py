@@ -2,61 +2,139 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pixelflow_benchmarks.cli import bench
 from pixelflow_benchmarks.commands import everything
-from pixelflow_benchmarks.commands.everything import ON_CPU, ON_GPU, Suite, line_of, run_suites
+from pixelflow_benchmarks.commands.everything import (
+    GRACE,
+    ON_CPU,
+    ON_GPU,
+    OVERTIME,
+    Suite,
+    line_of,
+    parts_of,
+    run_suites,
+    run_within,
+)
 
 
 class Clock:
-    """Suites take as many seconds as they are told to, or as their name says."""
+    """Suites take as many seconds beyond what they are told as ``over`` says, those named by a number that number."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, codes: dict[str, int] | None = None) -> None:
-        self.now, self.lines = 0.0, []
-        self.codes = codes or {}
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, codes: dict[str, int] | None = None, over: float = 0) -> None:
+        self.now, self.over, self.codes = 0.0, over, codes or {}
+        self.began: list[str] = []
+        self.told: list[float] = []
+        self.limits: list[float] = []
         monkeypatch.setattr(everything.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(everything.subprocess, "run", self.run)
+        monkeypatch.setattr(everything, "run_within", self.run)
 
-    lines: list[list[str]]
-
-    def run(self, line: list[str], timeout: float) -> Any:
-        self.lines.append(line)
+    def run(self, line: list[str], limit: float) -> int | None:
         name = line[line.index("bench") + 1]
-        takes = float(name) if name.isdigit() else float(line[line.index("--budget-seconds") + 1])
-        self.now += min(takes, timeout)
-        if takes > timeout:
-            raise subprocess.TimeoutExpired(line, timeout)
-        return subprocess.CompletedProcess(line, self.codes.get(name, 0))
+        told = float(line[line.index("--budget-seconds") + 1]) if "--budget-seconds" in line else 0.0
+        takes = float(name) if name.isdigit() else told + self.over
+        self.began.append(name)
+        self.told.append(told)
+        self.limits.append(limit)
+        self.now += min(takes, limit)
+        return None if takes > limit else self.codes.get(name, 0)
 
 
-def test_each_gets_its_share_of_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+OUT = Path("out")
+
+
+def test_each_gets_what_is_kept_for_it_and_its_share_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    suites = [Suite(("a",), 0.5), Suite(("b",), 0.5), Suite(("c",), 1.0)]
-    assert run_suites(suites, "cuda:0", Path("out"), 400, None) == []
-    assert [line[-1] for line in clock.lines] == ["200", "100", "100"]
-    assert clock.now <= 400
+    suites = [Suite(("a",), 40, 0.5), Suite(("b",), 60, 0.5), Suite(("c",), 100, 1.0)]
+    assert run_suites(suites, "cuda:0", OUT, 400, None) == []
+    # 200 are free at first; of the 280 that are left then 120 are, of the last 190 there are 90.
+    assert clock.told == [20 + 100, 30 + 60, 50 + 90]
+    assert clock.limits == [240, 180, 190 + OVERTIME]
 
 
-def test_who_fails_or_hangs_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("over", [0.0, 30.0, 100.0, 1e4])
+@pytest.mark.parametrize("suites", [ON_GPU, ON_CPU], ids=["GPU", "CPU"])
+def test_something_comes_of_every_suite_in_ten_minutes(
+    suites: tuple[Suite, ...], over: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much longer than it is told each suite takes, all of them have their least, and the whole ends."""
+    clock = Clock(monkeypatch, over=over)
+    run_suites(suites, "cuda:0", OUT, 540, None)
+    assert clock.began == [suite.command[0] for suite in suites]
+    for suite, told, limit in zip(suites, clock.told, clock.limits, strict=True):
+        assert limit >= suite.least
+        assert not suite.budgeted or suite.least / 2 <= told + 0.5
+    assert clock.now <= 600
+
+
+@given(
+    leasts=st.lists(st.floats(0, 100), min_size=1, max_size=8),
+    shares=st.lists(st.floats(0, 1), min_size=8, max_size=8),
+    taken=st.lists(st.floats(0, 1), min_size=8, max_size=8),
+    more=st.floats(0, 500),
+)
+def test_what_is_kept_for_later_ones_stays_theirs(
+    leasts: list[float], shares: list[float], taken: list[float], more: float
+) -> None:
+    """Whatever part of its limit each suite takes."""
+    suites = [Suite(("a",), least, share) for least, share in zip(leasts, shares, strict=False)]
+    left = sum(leasts) + more + 1e-6
+    for place, suite in enumerate(suites):
+        told, limit = parts_of(left, suite, suites[place + 1 :])
+        assert told <= limit + 1e-6
+        assert limit >= suite.least - 1e-6
+        left -= taken[place] * limit
+    assert left >= -OVERTIME - 1e-6
+
+
+def test_with_too_little_time_those_that_matter_most_have_theirs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch, over=20)
+    suites = [Suite(("a",), 40), Suite(("b",), 40), Suite(("c",), 40)]
+    assert run_suites(suites, "cuda:0", OUT, 60, None) == []
+    assert clock.began == ["a", "b"]
+    assert clock.told == [20, 20]
+    assert "c: not run, no time was left" in capsys.readouterr().out
+
+
+def test_who_fails_or_hangs_costs_the_others_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     clock = Clock(monkeypatch, codes={"b": 1})
-    suites = [Suite(("9999",), 0.1, budgeted=False), Suite(("b",), 0.5), Suite(("c",), 0.5)]
-    assert run_suites(suites, "cuda:0", Path("out"), 400, None) == ["9999", "b"]
-    assert [line[line.index("bench") + 1] for line in clock.lines] == ["9999", "b", "c"]
+    suites = [Suite(("9999",), 50, budgeted=False), Suite(("b",), 100, 0.5), Suite(("c",), 100, 0.5)]
+    assert run_suites(suites, "cuda:0", OUT, 400, None) == ["9999", "b"]
+    assert clock.began == ["9999", "b", "c"]
+    assert clock.limits[0] == GRACE + 25
+    assert "9999: ended after 145 seconds" in capsys.readouterr().out
 
 
-def test_what_no_time_is_left_for_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    clock = Clock(monkeypatch)
-    suites = [Suite(("50",), 0.9, budgeted=False), Suite(("b",), 0.5)]
-    assert run_suites(suites, "cuda:0", Path("out"), 40, None) == []
-    assert len(clock.lines) == 1
-    assert "b: not run, no time was left" in capsys.readouterr().out
+def test_a_command_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    """What a suite started may hold the device: a pipe ends when its last holder does."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()  # it waits for the child to open the pipe, then for its end
+
+    assert run_within(["sh", "-c", f"sleep 600 > {shlex.quote(str(pipe))} & wait"], 5) is None
+    reader.join(60)
+    assert read == [""]
+
+
+def test_a_command_that_ends_says_how() -> None:
+    assert run_within([sys.executable, "-c", "raise SystemExit(7)"], 120) == 7
 
 
 @pytest.mark.parametrize("suite", [*ON_GPU, *ON_CPU], ids=lambda suite: " ".join(suite.command))
@@ -79,7 +157,7 @@ def test_the_command_is_a_module_too() -> None:
 
 
 def test_suites_run_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(everything, "ON_CPU", (Suite(("blocks",), 1.0, budgeted=False),))
+    monkeypatch.setattr(everything, "ON_CPU", (Suite(("blocks",), 60, budgeted=False),))
     result = CliRunner().invoke(bench, ["all", "--device", "cpu", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert len(list(tmp_path.rglob("*.jsonl"))) == 1

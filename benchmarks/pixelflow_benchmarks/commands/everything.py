@@ -5,6 +5,9 @@ A suite that runs out of memory, hangs or loses the device leaves the others wha
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +21,9 @@ import typer
 from .options import Device, Public, console, place_of
 
 GRACE = 120.0
-"""Seconds that a suite may need beyond its share to end by itself: a check, a compilation, on a CPU its profiles."""
+"""Seconds that a suite may need beyond what it is told, to end by itself: a check, a compilation, a CPU's profiles."""
+OVERTIME = 60.0
+"""Seconds after the budget by which the last suite has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,36 +32,39 @@ class Suite:
 
     Attributes:
         command: its name and options.
-        share: of the time that is left when it begins.
-        budgeted: it is told how long it has; another is quick.
+        least: seconds in which something comes of it, kept for it however long others take. It is told half of them: it
+            ends after the turn that it is in.
+        share: it is also told, of the time that is kept for nobody when it begins.
+        budgeted: it is told how long it has; another takes as long as it takes.
         opponent: it knows the published code.
     """
 
     command: tuple[str, ...]
-    share: float
+    least: float
+    share: float = 0.0
     budgeted: bool = True
     opponent: bool = False
 
 
 ON_GPU = (
-    Suite(("stages",), 0.5, opponent=True),
-    Suite(("images", "--batch", "4", "--batch", "1"), 0.4, opponent=True),
-    Suite(("kernels", "--quiet"), 0.4),
-    Suite(("training",), 0.4, opponent=True),
-    Suite(("memory",), 0.4),
-    Suite(("coldstart",), 0.7),
-    Suite(("distance",), 1.0, budgeted=False),
-    Suite(("blocks",), 1.0, budgeted=False, opponent=True),
+    Suite(("stages",), 90, 0.5, opponent=True),
+    Suite(("images", "--batch", "4", "--batch", "1"), 60, 0.4, opponent=True),
+    Suite(("kernels", "--quiet"), 45, 0.4),
+    Suite(("training",), 60, 0.5, opponent=True),
+    Suite(("memory",), 30, 0.5),
+    Suite(("coldstart",), 45, 0.7),
+    Suite(("distance",), 30, budgeted=False),
+    Suite(("blocks",), 30, budgeted=False, opponent=True),
 )
-"""Most important first."""
+"""Most important first: a run that is cut short has measured what matters most."""
 ON_CPU = (
-    Suite(("stages",), 0.4, opponent=True),
-    Suite(("images", "--steps", "1"), 0.4, opponent=True),
-    Suite(("training",), 0.4, opponent=True),
-    Suite(("memory",), 0.4),
-    Suite(("coldstart",), 0.7),
-    Suite(("distance",), 1.0, budgeted=False),
-    Suite(("blocks",), 1.0, budgeted=False, opponent=True),
+    Suite(("stages",), 75, 0.4, opponent=True),
+    Suite(("images", "--steps", "1"), 75, 0.5, opponent=True),
+    Suite(("training",), 60, 0.5, opponent=True),
+    Suite(("memory",), 45, 0.5),
+    Suite(("coldstart",), 75, 0.7),
+    Suite(("distance",), 75, budgeted=False),
+    Suite(("blocks",), 30, budgeted=False, opponent=True),
 )
 
 
@@ -77,27 +85,58 @@ def command(
 def run_suites(
     suites: Sequence[Suite], device: str, output: Path, budget_seconds: float, public: Path | None
 ) -> list[str]:
-    """Run one suite after the other, each within its share of what is left.
+    """Run one suite after the other, each within its part of what is left.
 
     Returns:
         the suites that failed, or were ended because they did not end.
     """
     deadline, failed = time.monotonic() + budget_seconds, []
-    for suite in suites:
+    for place, suite in enumerate(suites):
         name = suite.command[0]
         left = deadline - time.monotonic()
         if left <= 0:
             console.print(f"{name}: not run, no time was left", style="yellow", highlight=False)
             continue
-        seconds = suite.share * left
-        try:
-            code = subprocess.run(line_of(suite, device, output, seconds, public), timeout=seconds + GRACE).returncode
-        except subprocess.TimeoutExpired:
-            console.print(f"{name}: ended after {seconds + GRACE:.0f} seconds", style="red", highlight=False)
-            code = 1
+        told, limit = parts_of(left, suite, suites[place + 1 :])
+        code = run_within(line_of(suite, device, output, told, public), limit)
+        if code is None:
+            console.print(f"{name}: ended after {limit:.0f} seconds", style="red", highlight=False)
         if code != 0:
             failed.append(name)
     return failed
+
+
+def parts_of(left: float, suite: Suite, later: Sequence[Suite]) -> tuple[float, float]:
+    """Seconds that a suite is told, and after which it is ended.
+
+    Beyond its own least it takes of what is kept for nobody: so later suites get theirs, whatever it does. Where too
+    little is left for all, those that matter most get theirs.
+
+    Args:
+        left: seconds of the budget.
+        suite: that begins.
+        later: those after it.
+    """
+    free = left - suite.least - sum(one.least for one in later)
+    if free < 0:
+        told = min(suite.least / 2, left)
+        return told, min(told + GRACE, left + OVERTIME)
+    told = suite.least / 2 + suite.share * free
+    return told, min(told + GRACE, suite.least + free + (0 if later else OVERTIME))
+
+
+def run_within(line: Sequence[str], limit: float) -> int | None:
+    """Run a command; its exit status, or None where it was ended, with all that it had started, after ``limit``."""
+    with subprocess.Popen(line, start_new_session=True) as process:
+        try:
+            return process.wait(limit)
+        except BaseException as error:
+            # What it started is in its session: a checkout's process, a cold start that goes on.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return None
+            raise
 
 
 def line_of(suite: Suite, device: str, output: Path, seconds: float, public: Path | None) -> list[str]:
