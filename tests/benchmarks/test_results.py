@@ -152,7 +152,14 @@ def test_the_state_of_a_gpu_is_what_its_driver_tells(monkeypatch: pytest.MonkeyP
 
 
 def test_what_a_driver_withholds_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = given(Driver("nvmlDeviceGetPowerUsage", "nvmlDeviceGetCurrentClocksEventReasons"), monkeypatch)
+    found = given(
+        Driver(
+            "nvmlDeviceGetPowerUsage",
+            "nvmlDeviceGetCurrentClocksEventReasons",
+            "nvmlDeviceGetCurrentClocksThrottleReasons",
+        ),
+        monkeypatch,
+    )
     assert found.keys() == {"sm_mhz", "memory_mhz", "celsius", "watts_limit"}
     assert given(Driver("nvmlInit"), monkeypatch) == {}, "no driver at all"
 
@@ -161,8 +168,29 @@ def test_the_real_names_of_the_reasons() -> None:
     import pynvml
 
     bits = pynvml.nvmlClocksEventReasonGpuIdle | pynvml.nvmlClocksEventReasonSwThermalSlowdown
-    assert environment_module._reasons(pynvml, bits) == ["GpuIdle", "SwThermalSlowdown"]
-    assert environment_module._reasons(pynvml, 0) == []
+    assert held_down(pynvml, bits) == ["GpuIdle", "SwThermalSlowdown"]
+    assert held_down(pynvml, pynvml.nvmlClocksEventReasonApplicationsClocksSetting) == ["ApplicationsClocksSetting"]
+    assert held_down(pynvml, pynvml.nvmlClocksThrottleReasonReliability) == ["Reliability"], "under its older name"
+    assert held_down(pynvml, 0) == []
+    assert held_down(pynvml, 1 << 40) == ["0x10000000000"], "what a newer driver says is not lost"
+
+
+def held_down(bindings: Any, bits: int) -> list[str]:
+    """As a board with these bits has it, by the names of those bindings."""
+    board = SimpleNamespace(**vars(bindings) | {"nvmlDeviceGetCurrentClocksEventReasons": lambda handle: bits})
+    return environment_module._holding_down(board, None)
+
+
+def test_an_older_driver_tells_the_reasons_under_an_older_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Older(Driver):
+        nvmlDeviceGetCurrentClocksThrottleReasons = staticmethod(lambda handle: 4)  # noqa: N815
+
+    assert given(Older("nvmlDeviceGetCurrentClocksEventReasons"), monkeypatch)["held_down_by"] == ["SwPowerCap"]
+
+
+def test_a_gpu_that_the_driver_knows_by_no_such_name_has_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of one has not."""
+    assert given(Driver("nvmlDeviceGetHandleByUUID"), monkeypatch) == {}
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def environment(device: torch.device = CPU) -> dict[str, str]:
     }
     with _nvml() as nvml:
         if nvml is not None:
-            found["driver"] = nvml.nvmlSystemGetDriverVersion()
+            with contextlib.suppress(nvml.NVMLError):
+                found["driver"] = nvml.nvmlSystemGetDriverVersion()
     return found
 
 
@@ -68,7 +69,7 @@ def state(device: torch.device) -> dict[str, Any]:
             "celsius": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
             "watts": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
             "watts_limit": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-            "held_down_by": lambda: _reasons(nvml, nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)),
+            "held_down_by": lambda: _holding_down(nvml, handle),
         }
         told = {}
         for name, read in readings.items():
@@ -77,22 +78,35 @@ def state(device: torch.device) -> dict[str, Any]:
         return told
 
 
-def _reasons(nvml: Any, bits: int) -> list[str]:
-    """Names of what keeps clocks below their maximum, ``GpuIdle`` and the like."""
-    prefix = "nvmlClocksEventReason"
-    names = {getattr(nvml, name): name.removeprefix(prefix) for name in sorted(dir(nvml)) if name.startswith(prefix)}
-    return [name for bit, name in sorted(names.items()) if bit & bits and bit & (bit - 1) == 0]
+def _holding_down(nvml: Any, handle: Any) -> list[str]:
+    """Names of what keeps clocks below their maximum, ``GpuIdle`` and the like; a bit without a name as a number."""
+    try:
+        bits = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
+    except nvml.NVMLError:  # an older driver has the call under its older name
+        bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+    names: dict[int, str] = {}
+    for prefix in ("nvmlClocksEventReason", "nvmlClocksThrottleReason"):  # some have the older name alone
+        for name in sorted(name for name in dir(nvml) if name.startswith(prefix)):
+            names.setdefault(getattr(nvml, name), name.removeprefix(prefix))
+    found = (1 << place for place in range(bits.bit_length()) if bits >> place & 1)
+    return [names.get(bit, hex(bit)) for bit in found]
 
 
 @contextlib.contextmanager
 def nvml_handle(device: torch.device) -> Iterator[tuple[Any, Any] | None]:
-    """The NVML bindings and their handle of a CUDA device; None for a CPU, and where there is no driver."""
+    """The NVML bindings and their handle of a CUDA device.
+
+    None for a CPU, where there is no driver, and for what the driver knows by no such name, like a part of a GPU.
+    """
     with _nvml() as nvml:
         if nvml is None or device.type != "cuda":
             yield None
-        else:
+            return
+        found = None
+        with contextlib.suppress(nvml.NVMLError):
             uuid = torch.cuda.get_device_properties(device).uuid
-            yield nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            found = nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        yield found
 
 
 def commit() -> str:

@@ -2,9 +2,10 @@
 
 On a GPU each variant is captured: a CUDA graph of several calls, each after a read of more than the L2 cache holds, and
 beside it a graph of the reads alone. Their difference is the time of the calls without the host's share and without
-what an event costs; a short kernel timed by two events around it would show the launch instead. The reads leave clean
-lines behind: a cache full of zeros just written would be written back on the measured kernel's time. Variants take
-turns, so that a clock that sags hits all of them alike.
+what an event costs; a short kernel timed by two events around it would show the launch instead. Before the first event
+the device has work, so that it waits for no launch between both. The reads leave clean lines behind: a cache full of
+zeros just written would be written back on the measured kernel's time. Variants take turns, so that a clock that sags
+hits all of them alike.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pixelflow_engine.errors import CaptureError
+from pixelflow_engine.graphs import CudaCapture
+
 T = TypeVar("T")
 Call = Callable[[], object]
 
@@ -28,6 +32,9 @@ REPEATS = 20
 
 UNROLL = 10
 """Calls in one graph."""
+
+RESOLUTION = 0.5e-6
+"""Seconds that an event of CUDA tells apart: of a replay, less is not told from nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,26 +168,24 @@ def _time_on_host(variants: Mapping[str, Call], repeats: int) -> dict[str, Timin
 
 def _time_on_gpu(variants: Mapping[str, Call], device: torch.device, repeats: int) -> dict[str, Timing]:
     flush = make_flush(device)
-    idle = _capture(lambda: None, flush, UNROLL)
-    replays: dict[str, Call] = {}
-    graphs = [idle]  # kept: a graph's memory lives as long as it does
+    capture = CudaCapture(device)
+    idle = capture.capture(_unrolled(lambda: None, flush))
+    replays: dict[str, Call] = {}  # they keep their graphs, and graphs their memory
+    captured = dict.fromkeys(variants, True)
     for name, call in variants.items():
         try:
-            graph = _capture(call, flush, UNROLL)
-        except RuntimeError:  # a call that waits for the device cannot be captured
+            replays[name] = capture.capture(_unrolled(call, flush))
+        except CaptureError:  # a call that waits for the device cannot be captured
             torch.cuda.synchronize(device)
-            replays[name] = _eagerly(call, flush, UNROLL)
-        else:
-            graphs.append(graph)
-            replays[name] = graph.replay
-    captured = {name: getattr(replay, "__self__", None) in graphs for name, replay in replays.items()}
+            replays[name], captured[name] = _unrolled(call, flush), False
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(-2, repeats):  # the first two warm up
-        alone = _elapsed(idle.replay)
+        alone = _elapsed(idle, ahead=idle)
         for name, replay in replays.items():
-            value = (_elapsed(replay) - alone) / UNROLL
+            value = (_elapsed(replay, ahead=idle) - alone) / UNROLL
             if turn >= 0:
-                seconds[name].append(value)
+                seconds[name].append(max(value, RESOLUTION / UNROLL))
+    capture.close()
     return {name: Timing(tuple(values), captured[name]) for name, values in seconds.items()}
 
 
@@ -196,35 +201,25 @@ def make_flush(device: torch.device) -> Call:
     return flush
 
 
-def _capture(call: Call, flush: Call, unroll: int) -> torch.cuda.CUDAGraph:
-    """A graph of ``unroll`` times flush and call; first both run outside of it, so that all is compiled and loaded."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            flush()
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(unroll):
-            flush()
-            call()
-    return graph
-
-
-def _eagerly(call: Call, flush: Call, unroll: int) -> Call:
+def _unrolled(call: Call, flush: Call) -> Callable[[], None]:
     def run() -> None:
-        for _ in range(unroll):
+        for _ in range(UNROLL):
             flush()
             call()
 
     return run
 
 
-def _elapsed(replay: Call) -> float:
+def _elapsed(replay: Call, ahead: Call) -> float:
+    """Seconds between two events around a replay.
+
+    Args:
+        replay: what is launched.
+        ahead: keeps the device busy while both events and the replay are launched: on an idle device the first event
+            passes at once, and the time would be that until the host has launched the rest.
+    """
     began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    ahead()
     began.record()
     replay()
     ended.record()
