@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,18 @@ from typer.testing import CliRunner
 
 from pixelflow_benchmarks.cli import bench
 from pixelflow_benchmarks.harness.ceilings import Ceilings
-from pixelflow_benchmarks.harness.energy import WINDOW
 from pixelflow_benchmarks.harness.tables import missing
 from pixelflow_benchmarks.harness.timing import Timing
 from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
-from pixelflow_benchmarks.suites.stages.measure import ends_of, figures, measure_stages, measure_task, stage_faults
+from pixelflow_benchmarks.suites.stages import measure as measure_module
+from pixelflow_benchmarks.suites.stages.measure import (
+    ends_of,
+    figures,
+    measure_stages,
+    measure_task,
+    per_evaluation,
+    stage_faults,
+)
 from pixelflow_benchmarks.suites.stages.opponents import COMPILED_REFERENCE, TORCHDIFFEQ, VARIANTS, Opponents
 from pixelflow_benchmarks.suites.stages.problem import ATTEMPTS, REFERENCE, Ran, StageProblem
 from pixelflow_benchmarks.suites.stages.runs import true_first_state
@@ -66,7 +74,7 @@ def test_an_unknown_opponent_is_refused() -> None:
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])
 def test_the_packed_stages_are_right_too(solver: Any) -> None:
     problem = replace(TINY, solver=solver)
-    task = Task(problem, (REFERENCE, "torch/eager", "torch/compiled"), energy=True)
+    task = Task(problem, (REFERENCE, "torch/eager", "torch/compiled"))
     with uncompiled():
         found = list(measure_task(task, opponents(problem), CEILINGS, repeats=2))
     assert [r["variant"] for r in found] == list(task.variants)
@@ -105,7 +113,7 @@ def test_a_failure_of_one_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("FailOnRecompileLimitHit\nmore")
 
     monkeypatch.setattr(type(run), "run", lambda self, keep_first=False: fail())
-    records = list(measure_task(Task(TINY, (REFERENCE, "torch/eager"), False), who, CEILINGS, repeats=1))
+    records = list(measure_task(Task(TINY, (REFERENCE, "torch/eager")), who, CEILINGS, repeats=1))
     by = {r["variant"]: r for r in records}
     assert by[REFERENCE]["right"]
     assert by["torch/eager"] == {
@@ -122,7 +130,7 @@ def test_the_floor_is_that_of_the_shapes() -> None:
     assert xl.flops / 32 == pytest.approx((3653 + 2165) * 1e9, rel=1e-3)
     assert xl.pointwise_bytes == 24 * 32 * 4096 * 1152 * 28
     ran = Ran(None, torch.zeros(1), steps=4, evaluations=4)
-    found = figures(xl, ran, Timing((0.2 * 16,)), Ceilings(3.0e12, 798e12, torch.bfloat16))
+    found = figures(xl, per_evaluation(xl, ran, Timing((0.2 * 16,))), Ceilings(3.0e12, 798e12, torch.bfloat16))
     assert found["seconds"]["median"] == pytest.approx(0.05)
     assert found["floor_seconds"] == pytest.approx(0.0167, abs=5e-5)
     assert found["fraction_of_floor"] == pytest.approx(16.7 / 50, abs=0.001)
@@ -148,21 +156,30 @@ def test_the_most_important_comes_first() -> None:
     assert [t.problem.steps for t in everything[:4]] == [4, 10, 30, 30]
     on_cpu = tasks(SHAPES["cpu"], VARIANTS, range(4), [1], ["euler"], None, torch.float32, CPU)
     assert [t.problem.steps for t in on_cpu][:4] == [2, 2, 8, 30]
-    assert [t.energy for t in everything[:5]] == [True] * 4 + [False]
     assert {name for t in everything for name in t.variants} == set(VARIANTS)
-    assert WINDOW >= 2
+
+
+def test_energy_is_measured_in_every_group_until_the_budget_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_module, "joules_of", lambda run, device: {"joules": 12.0, "watts": 3.0})
+    tasks = [Task(replace(TINY, batch=batch), (REFERENCE, "torch/eager")) for batch in (3, 2)]
+    records = list(measure_stages(tasks, opponents(), CEILINGS, repeats=1, budget=600))
+    assert [r["joules"] for r in records] == [12 / (3 * 2)] * 2 + [12 / (2 * 2)] * 2, "per image and evaluation"
+    (late,) = measure_task(Task(TINY, (REFERENCE,)), opponents(), CEILINGS, 1, deadline=time.perf_counter() - 1)
+    assert late["right"]
+    assert "seconds" in late
+    assert "joules" not in late
 
 
 def test_the_reference_is_told_once() -> None:
     """Though the others come in two groups, and it takes part in both."""
-    work = [Task(TINY, (REFERENCE,), False), Task(TINY, (REFERENCE, "torch/eager"), False)]
+    work = [Task(TINY, (REFERENCE,)), Task(TINY, (REFERENCE, "torch/eager"))]
     records = list(measure_stages(work, opponents(), CEILINGS, repeats=1, budget=60))
     assert [r["variant"] for r in records] == [REFERENCE, "torch/eager"]
     assert all(r["times"][REFERENCE]["repeats"] == 1 for r in records)
 
 
 def test_the_budget_ends_the_run() -> None:
-    work = [Task(TINY, (REFERENCE, "flash/eager"), False), Task(replace(TINY, stage=0), (REFERENCE,), False)]
+    work = [Task(TINY, (REFERENCE, "flash/eager")), Task(replace(TINY, stage=0), (REFERENCE,))]
     records = list(measure_stages(work, opponents(), CEILINGS, repeats=1, budget=0.001))
     assert [r["kind"] for r in records] == ["measurement", "absent", "skipped"]
     assert list(missing(run_of("stages", *records)).values()) == [["flash/eager"]]
@@ -190,7 +207,7 @@ def test_who_has_one_solver_is_asked_for_no_other() -> None:
         v for t in tasks(TINY.config, VARIANTS, [1], [2], ["dopri5"], None, torch.float32, CPU) for v in t.variants
     }
     assert TORCHDIFFEQ in dopri5
-    assert "public" not in dopri5
+    assert "public" in dopri5 & by["euler"], "the published code has both"
 
 
 def test_the_compiled_reference_is_another_model(monkeypatch: pytest.MonkeyPatch) -> None:

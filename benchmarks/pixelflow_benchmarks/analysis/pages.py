@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pixelflow_benchmarks.harness.results import Run, newest, read_runs, result_files
 from pixelflow_benchmarks.harness.tables import TextTable
+from pixelflow_benchmarks.harness.targets import budget_table
 from pixelflow_benchmarks.quality.ablations.table import TABLES as ABLATIONS
 from pixelflow_benchmarks.quality.table import again_table, quality_table
 from pixelflow_benchmarks.suites.gate.spread import spread_table
@@ -25,8 +26,10 @@ from pixelflow_benchmarks.suites.gate.spread import spread_table
 from .compare import agreement_table
 from .suite_tables import OF_SUITES
 
-PLACE = re.compile(r"(<!-- table: (\S+) ([^>]*?) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- table: (\S+)((?: [^>\s]+)*) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
+OF_NOTHING: Mapping[str, Callable[[], TextTable]] = {"targets": budget_table}
+"""From what the project aims at, not from results: such a table has no source."""
 OF_EVALUATIONS: Mapping[str, Callable[..., TextTable]] = {
     "quality": quality_table,
     "again": again_table,
@@ -54,6 +57,8 @@ def fill(page: str, root: Path) -> str:
 
 def _table(name: str, sources: list[str], root: Path) -> str:
     paths = [root / source for source in sources]
+    if name in OF_NOTHING:
+        return OF_NOTHING[name]().markdown()
     if name in OF_EVALUATIONS:
         evaluations = [[json.loads(line) for line in path.read_text("utf-8").splitlines()] for path in paths]
         return OF_EVALUATIONS[name](*evaluations).markdown()
@@ -64,7 +69,7 @@ def _table(name: str, sources: list[str], root: Path) -> str:
         absent = f"Not measured: no run of `pixelflow eval ablations` in {', '.join(sources)}.\n"
         return OF_RUNS[name](runs).markdown() if runs else absent
     if name not in OF_SUITES:
-        known = ", ".join([*OF_SUITES, *OF_EVALUATIONS, *OF_PAIRS, *OF_RUNS])
+        known = ", ".join([*OF_NOTHING, *OF_SUITES, *OF_EVALUATIONS, *OF_PAIRS, *OF_RUNS])
         raise ValueError(f"table: got {name!r}, expected one of {known}")
     files = [file for path in paths for file in ([path] if path.is_file() else result_files(path))]
     run = newest([run for file in files for run in read_runs(file)], name)

@@ -34,6 +34,7 @@ def table_html(
         wrong: first cells of rows that are marked as wrong.
         absent: of those that are marked as absent.
     """
+    table = table.without_empty()
     right = {
         place
         for place in range(1, len(table.header))

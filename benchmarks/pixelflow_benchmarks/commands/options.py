@@ -43,7 +43,8 @@ def place_of(device: str) -> torch.device:
 
 
 def show(text: TextTable) -> None:
-    """Print a table; in a narrow terminal its cells fold at blanks."""
+    """Print a table, without empty columns; in a narrow terminal its cells fold at blanks."""
+    text = text.without_empty()
     table = Table(*text.header, title=text.title, padding=(0, 0))
     for row in text.rows:
         table.add_row(*row)

@@ -18,9 +18,18 @@ class TextTable:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
+    def without_empty(self) -> TextTable:
+        """The table without the columns in which no row has anything; one without rows as it is."""
+        kept = [place for place in range(len(self.header)) if any(row[place] for row in self.rows)]
+        if not self.rows or len(kept) == len(self.header):
+            return self
+        header, *rows = (tuple(line[place] for place in kept) for line in (self.header, *self.rows))
+        return TextTable(self.title, header, tuple(rows))
+
     def markdown(self) -> str:
-        """The table as Markdown, its title as a line of text below."""
-        lines = [self.header, tuple("---" for _ in self.header), *self.rows]
+        """The table as Markdown, its title as a line of text below; columns that are empty are left out."""
+        table = self.without_empty()
+        lines = [table.header, tuple("---" for _ in table.header), *table.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{self.title}\n"
 
 

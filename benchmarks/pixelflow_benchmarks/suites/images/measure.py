@@ -86,7 +86,7 @@ def check_and_time(
     timed = time_runs(right, device, repeats, deadline)
     for name, timing in timed.timings.items():
         records[name] |= figures(problem, timing, ceilings)
-        others = {other: timed.timings[other] for other in (REFERENCE, LOOP) if other in timed.timings}
+        others = {other: timed.timings[other] for other in (REFERENCE, LOOP, PUBLIC) if other in timed.timings}
         records[name]["times"] = {other: timing.times_faster_than(its) for other, its in others.items()}
         if found := joules_of(right[name], device):
             records[name] |= {**found, "joules": found["joules"] / problem.batch}

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from pixelflow_benchmarks.harness.results import Run
-from pixelflow_benchmarks.harness.tables import TextTable, interval
+import re
 
+from pixelflow_benchmarks.harness.results import Record, Run
+from pixelflow_benchmarks.harness.tables import TextTable, interval
+from pixelflow_benchmarks.harness.targets import kernel_cell
+
+from .case import STAGE_SIDES
 from .measure import EAGER
+
+OURS, BACKWARD = "ours", "+backward"
 
 
 def kernel_table(run: Run) -> TextTable:
@@ -14,9 +20,9 @@ def kernel_table(run: Run) -> TextTable:
     rows = []
     for r in run.records:
         if r["kind"] == "absent":
-            rows.append((r["case"], r["variant"], r["reason"], "", "", ""))
+            rows.append((r["case"], r["variant"], r["reason"], "", "", "", ""))
         elif r["kind"] == "measurement" and not r["right"]:
-            rows.append((r["case"], r["variant"], "wrong: no speed", "", "", ""))
+            rows.append((r["case"], r["variant"], "wrong: no speed", "", "", "", ""))
         elif r["kind"] == "measurement":
             rows.append(
                 (
@@ -26,6 +32,7 @@ def kernel_table(run: Run) -> TextTable:
                     f"{r['gigabytes_per_second']:.0f} ({100 * r['fraction_of_copy']:.0f} %)",
                     f"{r['teraflops']:.1f} ({100 * r['fraction_of_product']:.0f} %)" if "teraflops" in r else "",
                     interval(r["times"][EAGER], 1, 2) if "times" in r else "",
+                    _target(run, r) if r["variant"] == OURS else "",
                 )
             )
     title = (
@@ -33,5 +40,20 @@ def kernel_table(run: Run) -> TextTable:
         f"{environment['batch']}, torch {environment['torch']}; copy {ceilings['bytes_per_second'] / 1e9:.0f} GB/s, "
         f"product {ceilings['flops_per_second'] / 1e12:.1f} TFLOP/s."
     )
-    header = ("case", "variant", "us", "GB/s (of copy)", "TFLOP/s (of product)", "times eager's speed")
+    header = ("case", "variant", "us", "GB/s (of copy)", "TFLOP/s (of product)", "times eager's speed", "target")
     return TextTable(title, header, tuple(rows))
+
+
+def _target(run: Run, record: Record) -> str:
+    """What this kernel should reach, with the verdict; nothing of one that has no place among the stages."""
+    shape = re.search(r"/stage(\d)-b\d+$", record["case"])
+    if shape is None:
+        return ""
+    before, both, _ = record["case"].partition(BACKWARD)
+    forward = None
+    if both:
+        others = (r for r in run.of_kind("measurement") if r["variant"] == OURS and "seconds" in r)
+        forward = next((r for r in others if r["case"] == f"{before}/{shape[0].removeprefix('/')}"), None)
+        if forward is None:
+            return ""
+    return kernel_cell(run.environment, record, STAGE_SIDES[int(shape[1])] ** 2, forward)

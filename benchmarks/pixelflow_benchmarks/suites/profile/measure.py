@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from pixelflow_benchmarks.harness.ceilings import Ceilings
 from pixelflow_benchmarks.harness.results import Record
 from pixelflow_benchmarks.harness.timing import first_line, seconds_of, time_runs, wait_for
-from pixelflow_benchmarks.suites.stages.measure import ends_of, figures, named, stage_faults
+from pixelflow_benchmarks.suites.stages.measure import ends_of, figures, named, per_evaluation, stage_faults
 from pixelflow_benchmarks.suites.stages.opponents import PUBLIC, SOLVER_OF, VARIANTS, Opponents
 from pixelflow_benchmarks.suites.stages.problem import REFERENCE, Ran, StageProblem, StageRun
 from pixelflow_benchmarks.suites.stages.runs import true_first_state
@@ -69,7 +69,7 @@ def measure_profiles(
         elif name in timed.timings:
             ran = checks[name]
             record |= {"right": True, "steps": ran.steps, "evaluations": ran.evaluations}
-            record |= figures(problem, ran, timed.timings[name], ceilings)
+            record |= figures(problem, per_evaluation(problem, ran, timed.timings[name]), ceilings)
             yield from _profiled(record, right[name], problem, ceilings, folder)
     for run in runs.values():
         run.close()

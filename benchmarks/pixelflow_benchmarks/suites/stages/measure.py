@@ -76,7 +76,8 @@ def measure_task(
         opponents: their models.
         ceilings: of the device.
         repeats: turns.
-        deadline: after which no turn is begun, on the clock of ``time.perf_counter``; there is one turn at least.
+        deadline: after which no turn is begun and no energy measured, on the clock of ``time.perf_counter``; there is
+            one turn at least.
     """
     problem = task.problem
     euler = problem.solver == "euler"
@@ -103,11 +104,12 @@ def measure_task(
     right = {name: run for name, run in runs.items() if records[name]["right"]}
     calls = {name: run.run for name, run in right.items()}
     timed = time_runs(calls, problem.device, repeats, min(deadline, time.perf_counter() + TURNS_SECONDS))
-    for name, timing in timed.timings.items():
-        records[name] |= figures(problem, checks[name], timing, ceilings)
-        if REFERENCE in timed.timings:
-            records[name]["times"] = {REFERENCE: timing.times_faster_than(timed.timings[REFERENCE])}
-        if task.energy and (found := joules_of(calls[name], problem.device)):
+    times = {name: per_evaluation(problem, checks[name], timing) for name, timing in timed.timings.items()}
+    for name, timing in times.items():
+        records[name] |= figures(problem, timing, ceilings)
+        others = {other: times[other] for other in (REFERENCE, PUBLIC) if other in times}
+        records[name]["times"] = {other: timing.times_faster_than(its) for other, its in others.items()}
+        if time.perf_counter() < deadline and (found := joules_of(calls[name], problem.device)):
             found["joules"] /= problem.batch * checks[name].evaluations
             records[name] |= found
     for name, fault in timed.failed.items():
@@ -131,7 +133,9 @@ def _first_run(run: StageRun, problem: StageProblem) -> tuple[Ran, Record]:
         "steps": ran.steps,
         "evaluations": ran.evaluations,
     }
-    if on_gpu and not isinstance(run, PublicRun):
+    if isinstance(run, PublicRun):  # its process has nothing but its model
+        found |= {} if run.peak_bytes is None else {"peak_bytes": run.peak_bytes}
+    elif on_gpu:
         found["peak_bytes"] = torch.cuda.max_memory_allocated(problem.device) - before
     return ran, found
 
@@ -172,20 +176,24 @@ def stage_faults(
     return found
 
 
-def figures(problem: StageProblem, ran: Ran, timing: Timing, ceilings: Ceilings) -> Record:
-    """Seconds per image and evaluation of the model, and the share of them that the device's ceilings alone would take.
+def per_evaluation(problem: StageProblem, ran: Ran, timing: Timing) -> Timing:
+    """Of whole runs, the time per image and evaluation of the model.
 
     A step of Euler's is one evaluation; an attempt of Dopri5 is six, and its start two.
     """
-    one = Timing(tuple(s / (problem.batch * ran.evaluations) for s in timing.turns))
+    return Timing(tuple(seconds / (problem.batch * ran.evaluations) for seconds in timing.turns))
+
+
+def figures(problem: StageProblem, timing: Timing, ceilings: Ceilings) -> Record:
+    """Seconds per image and evaluation, and the share of them that the device's ceilings alone would take."""
     floor = ceilings.floor(problem.flops, problem.pointwise_bytes) / problem.batch
     return {
         "per": "image and evaluation",
-        "seconds": one.spread(),
+        "seconds": timing.spread(),
         "flops": problem.flops / problem.batch,
         "bytes": problem.pointwise_bytes / problem.batch,
         "floor_seconds": floor,
-        "fraction_of_floor": floor / one.median,
+        "fraction_of_floor": floor / timing.median,
     }
 
 

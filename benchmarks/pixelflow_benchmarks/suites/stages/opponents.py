@@ -30,7 +30,7 @@ HOW = {
 }
 ENGINES = tuple(f"{backend}/{how}" for backend in ("triton", "flash", "torch") for how in HOW)
 VARIANTS = (REFERENCE, COMPILED_REFERENCE, TORCHDIFFEQ, PUBLIC, *ENGINES)
-SOLVER_OF = {TORCHDIFFEQ: "dopri5", PUBLIC: "euler"}
+SOLVER_OF = {TORCHDIFFEQ: "dopri5"}
 """Who has only one."""
 FIRST = (
     REFERENCE,

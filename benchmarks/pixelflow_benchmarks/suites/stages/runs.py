@@ -170,28 +170,30 @@ class TorchdiffeqRun(ReferenceRun):
 
 
 class PublicRun:
-    """A stage by the published code's Euler steps, see :class:`pixelflow_benchmarks.suites.stages.runs.StageRun`.
+    """A stage by the published code, Euler's steps or its Dopri5, see :class:`~.problem.StageRun`.
 
-    Raises:
-        NotImplementedError: the solver is another.
+    Attributes:
+        peak_bytes: the most memory that its process had given out so far, its weights included; None on a CPU.
     """
 
     def __init__(self, process: PublicProcess, problem: StageProblem) -> None:
-        if problem.solver != "euler":
-            raise NotImplementedError("public: only its Euler steps are run")
         self.process = process
         self.problem = problem
-        process.ask({"do": "prepare", "stage": problem.stage, "batch": problem.batch, "steps": problem.steps})
+        self.peak_bytes: int | None = None
+        asked = {"stage": problem.stage, "batch": problem.batch, "steps": problem.steps, "solver": problem.solver}
+        process.ask({"do": "prepare", **asked})
 
     def run(self, keep_first: bool = False) -> Ran:
-        """See :class:`pixelflow_benchmarks.suites.stages.runs.StageRun`; waits until it is done."""
+        """See :class:`~.problem.StageRun`; waits until it is done."""
         file = Path(self.process.folder.name) / "states.pt"
-        self.process.ask({"do": "run", "keep": str(file) if keep_first else None})
-        first = end = torch.zeros(1)
-        if keep_first:
-            states = torch.load(file, weights_only=True)
-            first, end = states["first"].to(self.problem.device), states["end"].to(self.problem.device)
-        return Ran(first if keep_first else None, end, self.problem.steps, self.problem.steps)
+        answer = self.process.ask({"do": "run", "keep": str(file) if keep_first else None})
+        self.peak_bytes = answer["peak_bytes"]
+        steps, evaluations = answer["steps"], answer["evaluations"]
+        if not keep_first:
+            return Ran(None, torch.zeros(1), steps, evaluations)
+        states = {name: x.to(self.problem.device) for name, x in torch.load(file, weights_only=True).items()}
+        file.unlink()
+        return Ran(states.get("first"), states["end"], steps, evaluations)
 
     def close(self) -> None:
         """Nothing to release: the process serves the next problem."""

@@ -20,12 +20,10 @@ class Task:
     Attributes:
         problem: the stage.
         variants: opponents.
-        energy: whether joules are measured too.
     """
 
     problem: StageProblem
     variants: tuple[str, ...]
-    energy: bool
 
 
 def tasks(
@@ -68,7 +66,7 @@ def tasks(
     order += [(batch, "euler", rest) for batch in by_batch[:1] if "euler" in solvers and rest != (REFERENCE,)]
     order += [(batch, "euler", first) for batch in by_batch[2:] if "euler" in solvers]
     order += [(batch, "dopri5", first) for batch in by_batch[1:] if "dopri5" in solvers]
-    for place, (batch, solver, who) in enumerate(order):
+    for batch, solver, who in order:
         for problem in problems(batch, "euler" if solver == "euler" else "dopri5"):
             variants = tuple(v for v in who if SOLVER_OF.get(v, solver) == solver)
-            yield Task(problem, variants, energy=place == 0)
+            yield Task(problem, variants)

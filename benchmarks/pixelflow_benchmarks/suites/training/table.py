@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pixelflow_benchmarks.harness.results import Run
 from pixelflow_benchmarks.harness.tables import TextTable, interval
+from pixelflow_benchmarks.harness.targets import heading, training_cell
 
 from .opponents import PUBLIC
 from .phases import PHASES
@@ -12,10 +13,10 @@ from .problem import REFERENCE
 
 def training_table(run: Run) -> TextTable:
     """A row per case and variant: a step's time, rates, speed beside two opponents, memory, parts of the step."""
-    rows = []
+    rows, head = [], run.environment
     for r in run.of_kind("measurement"):
         if not r["right"]:
-            rows.append((r["case"], r["variant"], "wrong: no time", r["fault"], *[""] * 6))
+            rows.append((r["case"], r["variant"], "wrong: no time", r["fault"], *[""] * 7))
             continue
         beside = (interval(r["times"][o], 1, 2) if o in r["times"] else "" for o in (REFERENCE, PUBLIC))
         rows.append(
@@ -29,6 +30,7 @@ def training_table(run: Run) -> TextTable:
                 *beside,
                 f"{r['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in r else "",
                 " / ".join(f"{100 * r['shares'][part]:.0f}" for part in PHASES),
+                training_cell(head, r, PUBLIC) if r["variant"].startswith("engine") else "",
             )
         )
     header = (
@@ -42,8 +44,8 @@ def training_table(run: Run) -> TextTable:
         "than published",
         "peak GiB",
         f"{' / '.join(PHASES)}, %",
+        heading(head, "targets"),
     )
-    head = run.environment
     where = head.get("gpu") or f"{head['processor']}, {head['threads']} threads, load {head['load']:.1f}"
     title = (
         f"Steps of training, {head['shape']}, {head['dtype']}; {where}; torch {head['torch']}. MFU: operations of "
