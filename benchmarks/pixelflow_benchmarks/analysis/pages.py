@@ -69,7 +69,7 @@ def _table(name: str, sources: list[str], root: Path) -> str:
         absent = f"Not measured: no run of `pixelflow eval ablations` in {', '.join(sources)}.\n"
         return OF_RUNS[name](runs).markdown() if runs else absent
     if name not in OF_SUITES:
-        known = ", ".join([*OF_NOTHING, *OF_SUITES, *OF_EVALUATIONS, *OF_PAIRS, *OF_RUNS])
+        known = ", ".join([*OF_SUITES, *OF_EVALUATIONS, *OF_PAIRS, *OF_RUNS, *OF_NOTHING])
         raise ValueError(f"table: got {name!r}, expected one of {known}")
     files = [file for path in paths for file in ([path] if path.is_file() else result_files(path))]
     run = newest([run for file in files for run in read_runs(file)], name)

@@ -189,7 +189,7 @@ def _notes(run: Run) -> Iterator[str]:
     if skipped := run.of_kind("skipped"):
         yield "<p>No time was left for:</p>"
         yield list_html((text_of(_skipped(r)) for r in skipped), "absent")
-    own = {"blocks": ("block", "cited"), "distance": ("distance",)}.get(run.suite, ())
+    own = {"blocks": ("block", "cited"), "distance": ("distance", "reference")}.get(run.suite, ())
     shown = ("environment", "end", "ceilings", "measurement", "absent", "skipped", *own)
     if other := [r["kind"] for r in run.records if r["kind"] not in shown]:
         kinds = ", ".join(f"{other.count(kind)} of kind {kind}" for kind in dict.fromkeys(other))

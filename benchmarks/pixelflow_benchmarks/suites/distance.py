@@ -1,11 +1,16 @@
-"""How far each way of running a model is from the same model in float64: velocities, and images at equal noise."""
+"""How far each way of running a model is from the same model in float64: velocities, and images at equal noise.
+
+A velocity may be as far from it as level D allows: twice as far as the reference model in the same type, and two
+roundings.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +18,12 @@ from torch import Tensor
 
 from pixelflow_benchmarks.harness.results import Run
 from pixelflow_benchmarks.harness.tables import TextTable
+from pixelflow_benchmarks.opponents.random_models import random_reference
 from pixelflow_engine import BackendUnavailableError, Checkpoint, PixelFlowEngine, StepEvent
 from pixelflow_engine.schedule import make_stages, step_times
+
+Velocity = Callable[[Tensor, float], Tensor]
+"""Of images ``[B, c, h, w]`` float64 at a model time."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -53,8 +62,35 @@ class Variant:
 VARIANTS = tuple(
     Variant(dtype, backend, compiled)
     for dtype in ("float32", "bfloat16")
-    for backend, compiled in (("torch", False), ("torch", True), ("triton", False), ("flash", False))
+    for backend, compiled in (("torch", False), ("torch", True), ("triton", False), ("triton", True), ("flash", False))
 )
+INTERPRETED = (Variant("float32", "torch", False), Variant("float32", "triton", False))
+"""Under Triton's interpreter, which has no bfloat16: the kernels, and PyTorch beside them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """The largest error of a velocity over the largest true one of its batch.
+
+    Attributes:
+        usual: over all evaluations but each stage's last.
+        last: over those.
+    """
+
+    usual: float
+    last: float
+
+    def allowed(self, dtype: torch.dtype) -> Errors:
+        """What level D allows beside these, the reference's in that type; an eps is two roundings."""
+        two = torch.finfo(dtype).eps
+        return Errors(2 * self.usual + two, 2 * self.last + two)
+
+    def fault(self, allowed: Errors) -> str | None:
+        """What is wrong, if something is; what is not a number is."""
+        if self.usual <= allowed.usual and self.last <= allowed.last:
+            return None
+        found = f"velocity errors {self.usual:.1e} and, at tau 0.999, {self.last:.1e}"
+        return f"{found}, allowed {allowed.usual:.1e} and {allowed.last:.1e}"
 
 
 def measure_distance(
@@ -70,29 +106,65 @@ def measure_distance(
         variants: what to run.
 
     Yields:
-        records: ``velocity``: the largest error of a velocity over the largest true one of its batch, over all
-        evaluations along the float64 run but each stage's last; ``velocity_last``: over those. ``psnr``: of each image
-        in dB, for values in [0, 1]. ``absent`` for a variant that cannot run.
+        ``reference`` for each type, with its errors ``velocity`` and ``velocity_last`` (see :class:`Errors`).
+        ``distance`` for each variant, with the same, what is ``allowed`` and ``allowed_last`` of them, and ``psnr`` of
+        each image in dB, for values in [0, 1]; with a ``fault`` where it is further away. ``absent`` for a variant that
+        cannot run.
     """
     truth = PixelFlowEngine.from_checkpoint(checkpoint, device, torch.float64, "torch")
     moments, pictures = _true_run(truth, labels, steps)
+    allowed: dict[str, Errors] = {}
     for variant in variants:
-        record: dict[str, Any] = {"kind": "distance", "variant": variant.name}
+        dtype = getattr(torch, variant.dtype)
+        if variant.dtype not in allowed:
+            of_reference = errors_of(_reference(checkpoint, device, dtype, labels), moments)
+            allowed[variant.dtype] = of_reference.allowed(dtype)
+            yield {
+                "kind": "reference",
+                "variant": f"{variant.dtype}, reference",
+                "velocity": of_reference.usual,
+                "velocity_last": of_reference.last,
+            }
         try:
-            dtype = getattr(torch, variant.dtype)
             engine = PixelFlowEngine.from_checkpoint(
                 checkpoint, device, dtype, variant.backend, compile=variant.compiled
             )
         except BackendUnavailableError as error:
             yield {"kind": "absent", "variant": variant.name, "reason": str(error)}
             continue
-        errors = {False: 0.0, True: 0.0}
-        for moment in moments:
-            off = (_velocity(engine, moment.x, moment.t_model, labels) - moment.velocity).abs().max()
-            errors[moment.last] = max(errors[moment.last], (off / moment.velocity.abs().max()).item())
-        psnr = [_psnr(a, b) for a, b in zip(_images(engine, labels, steps), pictures, strict=True)]
-        yield record | {"velocity": errors[False], "velocity_last": errors[True], "psnr": psnr}
+        bound = allowed[variant.dtype]
+        found = errors_of(partial(_velocity, engine, labels=labels), moments)
+        record: dict[str, Any] = {"kind": "distance", "variant": variant.name}
+        record |= {"velocity": found.usual, "velocity_last": found.last}
+        record |= {"allowed": bound.usual, "allowed_last": bound.last}
+        record["psnr"] = [_psnr(a, b) for a, b in zip(_images(engine, labels, steps), pictures, strict=True)]
+        if fault := found.fault(bound):
+            record |= {"case": "distance", "fault": fault}
+        yield record
         engine.close()
+
+
+def errors_of(velocity: Velocity, moments: Sequence[Moment]) -> Errors:
+    """Of a velocity field along the float64 run; what is not a number counts as without bound."""
+    found = {False: 0.0, True: 0.0}
+    for moment in moments:
+        off = (velocity(moment.x, moment.t_model).double() - moment.velocity).abs().max()
+        error = (off / moment.velocity.abs().max()).item()
+        found[moment.last] = math.inf if math.isnan(error) else max(found[moment.last], error)
+    return Errors(found[False], found[True])
+
+
+def _reference(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, labels: Sequence[int]) -> Velocity:
+    """The reference model's velocity, its weights in that type."""
+    weights = {name: tensor.to(device) for name, tensor in checkpoint.state_dict.items()}
+    model = random_reference(checkpoint.config, weights, dtype)
+    classes = torch.tensor(labels, device=device)
+
+    @torch.no_grad()
+    def velocity(x: Tensor, t_model: float) -> Tensor:
+        return model(x.to(dtype), torch.full((len(x),), t_model, device=device), classes)
+
+    return velocity
 
 
 def _true_run(engine: PixelFlowEngine, labels: Sequence[int], steps: int) -> tuple[list[Moment], Tensor]:
@@ -105,12 +177,12 @@ def _true_run(engine: PixelFlowEngine, labels: Sequence[int], steps: int) -> tup
         config = engine.config.scheduler
         _, times = step_times(make_stages(config)[event.stage], config, steps, shift=1.0)
         x, t = event.latents.clone(), float(times[event.step + 1])
-        moments.append(Moment(event.stage, t, event.step == steps - 2, x, _velocity(engine, x, t, labels)))
+        moments.append(Moment(event.stage, t, event.step == steps - 2, x, _velocity(engine, x, t, labels=labels)))
 
     return moments, _images(engine, labels, steps, callback_on_step_end=keep)
 
 
-def _velocity(engine: PixelFlowEngine, x: Tensor, t_model: float, labels: Sequence[int]) -> Tensor:
+def _velocity(engine: PixelFlowEngine, x: Tensor, t_model: float, *, labels: Sequence[int]) -> Tensor:
     with torch.no_grad():
         return engine.velocity(x, t_model, class_labels=list(labels))
 
@@ -128,16 +200,36 @@ def _psnr(image: Tensor, truth: Tensor) -> float:
 
 
 def distance_table(run: Run) -> TextTable:
-    """One row for each variant that ran: the worst velocity errors, the worst and the median image's PSNR."""
+    """The reference's errors and those of each variant that ran, beside what is allowed; its worst and median image."""
     rows = []
-    for record in run.of_kind("distance"):
-        psnr = sorted(record["psnr"])
-        errors = (f"{record['velocity']:.1e}", f"{record['velocity_last']:.1e}")
-        found = (*errors, f"{psnr[0]:.1f}", f"{psnr[len(psnr) // 2]:.1f}")
-        rows.append((record["variant"], *found))
+    for record in run.records:
+        if record["kind"] not in ("reference", "distance"):
+            continue
+        psnr = sorted(record.get("psnr", []))
+        rows.append(
+            (
+                record["variant"],
+                *(_error(record, name) for name in ("velocity", "allowed", "velocity_last", "allowed_last")),
+                *((f"{psnr[0]:.1f}", f"{psnr[len(psnr) // 2]:.1f}") if psnr else ("", "")),
+                "further than allowed" if "fault" in record else "",
+            )
+        )
     head = run.environment
     where = head.get("gpu", head["machine"])
-    title = f"{head['model']}, {head['images']} images, Euler {head['steps']}; {where}, torch {head['torch']}."
-    return TextTable(
-        title, ("variant", "velocity error", "at tau 0.999", "worst PSNR, dB", "median PSNR, dB"), tuple(rows)
+    how = ", kernels interpreted" if head.get("interpreted") else ""
+    title = f"{head['model']}, {head['images']} images, Euler {head['steps']}; {where}{how}, torch {head['torch']}."
+    header = (
+        "variant",
+        "velocity error",
+        "allowed",
+        "at tau 0.999",
+        "allowed there",
+        "worst PSNR, dB",
+        "median PSNR, dB",
+        "wrong",
     )
+    return TextTable(title, header, tuple(rows))
+
+
+def _error(record: dict[str, Any], name: str) -> str:
+    return f"{record[name]:.1e}" if name in record else ""
