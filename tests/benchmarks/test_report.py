@@ -228,6 +228,14 @@ def test_every_kind_of_plot_is_there(page: Page) -> None:
     assert "batch 1, euler 4: the fastest of 2 is engine with 500 ms, the floor is 100 ms" in labels
 
 
+def test_clocks_that_were_held_down_at_work_are_said(tmp_path: Path) -> None:
+    """At the begin and the end a GPU is idle, which holds every clock down."""
+    idle = {"held_down_by": ["GpuIdle"]}
+    hot = measurement("stage 0", "ours", 1.0, at_work={"held_down_by": ["SwPowerCap", "GpuIdle"]})
+    write_runs(tmp_path / "2026-01-01-abc.jsonl", run_of("stages", hot, **idle))
+    assert "clocks held down: SwPowerCap<" in report(tmp_path)
+
+
 def test_what_was_wrong_or_absent_is_said(page: Page) -> None:
     assert page.row("rope/stage0-b1", "broken")[1] == "wrong"
     assert page.row("rope/stage0-b1", "flash")[1] == "absent"

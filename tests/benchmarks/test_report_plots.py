@@ -8,8 +8,10 @@ import pytest
 
 from pixelflow_benchmarks.analysis import plots
 from pixelflow_benchmarks.analysis.plots import Bar, Point, Series, Value
+from pixelflow_benchmarks.analysis.suite_plots import figures_of
 from pixelflow_benchmarks.analysis.svg import Look, drawing, looks, numbered
 from pixelflow_benchmarks.analysis.units import percent, quantity
+from support.results import measurement, run_of
 
 
 def marks(svg: str, color: str) -> list[list[tuple[float, float]]]:
@@ -48,6 +50,18 @@ def test_bars_begin_at_zero_and_the_floor_is_where_it_belongs() -> None:
     assert "var(--wrong)" in svg
     assert "currentColor" in svg
     assert "#010203" not in svg
+
+
+def test_who_is_absent_everywhere_takes_no_row_in_every_plot() -> None:
+    """A list above the plots has them. Who is absent in one case, for want of memory, has a row there."""
+    cases = [measurement(case, name, 1.0) for case in ("stage 0", "stage 1") for name in ("reference", "ours")]
+    gone = [{"kind": "absent", "variant": "flash", "reason": "not installed"},
+            {"kind": "absent", "variant": "large", "reason": "not enough memory", "case": "stage 1"}]  # fmt: skip
+    with drawing():
+        panels = {panel.title: panel.svg for panel in next(figures_of(run_of("stages", *cases, *gone))).panels}
+    assert panels.keys() == {"stage 0", "stage 1"}
+    assert not any(">flash<" in svg for svg in panels.values())
+    assert [title for title, svg in panels.items() if ">large<" in svg] == ["stage 1"]
 
 
 def test_what_spans_decades_is_dots() -> None:

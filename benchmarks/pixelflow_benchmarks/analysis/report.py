@@ -30,6 +30,7 @@ SUITES = {
     "coldstart": "Cold start",
     "blocks": "Launches and bytes of a block",
     "distance": "Distance from float64",
+    "curves": "Loss curves",
 }
 """In the order of the page."""
 MEASURED = ("images", "stages", "kernels", "training", "memory", "coldstart")
@@ -167,7 +168,8 @@ def _badges(run: Run) -> Iterator[str]:
         yield badge(f"{_count(wrong, 'wrong result')}", "bad")
     if "+" in str(run.environment.get("commit")):
         yield badge("uncommitted changes", "warn")
-    held = [reason for record in (run.records[0], run.records[-1]) for reason in _held_down(record)]
+    states = [run.records[0], *(r["at_work"] for r in run.records if "at_work" in r), run.records[-1]]
+    held = [reason for state in states for reason in _held_down(state)]
     if held:
         yield badge(f"clocks held down: {', '.join(dict.fromkeys(held))}", "warn")
     if absent := {r["variant"] for r in run.of_kind("absent")}:
@@ -189,7 +191,11 @@ def _notes(run: Run) -> Iterator[str]:
     if skipped := run.of_kind("skipped"):
         yield "<p>No time was left for:</p>"
         yield list_html((text_of(_skipped(r)) for r in skipped), "absent")
-    own = {"blocks": ("block", "cited"), "distance": ("distance", "reference")}.get(run.suite, ())
+    own = {
+        "blocks": ("block", "cited"),
+        "curves": ("curve", "agreement"),
+        "distance": ("distance", "reference"),
+    }.get(run.suite, ())
     shown = ("environment", "end", "ceilings", "measurement", "absent", "skipped", *own)
     if other := [r["kind"] for r in run.records if r["kind"] not in shown]:
         kinds = ", ".join(f"{other.count(kind)} of kind {kind}" for kind in dict.fromkeys(other))

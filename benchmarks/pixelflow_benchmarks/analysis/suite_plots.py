@@ -130,7 +130,8 @@ def _times(run: Run, records: Sequence[Record], look: Mapping[str, Look]) -> Fig
     for case, group in _by_case(records).items():
         rows = [_bar(r, look, _beside_floor(r)) for r in group]
         names = {r["variant"] for r in group}
-        gone = dict.fromkeys(r["variant"] for r in absent if r.get("case", case) == case)
+        # Who was absent everywhere is in the list above the plots; here it would be a row in each of them.
+        gone = dict.fromkeys(r["variant"] for r in absent if r.get("case") == case)
         rows += [Bar(label=n, look=Look("", "o"), note="absent") for n in gone if n not in names]
         if any("seconds" in r for r in group):
             per = f"time per {group[0].get('per', 'run')}"
