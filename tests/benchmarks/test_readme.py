@@ -25,6 +25,53 @@ def test_the_tables_are_those_of_the_results(page: str) -> None:
     assert fill(text, ROOT) == text, "make tables"
 
 
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
+
+
+def anchors(page: str) -> set[str]:
+    """The names that a page's headings can be linked by, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def dead_links(page: Path, text: str) -> list[str]:
+    """Links of a page to files and headings that are not there; results that it calls not measured need not be."""
+    found, awaited = [], re.findall(r"^Not measured: .* in (\S+)\.$", text, re.MULTILINE)
+    for target, anchor in LINK.findall(text):
+        path = page.parent / target if target else page
+        if any(target.endswith(source) for source in awaited):
+            continue
+        if not path.exists():
+            found.append(f"{target}: no such file")
+        elif anchor and anchor not in anchors(text if path == page else path.read_text()):
+            found.append(f"{target}#{anchor}: no such heading")
+    return found
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """A figure in a sentence is backed by the table or the result file that it links to."""
+    assert dead_links(page, page.read_text()) == []
+
+
+def test_dead_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# What is `exact` here?\n```\n# no heading\n```\n")
+    page = tmp_path / "page.md"
+    text = "# Mine\n[a](other.md) [b](other.md#what-is-exact-here) [c](#mine) [d](https://a.b/c)\n"
+    page.write_text(text)
+    assert dead_links(page, text) == []
+    awaited = "[a](../results/x.jsonl)\n\nNot measured: no run of `pixelflow eval x` in results/x.jsonl.\n"
+    assert dead_links(page, awaited) == []
+    assert dead_links(page, awaited.replace("in results/x", "in results/y")) == ["../results/x.jsonl: no such file"]
+    broken = "[a](gone.md) [b](other.md#no-heading) [c](#yours)"
+    assert dead_links(page, broken) == [
+        "gone.md: no such file",
+        "other.md#no-heading: no such heading",
+        "#yours: no such heading",
+    ]
+
+
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
     lines = (ROOT / "benchmarks/results/digits/quality.jsonl").read_text().splitlines()
