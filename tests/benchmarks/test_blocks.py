@@ -148,3 +148,13 @@ def test_a_checkout_is_traced_in_a_process_of_its_own(tmp_path: Path, monkeypatc
     assert ops[2].bytes_moved == 2 * (2 * 2 * 16 * WIDTH + 2 * WIDTH)
     with pytest.raises(RuntimeError, match=r"expected a folder with pixelflow/model\.py"):
         blocks.trace_public_block(tmp_path / "nowhere", 2, 4)
+
+
+def test_a_checkout_that_cannot_be_traced_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its packages may be missing; the other blocks are counted all the same."""
+    for name in ("trace_engine_block", "trace_reference_block"):
+        monkeypatch.setattr(blocks, name, lambda *arguments: [TracedOp("add", "pointwise", 1, 10)])
+    found = blocks.trace_blocks(1, 0, tmp_path / "nowhere")
+    assert [r["kind"] for r in found] == ["block"] * 3 + ["absent"]
+    assert found[-1]["variant"] == blocks.PUBLISHED
+    assert "expected a folder with pixelflow/model.py" in found[-1]["reason"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,16 @@ def test_who_cannot_run_is_named_and_the_rest_runs() -> None:
     ]
     assert "'triton' cannot run" in records[0]["reason"]
     assert "no checkout" in records[1]["reason"]
+
+
+def test_who_cannot_run_is_named_once() -> None:
+    """And not asked for again for another batch: a checkout would start a process each time."""
+    who, past = tiny_opponents(), time.perf_counter() + 600
+    first, second = (
+        list(measure_images(replace(PROBLEM, batch=batch), who, (PUBLIC,), CEILINGS, 1, past)) for batch in (1, 2)
+    )
+    assert [r["kind"] for r in first] == ["absent", "measurement"]
+    assert [r["kind"] for r in second] == ["measurement"]
 
 
 def test_the_published_code_makes_images_in_its_own_process() -> None:

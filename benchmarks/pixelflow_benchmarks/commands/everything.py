@@ -59,9 +59,9 @@ ON_GPU = (
 """Most important first: a run that is cut short has measured what matters most."""
 ON_CPU = (
     Suite(("stages",), 75, 0.4, opponent=True),
-    Suite(("images", "--steps", "1"), 75, 0.5, opponent=True),
+    Suite(("images", "--steps", "1"), 90, 0.5, opponent=True),
     Suite(("training",), 60, 0.5, opponent=True),
-    Suite(("memory",), 45, 0.5),
+    Suite(("memory",), 60, 0.5),
     Suite(("coldstart",), 75, 0.7),
     Suite(("distance",), 75, budgeted=False),
     Suite(("blocks",), 30, budgeted=False, opponent=True),
@@ -110,7 +110,8 @@ def parts_of(left: float, suite: Suite, later: Sequence[Suite]) -> tuple[float, 
     """Seconds that a suite is told, and after which it is ended.
 
     Beyond its own least it takes of what is kept for nobody: so later suites get theirs, whatever it does. Where too
-    little is left for all, those that matter most get theirs.
+    little is left for all, it has its least and no more: those that matter most get theirs, and a moment that is lost
+    between two processes costs none of them its turn.
 
     Args:
         left: seconds of the budget.
@@ -119,8 +120,7 @@ def parts_of(left: float, suite: Suite, later: Sequence[Suite]) -> tuple[float, 
     """
     free = left - suite.least - sum(one.least for one in later)
     if free < 0:
-        told = min(suite.least / 2, left)
-        return told, min(told + GRACE, left + OVERTIME)
+        return min(suite.least / 2, left), min(suite.least, left + OVERTIME)
     told = suite.least / 2 + suite.share * free
     return told, min(told + GRACE, suite.least + free + (0 if later else OVERTIME))
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pixelflow_benchmarks.harness.results import Run
 from pixelflow_benchmarks.harness.tables import TextTable
+from pixelflow_benchmarks.harness.timing import first_line
 from pixelflow_benchmarks.harness.tracing import TracedOp, fake, fake_cuda, fake_parameters, tracing
 from pixelflow_engine.config import ModelConfig
 from pixelflow_engine.fused import FusedOperations
@@ -35,6 +36,8 @@ from .kernels.case import HEAD_DIM, HEADS, STAGE_SIDES, WIDTH
 Ops = Sequence[TracedOp]
 
 CITED = {"kind": "cited", "variant": "published code, as traced by others", "launches": 73, "bytes_per_value": 371.0}
+
+PUBLISHED = "published code, bf16 autocast"
 
 KINDS = ("product", "attention", "pointwise")
 
@@ -115,6 +118,8 @@ def trace_public_block(path: Path, sequences: int, side: int) -> list[TracedOp]:
 def trace_blocks(batch: int, stage: int, public: Path | None) -> list[dict[str, Any]]:
     """A record for each block that there is: the engine's fused and plain one, the reference's, the published code's.
 
+    A checkout that cannot be traced is ``absent``, with the reason.
+
     Args:
         batch: images; with guidance a model sees twice as many.
         stage: 0 to 3.
@@ -127,9 +132,13 @@ def trace_blocks(batch: int, stage: int, public: Path | None) -> list[dict[str, 
         "engine, plain": trace_engine_block(PlainOperations(), False, sequences, side),
         "reference, bf16 autocast": trace_reference_block(sequences, side),
     }
+    absent = []
     if public is not None:
-        blocks["published code, bf16 autocast"] = trace_public_block(public, sequences, side)
-    return [block_record(name, ops, values) for name, ops in blocks.items()]
+        try:
+            blocks[PUBLISHED] = trace_public_block(public, sequences, side)
+        except RuntimeError as error:
+            absent = [{"kind": "absent", "variant": PUBLISHED, "reason": first_line(error)}]
+    return [*(block_record(name, ops, values) for name, ops in blocks.items()), *absent]
 
 
 def block_record(variant: str, ops: Ops, values: int) -> dict[str, Any]:

@@ -119,6 +119,9 @@ class ImageOpponents:
         dtype: of the matrix products.
         device: where.
         public: a checkout of the published code.
+
+    Attributes:
+        absent: who cannot be had, and why; they are not asked for again.
     """
 
     def __init__(
@@ -130,6 +133,7 @@ class ImageOpponents:
         public: Path | None = None,
     ) -> None:
         self.config, self.weights, self.dtype, self.device, self.public = config, weights, dtype, device, public
+        self.absent: dict[str, str] = {}
         self._process: PublicProcess | None = None
         self._references: dict[bool, PixelFlowTransformer] = {}
         self._engines: dict[str, PixelFlowEngine] = {}
