@@ -22,6 +22,8 @@ from .options import Device, Public, console, place_of
 
 GRACE = 120.0
 """Seconds that a suite may need beyond what it is told, to end by itself: a check, a compilation, a CPU's profiles."""
+TO_END = 60.0
+"""Of these, what a suite has at least, or half of its time where that is less."""
 OVERTIME = 60.0
 """Seconds after the budget by which the last suite has ended."""
 
@@ -32,8 +34,8 @@ class Suite:
 
     Attributes:
         command: its name and options.
-        least: seconds in which something comes of it, kept for it however long others take. It is told half of them: it
-            ends after the turn that it is in.
+        least: seconds in which something comes of it, kept for it however long others take. It is told of fewer, for
+            it ends after the turn that it is in.
         share: it is also told, of the time that is kept for nobody when it begins.
         budgeted: it is told how long it has; another takes as long as it takes.
         opponent: it knows the published code.
@@ -47,14 +49,14 @@ class Suite:
 
 
 ON_GPU = (
-    Suite(("stages",), 90, 0.5, opponent=True),
-    Suite(("images", "--batch", "4", "--batch", "1"), 60, 0.4, opponent=True),
-    Suite(("kernels", "--quiet"), 45, 0.4),
+    Suite(("stages",), 200, 0.5, opponent=True),
+    Suite(("images", "--batch", "4", "--batch", "1"), 110, 0.4, opponent=True),
+    Suite(("kernels", "--quiet"), 40, 0.4),
     Suite(("training",), 60, 0.5, opponent=True),
-    Suite(("memory",), 30, 0.5),
-    Suite(("coldstart",), 45, 0.7),
-    Suite(("distance",), 30, budgeted=False),
-    Suite(("blocks",), 30, budgeted=False, opponent=True),
+    Suite(("memory",), 25, 0.5),
+    Suite(("coldstart",), 40, 0.7),
+    Suite(("distance",), 25, budgeted=False),
+    Suite(("blocks",), 20, budgeted=False, opponent=True),
 )
 """Most important first: a run that is cut short has measured what matters most."""
 ON_CPU = (
@@ -119,9 +121,10 @@ def parts_of(left: float, suite: Suite, later: Sequence[Suite]) -> tuple[float, 
         later: those after it.
     """
     free = left - suite.least - sum(one.least for one in later)
+    told = max(suite.least / 2, suite.least - TO_END)
     if free < 0:
-        return min(suite.least / 2, left), min(suite.least, left + OVERTIME)
-    told = suite.least / 2 + suite.share * free
+        return min(told, left), min(suite.least, left + OVERTIME)
+    told += suite.share * free
     return told, min(told + GRACE, suite.least + free + (0 if later else OVERTIME))
 
 
