@@ -217,7 +217,8 @@ def distance_table(run: Run) -> TextTable:
     head = run.environment
     where = head.get("gpu", head["machine"])
     how = ", kernels interpreted" if head.get("interpreted") else ""
-    title = f"{head['model']}, {head['images']} image{'s' if head['images'] > 1 else ''}, Euler {head['steps']}; {where}{how}, torch {head['torch']}."
+    count = f"{head['images']} image{'s' if head['images'] > 1 else ''}"
+    title = f"{head['model']}, {count}, Euler {head['steps']}; {where}{how}, torch {head['torch']}."
     header = (
         "variant",
         "velocity error",
