@@ -1,4 +1,4 @@
-"""Times and energy on a GPU, tried on a double of it: two clocks, and a counter that moves in steps."""
+"""Times, memory and energy on a GPU, tried on doubles: two clocks, an account, and a counter that moves in steps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from torch import Tensor
 from pixelflow_benchmarks.harness import energy, timing
 from pixelflow_benchmarks.harness.energy import WINDOW, joules_of
 from pixelflow_benchmarks.harness.timing import RESOLUTION, UNROLL, make_flush, seconds_of, time_calls
+from pixelflow_benchmarks.opponents.random_models import SHAPES
+from pixelflow_benchmarks.suites.memory.peaks import peak_of
+from pixelflow_benchmarks.suites.stages import measure
+from pixelflow_benchmarks.suites.stages.problem import Ran, StageProblem
 from support.fake_gpu import FakeGpu
 
 CUDA = torch.device("cuda:0")
@@ -103,6 +107,71 @@ def test_a_flush_reads_more_than_the_cache_holds(cache: int, monkeypatch: pytest
     assert read >= 2 * cache
     assert read >= 64 * 2**20, "where the size is not known"
     assert written == 4
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+class Allocator:
+    """PyTorch's account of a GPU: what is given out now, and the most since it was last told to forget."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.peak = 0
+        for name, call in {
+            "memory_allocated": lambda device: self.now,
+            "max_memory_allocated": lambda device: self.peak,
+            "max_memory_reserved": lambda device: 2 * self.peak,
+            "reset_peak_memory_stats": lambda device: self.take(0, forget=True),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, call)
+
+    def take(self, count: int, forget: bool = False) -> None:
+        self.now += count
+        self.peak = self.now if forget else max(self.peak, self.now)
+
+
+def test_the_peak_of_a_stage_is_beside_what_lay_there(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others' weights, and a larger peak of theirs, are not this run's; what it keeps and what it returns are."""
+    allocator = Allocator(monkeypatch)
+    allocator.take(10_000)
+    allocator.take(-9_900)
+    ran = Ran(torch.zeros(1), torch.zeros(1), steps=4, evaluations=4)
+
+    class Run:
+        def run(self, keep_first: bool = False) -> Ran:
+            gpu.kernel(0.25, 0.25)
+            allocator.take(700)
+            allocator.take(-650)
+            return ran
+
+    problem = StageProblem(
+        config=SHAPES["tiny"], stage=1, batch=2, steps=4, solver="euler", dtype=torch.bfloat16, device=CUDA
+    )
+    monkeypatch.setattr(time, "perf_counter", lambda: gpu.host)
+    got, found = measure._first_run(Run(), problem)  # type: ignore[arg-type]
+    assert got is ran
+    assert found["peak_bytes"] == 700
+    assert found["first_seconds"] == pytest.approx(0.25, rel=1e-3), "until the device is done"
+
+
+def test_a_graphs_pool_is_part_of_a_peak(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a replay uses lies in the pool, of which the allocator counts what tensors hold; other pools are others'."""
+    allocator = Allocator(monkeypatch)
+    allocator.take(400)
+    segments = [
+        {"segment_pool_id": (0, 7), "total_size": 1000, "allocated_size": 100},
+        {"segment_pool_id": (0, 7), "total_size": 500, "allocated_size": 50},
+        {"segment_pool_id": (0, 0), "total_size": 9000, "allocated_size": 9000},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+
+    def run() -> None:
+        allocator.take(30)
+        allocator.take(-30)
+
+    found = peak_of(run, CUDA, before=100, pool=(0, 7))
+    assert found == {"activations": 330 + 1500 - 150, "reserved_bytes": 860, "pool_bytes": 1500}
+    assert peak_of(run, CUDA, before=100, pool=None)["activations"] == 330
 
 
 # --- energy ------------------------------------------------------------------------------------------------
