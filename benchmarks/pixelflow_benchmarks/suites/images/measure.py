@@ -87,18 +87,19 @@ def check_and_time(
         records[name] |= {"right": False, "fault": fault}
     right = {name: calls[name] for name, record in records.items() if record["right"]}
     timed = time_runs(right, device, repeats, deadline)
-    for name, timing in timed.timings.items():
-        records[name] |= figures(problem, timing, ceilings)
-        others = {other: timed.timings[other] for other in (REFERENCE, LOOP, PUBLIC) if other in timed.timings}
-        records[name]["times"] = {other: timing.times_faster_than(its) for other, its in others.items()}
-        if found := joules_of(right[name], device):
-            records[name] |= {**found, "joules": found["joules"] / problem.batch}
-        # The published code is another process; a profile takes longer than what it is of.
-        if device.type == "cpu" and name != PUBLIC and time.perf_counter() < deadline:
-            records[name]["shares"] = shares(right[name])
     for name, fault in timed.failed.items():
         records[name] |= {"right": False, "fault": fault}
-    yield from records.values()
+    for name, record in records.items():  # each as soon as it is whole: who is cut short has those before
+        if name in timed.timings:
+            record |= figures(problem, timed.timings[name], ceilings)
+            others = {other: timed.timings[other] for other in (REFERENCE, LOOP, PUBLIC) if other in timed.timings}
+            record["times"] = {other: timed.timings[name].times_faster_than(its) for other, its in others.items()}
+            if found := joules_of(right[name], device):
+                record |= {**found, "joules": found["joules"] / problem.batch}
+            # The published code is another process; a profile takes longer than what it is of.
+            if device.type == "cpu" and name != PUBLIC and time.perf_counter() < deadline:
+                record["shares"] = shares(right[name])
+        yield record
 
 
 def wrong(images: Mapping[str, Tensor], truth: Tensor) -> dict[str, str]:

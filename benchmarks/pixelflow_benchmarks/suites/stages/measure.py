@@ -105,18 +105,19 @@ def measure_task(
     calls = {name: run.run for name, run in right.items()}
     timed = time_runs(calls, problem.device, repeats, min(deadline, time.perf_counter() + TURNS_SECONDS))
     times = {name: per_evaluation(problem, checks[name], timing) for name, timing in timed.timings.items()}
-    for name, timing in times.items():
-        records[name] |= figures(problem, timing, ceilings)
-        others = {other: times[other] for other in (REFERENCE, PUBLIC) if other in times}
-        records[name]["times"] = {other: timing.times_faster_than(its) for other, its in others.items()}
-        if time.perf_counter() < deadline and (found := joules_of(calls[name], problem.device)):
-            found["joules"] /= problem.batch * checks[name].evaluations
-            records[name] |= found
     for name, fault in timed.failed.items():
         records[name] |= {"right": False, "fault": fault}
+    for name, record in records.items():  # each as soon as it is whole: who is cut short has those before
+        if name in times:
+            record |= figures(problem, times[name], ceilings)
+            others = {other: times[other] for other in (REFERENCE, PUBLIC) if other in times}
+            record["times"] = {other: times[name].times_faster_than(its) for other, its in others.items()}
+            if time.perf_counter() < deadline and (found := joules_of(calls[name], problem.device)):
+                found["joules"] /= problem.batch * checks[name].evaluations
+                record |= found
+        yield record
     for run in runs.values():
         run.close()
-    yield from records.values()
 
 
 def _first_run(run: StageRun, problem: StageProblem) -> tuple[Ran, Record]:
