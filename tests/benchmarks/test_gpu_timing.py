@@ -17,6 +17,7 @@ from pixelflow_benchmarks.opponents.random_models import SHAPES
 from pixelflow_benchmarks.suites.memory.peaks import peak_of
 from pixelflow_benchmarks.suites.stages import measure
 from pixelflow_benchmarks.suites.stages.problem import Ran, StageProblem
+from pixelflow_benchmarks.suites.training.phases import OTHER, PhaseClock
 from support.fake_gpu import FakeGpu
 
 CUDA = torch.device("cuda:0")
@@ -88,6 +89,28 @@ def test_a_run_is_over_when_the_device_is(gpu: FakeGpu, monkeypatch: pytest.Monk
     seconds, found = seconds_of(lambda: gpu.kernel(0.5, 0.5), CUDA)
     assert seconds == pytest.approx(0.5, rel=1e-3)
     assert found is None
+
+
+def test_parts_of_a_step_are_the_devices_time_and_nothing_waits_between_them(gpu: FakeGpu) -> None:
+    """A part is what passes on the device until it is done, though the host is long past it."""
+    clock = PhaseClock(CUDA)
+    gpu.kernel(1.0, 1.0)  # what was launched before the step is not in it
+    for _ in range(2):
+        with clock.step():
+            began = gpu.host
+            with clock("forward"):
+                gpu.kernel(2e-3, 2e-3)
+            with clock("backward"):
+                gpu.kernel(5e-3, 5e-3)
+            gpu.kernel(1e-3, 1e-3)
+            with clock("forward"):
+                gpu.kernel(2e-3, 2e-3)
+            assert gpu.host - began < 1e-4, "launched, and waited for nowhere"
+    shares = clock.shares()
+    assert clock.whole == pytest.approx(2 * 10e-3, rel=0.01)
+    assert shares["forward"] == pytest.approx(0.4, abs=0.01)
+    assert shares["backward"] == pytest.approx(0.5, abs=0.01)
+    assert shares[OTHER] == pytest.approx(0.1, abs=0.01)
 
 
 @pytest.mark.parametrize("cache", [0, 2**20, 50 * 2**20])

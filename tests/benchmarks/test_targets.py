@@ -151,6 +151,19 @@ def test_kernels() -> None:
     assert cells(kernel_table(run), "target")[0] == "H100's 400 TFLOP/s: hit"
 
 
+def test_a_time_that_has_the_hosts_launches_in_it_says_so() -> None:
+    """What waits for the device is not captured, and launched call by call; on a CPU everything is."""
+    records = [
+        kernel("rope2d.rotate/stage0-b1", "ours", 0.010) | {"captured": True},
+        kernel("rope2d.rotate/stage0-b1", "other", 0.010) | {"captured": False},
+    ]
+    ceilings = {"kind": "ceilings", "bytes_per_second": 3e12, "flops_per_second": 798e12, "dtype": "bfloat16"}
+    table = kernel_table(run_of("kernels", ceilings, *records, batch=1, **H100))
+    assert cells(table, "variant") == ["ours", "other, launches included"]
+    table = kernel_table(run_of("kernels", ceilings, *records, batch=1, dtype="float32"))
+    assert cells(table, "variant") == ["ours", "other"]
+
+
 def test_training() -> None:
     def step(variant: str, seconds: float, batch: int, times: float) -> dict[str, Any]:
         more = {"batch": batch, "images_per_second": batch / seconds, "tokens_per_second": 1.0, "mfu": 0.5}

@@ -14,6 +14,8 @@ What was timed is a record of kind ``measurement``:
 ``times``               by opponent, how many times faster than it: the same four of the ratios of one turn
 ``floor_seconds``       what products and bytes take at the ``ceilings`` of the same run, where they are declared
 ``fraction_of_floor``   that over the median: 1 is as fast as can be
+``joules``, ``watts``   of what the seconds are for, and while it ran, by a GPU's own counter; ``at_work`` has clocks,
+                        temperature and what held clocks down meanwhile
 ======================  ===============================================================================================
 
 A suite adds fields of its own. Who could not be had is a record of kind ``absent`` with ``variant`` and ``reason``.

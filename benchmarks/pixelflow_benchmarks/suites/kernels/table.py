@@ -24,10 +24,11 @@ def kernel_table(run: Run) -> TextTable:
         elif r["kind"] == "measurement" and not r["right"]:
             rows.append((r["case"], r["variant"], "wrong: no speed", "", "", "", ""))
         elif r["kind"] == "measurement":
+            launched = "gpu" in environment and not r.get("captured", True)
             rows.append(
                 (
                     r["case"],
-                    r["variant"],
+                    f"{r['variant']}, launches included" if launched else r["variant"],
                     interval(r["seconds"], 1e6, 1),
                     f"{r['gigabytes_per_second']:.0f} ({100 * r['fraction_of_copy']:.0f} %)",
                     f"{r['teraflops']:.1f} ({100 * r['fraction_of_product']:.0f} %)" if "teraflops" in r else "",
