@@ -114,23 +114,23 @@ def check_and_time(
     right = {name: runs[name] for name, record in records.items() if record["right"] and name not in lacking}
     calls = {name: partial(run.step, UNTIMED) for name, run in right.items()}
     timed = time_runs(calls, problem.device, repeats, deadline)
-    for name, timing in timed.timings.items():
-        try:
-            found_beside = _beside(problem, right[name])
-            _blame(records[name], _step_faults(right[name]))
-        except Exception as error:
-            _note(first_line(error), records[name], lacking)
-            continue
-        if not records[name]["right"]:
-            continue
-        records[name] |= figures(problem, timing, ceilings) | found_beside
-        others = {other: timed.timings[other] for other in (REFERENCE, PUBLIC) if other in timed.timings}
-        records[name]["times"] = {other: timing.times_faster_than(its) for other, its in others.items()}
-        if energy := joules_of(calls[name], problem.device):
-            records[name] |= energy
     for name, said in timed.failed.items():
         _note(said, records[name], lacking)
-    yield from (lacking.get(name, record) for name, record in records.items())
+    for name, record in records.items():  # each as soon as it is whole: who is cut short has those before
+        if name in timed.timings:
+            try:
+                beside = _beside(problem, right[name])
+                _blame(record, _step_faults(right[name]))
+            except Exception as error:
+                _note(first_line(error), record, lacking)
+            else:
+                if record["right"]:
+                    record |= figures(problem, timed.timings[name], ceilings) | beside
+                    others = {other: timed.timings[other] for other in (REFERENCE, PUBLIC) if other in timed.timings}
+                    record["times"] = {o: timed.timings[name].times_faster_than(its) for o, its in others.items()}
+                    if time.perf_counter() < deadline and (energy := joules_of(calls[name], problem.device)):
+                        record |= energy
+        yield lacking.get(name, record)
 
 
 def figures(problem: TrainingProblem, timing: Timing, ceilings: Ceilings) -> Record:
