@@ -20,9 +20,10 @@ from .plan import Condition, SamplingPlan, StagePlan
 from .programs import AdaptiveSteps, FixedSteps, Program, labels_of, program_key
 from .ranges import named
 from .schedule import step_times
-from .solvers import ab2_steps, step_length
+from .solvers import step_length, two_step_lengths
 from .stage_pack import ModulationTable, StagePack
 from .stages import OnStep, StageOutcome, States
+from .tableaus import at_slopes, methods_of
 
 MOST_PROGRAMS = 64
 """Kept by one engine: four stages of sixteen kinds of batches."""
@@ -148,31 +149,28 @@ class PackedStages:
     ) -> StageOutcome:
         stage, solver = pack.plan, self.plan.solver
         tau, t_model = step_times(stage.stage, self.config.scheduler, stage.num_steps, self.plan.shift)
+        method, tableau = methods_of(solver)
         steps = self._steps(tau.tolist(), stage.first_step).to(x.device)
-        moments = t_model[:-1] if solver == "euler" else t_model  # only Heun's step takes a slope at its end
+        names = [solver if method is None else method.starter, *[solver] * (stage.num_steps - stage.first_step - 1)]
+        points = [at_slopes(tableau, *ends) for ends in pairwise(t_model.tolist())]
+        if method is not None:  # all steps but the first take one slope
+            points = [times if step == stage.first_step else times[:1] for step, times in enumerate(points)]
+        moments = list(dict.fromkeys(time for times in points for time in times))
         with named("modulations"):
-            table = ModulationTable(pack, self.condition, moments.tolist())
+            table = ModulationTable(pack, self.condition, moments)
         key = program_key(pack, prompts, "fixed")
         program = store.find(key)
         if not isinstance(program, FixedSteps):
             program = FixedSteps(pack, prompts, store.capture)
-        program.prepare(*({"ab2": ("heun", "ab2")}.get(solver, (solver,))))
+        program.prepare(*dict.fromkeys(names))
         store.keep(key, program)
         program.load(pack, x)
         evaluations = 0
-        for step in range(stage.first_step, stage.num_steps):
+        for step, name in enumerate(names, stage.first_step):
             with named("step", step):
-                if solver == "euler":
-                    program.load_step(table.at(step), steps=steps[step])
-                    program.play("euler")
-                elif solver == "heun" or step == stage.first_step:
-                    program.load_step(table.at(step), table.at(step + 1), steps=steps[step])
-                    program.play("heun")
-                    evaluations += 1
-                else:
-                    program.load_step(table.at(step), steps=steps[step])
-                    program.play("ab2")
-            evaluations += 1
+                program.load_step(*(table.at(moments.index(time)) for time in points[step]), steps=steps[step])
+                program.play(name)
+            evaluations += len(points[step])
             replaced = on_step(step, partial(float, tau[step + 1]), partial(pack.unpack, program.x))
             if replaced is not None:
                 program.load_state(pack.pack(replaced))
@@ -184,8 +182,9 @@ class PackedStages:
         """``[n, 2]`` float64: what the slopes of each step are multiplied by."""
         lengths = [step_length(a, b) for a, b in pairwise(tau)]
         pairs = [(h, 0.0) for h in lengths]
-        if self.plan.solver == "ab2":  # a step of Heun's comes before the others
-            pairs[first + 1 :] = [ab2_steps(h, before) for before, h in pairwise(lengths[first:])]
+        method, _ = methods_of(self.plan.solver)
+        if method is not None:  # the first step is its starter's
+            pairs[first + 1 :] = [two_step_lengths(method, h, before) for before, h in pairwise(lengths[first:])]
         return torch.tensor(pairs, dtype=torch.float64)
 
     # --- error control -------------------------------------------------------------------------------------
