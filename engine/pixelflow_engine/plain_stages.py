@@ -71,6 +71,9 @@ class PlainStages:
             dtype = y.dtype if self.plan.state == "public" else torch.float32
             return velocity(y, time.to(dtype).expand(y.shape[0]))
 
+        def slope_at(points: Tensor, y: Tensor, i: int) -> Tensor:
+            return slope(y, points[i])
+
         for step in range(stage.first_step, stage.num_steps):
             now, after = float(tau[step]), float(tau[step + 1])
             h = step_length(now, after)
@@ -81,7 +84,7 @@ class PlainStages:
                 elif tableau is EULER:  # the published code's arithmetic, with a state of any type
                     x = euler_update(x, v, now, after)
                 else:
-                    x = runge_kutta_step(x, v, lambda y, i, at=times[step]: slope(y, at[i]), tableau, h)
+                    x = runge_kutta_step(x, v, partial(slope_at, times[step]), tableau, h)
             previous = (v, h)
             if self.plan.state == "public":
                 x = x.to(v.dtype)
@@ -141,7 +144,7 @@ class GuidedVelocity:
             null_labels = torch.full_like(condition.class_labels, model.config.num_classes)
             self.class_labels = torch.cat([null_labels, condition.class_labels])
         if guided and condition.text is not None and condition.null_text is not None:
-            text = Text.concatenate(condition.null_text, condition.text)
+            text = Text.concatenate(condition.null_text.for_each(batch), condition.text)
         self.around = model.surroundings(self.layout, None if text is None else model.prompts(text))
         self.evaluations = 0
 

@@ -25,6 +25,7 @@ from .schedule import Stage
 from .solvers import Tolerance
 from .stage_pack import StagePack
 from .tableaus import DOPRI5, FIXED_STEPS, Tableau
+from .uploads import numbers
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -207,7 +208,8 @@ class AdaptiveSteps(Program):
         """Class labels and tolerance of a call."""
         if self.labels is not None and labels is not None:
             load_(self.labels, labels, "class_labels")
-        self.state.tolerance.copy_(torch.tensor([tolerance.rtol, tolerance.atol], dtype=torch.float64))
+        given = numbers([tolerance.rtol, tolerance.atol], torch.float64, self.state.tolerance.device)
+        load_(self.state.tolerance, given, "rtol, atol")
 
     def _field(self, x: Tensor, tau: Tensor) -> Tensor:
         """Velocities of the pack at a time of its own for each image, ``tau [B]`` float64."""
