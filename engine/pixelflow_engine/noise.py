@@ -29,6 +29,7 @@ from pixelflow_kernels.cascade.reference import (
     upsample_renoise,
 )
 from pixelflow_kernels.philox import box_muller, philox4x32, seed_tensor
+from pixelflow_kernels.registration import interpreting
 
 from .schedule import Stage
 from .uploads import uploaded
@@ -90,6 +91,11 @@ class CounterNoise:
 
     def enter(self, x: Tensor, stage: Stage) -> Tensor:
         """The same numbers as :meth:`block`, drawn where they are added."""
+        if x.device.type == "cpu" and not interpreting():
+            # What the operation does on a CPU; the first call of any operation of ours imports torch's compiler.
+            batch, channels, height, width = x.shape
+            noise = self.block(stage.index, (batch, channels, 2 * height, 2 * width))
+            return upsample_renoise(x.contiguous(), noise, stage.alpha, stage.beta)
         return upsample_draw_renoise(x, self._seeds(), stage=stage.index, alpha=stage.alpha, beta=stage.beta)
 
     def _seeds(self) -> Tensor:

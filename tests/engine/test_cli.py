@@ -485,7 +485,7 @@ def test_a_mistake_in_a_process_of_its_own(model: Path, tmp_path: Path) -> None:
     assert contents(tmp_path) == []
 
 
-@pytest.mark.parametrize("asked", ["--help", "--version", "bench --help", "train --help"])
+@pytest.mark.parametrize("asked", ["--help", "bench --help"])
 def test_help_imports_no_torch(asked: str) -> None:
     """Which takes longer than all the rest."""
     code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
@@ -505,3 +505,13 @@ def test_public_names_are_imported_when_they_are_asked_for() -> None:
     assert (done.returncode, done.stdout) == (0, "True\nTrue\n"), done.stderr
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         pixelflow_engine.nothing  # noqa: B018
+
+
+def test_the_bundled_model_samples_without_torchs_compiler() -> None:
+    """Its import would take as long as all else until a first digit."""
+    code = (
+        "import sys; from pixelflow_engine import PixelFlowEngine; engine = PixelFlowEngine.from_pretrained('digits'); "
+    )
+    code += "engine([3], num_inference_steps=1); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr

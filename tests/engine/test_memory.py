@@ -89,7 +89,7 @@ def test_where_not_even_one_fits(monkeypatch: pytest.MonkeyPatch, labels: list[i
 
 
 def test_a_message_without_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = broken(monkeypatch, allocated=[0, 0], free=0, message="CUDA error: out of memory")
+    engine = broken(monkeypatch, allocated=[0, 0], free=1, message="CUDA error: out of memory")
     with pytest.raises(torch.cuda.OutOfMemoryError, match="3 images at once, about 0 MiB each; about 2 would fit"):
         engine([1, 2, 3], output_type="pt")
 
