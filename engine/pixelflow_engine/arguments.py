@@ -103,8 +103,11 @@ def guidance_weights(scale: object, schedule: object, num_stages: int) -> tuple[
     return guidance.stagewise_weights(number, num_stages)
 
 
-def labels(value: object, model: ModelConfig, device: torch.device) -> Tensor:
-    """``class_labels``: integers from 0 to ``num_classes``, the last being the null class, as ``[B]`` int64."""
+def labels(value: object, model: ModelConfig) -> Tensor:
+    """``class_labels``: integers from 0 to ``num_classes``, the last being the null class, as ``[B]`` int64.
+
+    On the host: a call's checks come before anything is brought to a device.
+    """
     if model.num_classes == 0:
         raise ValueError(f"class_labels: got {value!r}, expected None for a model without classes")
     if isinstance(value, Tensor) and (value.dtype.is_floating_point or value.dtype == torch.bool):
@@ -115,7 +118,7 @@ def labels(value: object, model: ModelConfig, device: torch.device) -> Tensor:
         got = _shape(value) if isinstance(value, Tensor) and value.ndim > 1 else repr(value)
         raise ValueError(f"class_labels: got {got}, expected an integer or a non-empty list of integers")
     numbers = [label(f"class_labels[{i}]", v, model) for i, v in enumerate(several)]
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def label(name: str, value: object, model: ModelConfig) -> int:
@@ -131,8 +134,8 @@ def label(name: str, value: object, model: ModelConfig) -> int:
     return number
 
 
-def prompt(value: object, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """One image's ``encoder_hidden_states [L, E]``."""
+def prompt(value: object, model: ModelConfig) -> Tensor:
+    """One image's ``encoder_hidden_states [L, E]``, as it came."""
     if not isinstance(value, Tensor) or value.ndim != 2:
         raise ValueError(
             f"encoder_hidden_states: got {_shape(value)}, expected a tensor [L, {model.cross_attention_dim}]"
@@ -142,27 +145,32 @@ def prompt(value: object, model: ModelConfig, device: torch.device, dtype: torch
             f"encoder_hidden_states: got {_shape(value)}, expected floats of at least one text token, "
             f"[L, {model.cross_attention_dim}]"
         )
-    return value.to(device=device, dtype=dtype)
+    return value
 
 
-def text(
-    prefix: str, states: object, mask: object, model: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> Text:
-    """``<prefix>encoder_hidden_states [B, L, E]`` and ``<prefix>encoder_attention_mask [B, L]`` of 0 and 1, or None."""
+def text(prefix: str, states: object, mask: object, model: ModelConfig) -> Text:
+    """``<prefix>encoder_hidden_states [B, L, E]`` and ``<prefix>encoder_attention_mask [B, L]`` or None, as they came.
+
+    That a mask is of 0 and 1 is another check, :func:`mask_values`: where it lies on a device, the device is asked.
+    """
     name, mask_name = f"{prefix}encoder_hidden_states", f"{prefix}encoder_attention_mask"
     if not isinstance(states, Tensor) or states.ndim != 3 or states.shape[2] != model.cross_attention_dim:
         raise ValueError(f"{name}: got {_shape(states)}, expected a tensor [B, L, {model.cross_attention_dim}]")
     if states.numel() == 0 or not states.dtype.is_floating_point:
         raise ValueError(f"{name}: got {_shape(states)}, expected floats of at least one image and one text token")
-    states = states.to(device=device, dtype=dtype)
-    if mask is None:
-        return Text(states)
-    if not isinstance(mask, Tensor) or mask.shape != states.shape[:2]:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != states.shape[:2]):
         raise ValueError(f"{mask_name}: got {_shape(mask)}, expected a tensor {tuple(states.shape[:2])}")
-    others = mask[(mask != 0) & (mask != 1)]
+    return Text(states, mask)
+
+
+def mask_values(prefix: str, text: Text | None) -> None:
+    """``<prefix>encoder_attention_mask``: 0 and 1 alone."""
+    if text is None or text.mask is None:
+        return
+    others = text.mask[(text.mask != 0) & (text.mask != 1)]
     if len(others):
-        raise ValueError(f"{mask_name}: got a value of {others[0].item()}, expected 0 and 1 alone")
-    return Text(states, mask.to(device=device, dtype=torch.float32))
+        name = f"{prefix}encoder_attention_mask"
+        raise ValueError(f"{name}: got a value of {others[0].item()}, expected 0 and 1 alone")
 
 
 def no_text(model: ModelConfig, **given: object) -> None:

@@ -14,7 +14,6 @@ from .config import PixelFlowConfig
 from .events import Callbacks, Latents, StageEvent, StepEvent
 from .image_to_image import taken_up
 from .noise import CounterNoise, NoiseSource, PublicNoise
-from .operations import Text
 from .output import OutputType, from_images
 from .plan import SOLVERS, Condition, SamplingPlan, Solver, plan_stages
 from .requests import Lot, Request, padded, sort_into_lots
@@ -99,7 +98,7 @@ class Asked:
     """The images of a call, one by one.
 
     Attributes:
-        condition: what they should show.
+        condition: what they should show, as it came: checked but for the values of masks, brought to no device yet.
         sizes: height and width in pixels.
         weights: guidance weights, one per stage.
         seeds: what the caller gave for ``seed``.
@@ -132,7 +131,7 @@ def plan_call(
         ValueError: naming the argument, what came and what was expected.
     """
     _check_words(call, config)
-    asked = _requested(call, config, device, dtype) if _is_mixed(call) else _uniform(call, config, device, dtype)
+    asked = _requested(call, config) if _is_mixed(call) else _uniform(call, config)
     batch = len(asked.sizes)
     steps = arguments.steps(call.num_inference_steps, config.scheduler.num_stages)
     tolerance = Tolerance(
@@ -158,6 +157,8 @@ def plan_call(
         )
     sources, seeds = _noise(call, asked.seeds, batch, device)
     first, given = _given_image(call, config, lots, steps)
+    arguments.mask_values("", asked.condition.text)
+    arguments.mask_values("null_", asked.condition.null_text)
     runs = []
     for lot in lots:
         noise = tuple(sources(places) for places in lot.places)
@@ -166,7 +167,8 @@ def plan_call(
             kept = max(1, round(call.strength * stages[0].num_steps))
             stages = (replace(stages[0], first_step=stages[0].num_steps - kept), *stages[1:])
         plan = SamplingPlan(stages=stages, solver=call.solver, shift=shift, state=call.state, tolerance=tolerance)
-        runs.append(Run(lot, plan, lot.of(asked.condition), noise, _start(plan, config, noise, given, lot, device)))
+        condition = lot.of(asked.condition).to(device, dtype)
+        runs.append(Run(lot, plan, condition, noise, _start(plan, config, noise, given, lot, device)))
     return PlannedCall(tuple(runs), batch, seeds, call.output_type, call.on_failure == "raise", callbacks)
 
 
@@ -191,7 +193,7 @@ def _is_mixed(call: Call) -> bool:
     return isinstance(several, Sequence) and len(several) > 0 and any(isinstance(r, Request) for r in several)
 
 
-def _uniform(call: Call, config: PixelFlowConfig, device: torch.device, dtype: torch.dtype) -> Asked:
+def _uniform(call: Call, config: PixelFlowConfig) -> Asked:
     """Images that differ in what they show and in their seeds alone."""
     num_stages = config.scheduler.num_stages
     weights = arguments.guidance_weights(call.guidance_scale, call.guidance_schedule, num_stages)
@@ -199,11 +201,11 @@ def _uniform(call: Call, config: PixelFlowConfig, device: torch.device, dtype: t
         arguments.image_size("height", call.height, config),
         arguments.image_size("width", call.width, config),
     )
-    condition, batch = _condition(call, config, device, dtype, weights)
+    condition, batch = _condition(call, config, weights)
     return Asked(condition, [size] * batch, [weights] * batch, call.seed)
 
 
-def _requested(call: Call, config: PixelFlowConfig, device: torch.device, dtype: torch.dtype) -> Asked:
+def _requested(call: Call, config: PixelFlowConfig) -> Asked:
     """Images that differ in anything that a :class:`Request` says."""
     requests = cast("Sequence[Request]", call.class_labels)
     for i, request in enumerate(requests):
@@ -237,7 +239,7 @@ def _requested(call: Call, config: PixelFlowConfig, device: torch.device, dtype:
             if config.model.cross_attention_dim is None:
                 arguments.no_text(config.model, encoder_hidden_states=r.encoder_hidden_states)
             elif own_prompts:
-                prompts.append(arguments.prompt(r.encoder_hidden_states, config.model, device, dtype))
+                prompts.append(arguments.prompt(r.encoder_hidden_states, config.model))
     plain = replace(call, class_labels=labels or None, seed=seeds)
     if own_prompts:
         beside = {"hidden_states": call.encoder_hidden_states, "attention_mask": call.encoder_attention_mask}
@@ -245,19 +247,17 @@ def _requested(call: Call, config: PixelFlowConfig, device: torch.device, dtype:
             raise ValueError(f"encoder_{name}: got one beside requests that have prompts, expected None")
         states, mask = padded(prompts)
         plain = replace(plain, encoder_hidden_states=states, encoder_attention_mask=mask)
-    condition, count = _condition(plain, config, device, dtype, [w for several in weights for w in several])
+    condition, count = _condition(plain, config, [w for several in weights for w in several])
     arguments.same_batch("encoder_hidden_states", count, len(requests))
     return Asked(condition, sizes, weights, seeds)
 
 
-def _condition(
-    call: Call, config: PixelFlowConfig, device: torch.device, dtype: torch.dtype, weights: Sequence[float]
-) -> tuple[Condition, int]:
+def _condition(call: Call, config: PixelFlowConfig, weights: Sequence[float]) -> tuple[Condition, int]:
     """What to show, and how many images; ``weights`` are all that any image has."""
     model = config.model
     guided = any(weight != 1 for weight in weights)
     if model.cross_attention_dim is not None:
-        return _text_condition(call, config, device, dtype, guided)
+        return _text_condition(call, config, guided)
     arguments.no_text(
         model,
         encoder_hidden_states=call.encoder_hidden_states,
@@ -266,10 +266,10 @@ def _condition(
         null_encoder_attention_mask=call.null_encoder_attention_mask,
     )
     if model.num_classes > 0:
-        labels = arguments.labels(call.class_labels, model, device)
+        labels = arguments.labels(call.class_labels, model)
         return Condition(class_labels=labels), len(labels)
     if call.class_labels is not None:
-        arguments.labels(call.class_labels, model, device)
+        arguments.labels(call.class_labels, model)
     if guided:
         raise ValueError(
             f"guidance_scale: got weights {list(weights)}, expected 1 for a model with neither classes nor text"
@@ -282,27 +282,21 @@ def _condition(
     return Condition(), len(seeds)
 
 
-def _text_condition(
-    call: Call, config: PixelFlowConfig, device: torch.device, dtype: torch.dtype, guided: bool
-) -> tuple[Condition, int]:
+def _text_condition(call: Call, config: PixelFlowConfig, guided: bool) -> tuple[Condition, int]:
     model = config.model
     if call.class_labels is not None and model.num_classes == 0:
-        arguments.labels(call.class_labels, model, device)
-    prompt = arguments.text("", call.encoder_hidden_states, call.encoder_attention_mask, model, device, dtype)
+        arguments.labels(call.class_labels, model)
+    prompt = arguments.text("", call.encoder_hidden_states, call.encoder_attention_mask, model)
     batch = len(prompt.states)
     labels = None
     if model.num_classes > 0:
-        labels = arguments.labels(call.class_labels, model, device)
+        labels = arguments.labels(call.class_labels, model)
         arguments.same_batch("class_labels", len(labels), batch)
     null = None
     if guided:
-        null = arguments.text(
-            "null_", call.null_encoder_hidden_states, call.null_encoder_attention_mask, model, device, dtype
-        )
-        if len(null.states) == 1:
-            mask = None if null.mask is None else null.mask.expand(batch, -1)
-            null = Text(null.states.expand(batch, -1, -1), mask)
-        arguments.same_batch("null_encoder_hidden_states", len(null.states), batch)
+        null = arguments.text("null_", call.null_encoder_hidden_states, call.null_encoder_attention_mask, model)
+        if len(null.states) != 1:
+            arguments.same_batch("null_encoder_hidden_states", len(null.states), batch)
         if null.states.shape[1] != prompt.states.shape[1]:
             raise ValueError(
                 f"null_encoder_hidden_states: got {null.states.shape[1]} text tokens, expected "

@@ -1,30 +1,26 @@
 """Sample images with PixelFlow, train it and measure it."""
 
-# Training and benchmarks add their sub-commands through the entry-point group ``pixelflow.commands``.
+# Training and benchmarks add their sub-commands through the entry-point group ``pixelflow.commands``. What needs torch
+# is imported when a command runs, so that ``--help`` and ``--version`` answer at once.
 
 from __future__ import annotations
 
 import contextlib
 import platform
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-import numpy as np
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from . import arguments, backends, pictures
-from .checkpoint import bundled_models, convert
-from .config import ModelConfig
-from .engine import PixelFlowEngine
-from .errors import BackendUnavailableError, ConvergenceError
-from .events import StageReport, StepEvent
-from .output import to_uint8
+if TYPE_CHECKING:
+    from .config import ModelConfig
+    from .events import StageReport, StepEvent
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -46,7 +42,12 @@ def main() -> None:
             app.command(entry_point.name)(command)
     try:
         app()
-    except (ValueError, OSError, ImportError, BackendUnavailableError, ConvergenceError, FloatingPointError) as error:
+    except Exception as error:
+        from .errors import BackendUnavailableError, ConvergenceError
+
+        mendable = (ValueError, OSError, ImportError, BackendUnavailableError, ConvergenceError, FloatingPointError)
+        if not isinstance(error, mendable):
+            raise
         print(f"pixelflow: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -90,6 +91,12 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Sample images into a file or folder."""
+    import numpy as np
+    import torch
+
+    from . import arguments, pictures
+    from .engine import PixelFlowEngine
+
     pictures.check_output(output)
     engine = PixelFlowEngine.from_pretrained(model, device, getattr(torch, dtype), backend, compile=compile)
     labels = _labels(engine.config.model, class_label or [], images_per_label, images)
@@ -138,6 +145,13 @@ def quickstart(
     quiet: Quiet = False,
 ) -> None:
     """Sample every class of the bundled model: a contact sheet, the cascade as an animation, and times."""
+    import numpy as np
+
+    from . import pictures
+    from .checkpoint import bundled_models
+    from .engine import PixelFlowEngine
+    from .output import to_uint8
+
     # Not by name: a folder of that name where the user stands would win.
     engine = PixelFlowEngine.from_pretrained(bundled_models()["digits"], device)
     output.mkdir(parents=True, exist_ok=True)
@@ -165,6 +179,11 @@ def quickstart(
 @app.command()
 def doctor() -> None:
     """Show versions, devices, backends and bundled models, and why something is not available."""
+    import torch
+
+    from . import backends
+    from .checkpoint import bundled_models
+
     versions = Table("package", "version", title="versions")
     versions.add_row("python", platform.python_version())
     for name in ("pixelflow-engine", "torch", "triton", "numpy", "safetensors", "pillow", "flash-attn"):
@@ -202,6 +221,8 @@ def convert_command(
     quiet: Quiet = False,
 ) -> None:
     """Convert a checkpoint between the published form and ours, without loss."""
+    from .checkpoint import convert
+
     with contextlib.nullcontext() if quiet else console.status(f"converting {source}"):
         checkpoint = convert(source, destination, to=to, weights=weights, overwrite=overwrite)
     if quiet:
@@ -253,13 +274,8 @@ def stage_table(reports: tuple[StageReport, ...] | list[StageReport], images: in
 
 def merge(reports: tuple[StageReport, ...]) -> StageReport:
     """One report of a stage's several batches: seconds and evaluations added up, steps of the slowest."""
-    first = reports[0]
-    return StageReport(
-        stage=first.stage,
-        height=first.height,
-        width=first.width,
-        tokens=first.tokens,
-        guidance_weight=first.guidance_weight,
+    return replace(
+        reports[0],
         steps=max(r.steps for r in reports),
         evaluations=sum(r.evaluations for r in reports),
         seconds=sum(r.seconds for r in reports),

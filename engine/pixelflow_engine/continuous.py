@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pixelflow_kernels import ode_step
 
+from .fusion import follow_weights
 from .layers import at_least_fp32
 from .model import PackedTransformer
 from .plan import Condition, StagePlan
@@ -65,6 +66,7 @@ def euler_step(model: PackedTransformer, images: Sequence[Underway]) -> list[Ten
         weights=tuple(image.weight for image in pack_images),
         num_steps=1,
     )
+    follow_weights(model)
     pack = StagePack(model, plan)
     x = pack.pack([image.latents[None].to(device, high) for image in pack_images])
     labels = [image.class_label for image in pack_images]

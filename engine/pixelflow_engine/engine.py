@@ -14,6 +14,7 @@ from pixelflow_kernels import PackedLayout
 from . import arguments, backends, memory
 from .calls import Call, PlannedCall, Run, plan_call
 from .checkpoint import Checkpoint, load_checkpoint
+from .clocks import clock_of
 from .compilation import compile_blocks
 from .config import PixelFlowConfig
 from .events import Latents, StageEvent, StageReport, Status, StepEvent
@@ -24,7 +25,7 @@ from .model import PackedTransformer
 from .output import OutputType, SamplingOutput, to_output
 from .packed_stages import PackedStages, ProgramStore
 from .plain_stages import PlainStages
-from .plan import Solver
+from .plan import Condition, Solver
 from .requests import Request
 from .sampler import StageEnd, sample, together
 from .stages import Stages
@@ -249,12 +250,12 @@ class PixelFlowEngine:
         planned = self._plan(call)
         images: dict[int, Tensor] = {}
         statuses: dict[int, Status] = {}
-        reports: list[list[StageReport]] = []
+        reported: list[list[Callable[[], StageReport]]] = []
         for run in planned.runs:
             stages = []
-            for end in self._stages_of(run, planned):
-                stages.append(end.report)
-            reports.append(stages)
+            for end in self._stages_of(run, planned, watched=False):
+                stages.append(end.reported)
+            reported.append(stages)
             statuses |= end.statuses()
             latents = end.latents
             images |= zip(sorted({*run.lot.order}), latents, strict=True)
@@ -262,7 +263,7 @@ class PixelFlowEngine:
             latents = together([images[i] for i in range(planned.batch)])
         return SamplingOutput(
             images=to_output(latents, planned.output_type),
-            stages=tuple(StageReport.together(stage) for stage in zip(*reports, strict=True)),
+            stages=tuple(StageReport.together([report() for report in stage]) for stage in zip(*reported, strict=True)),
             seeds=planned.seeds,
             statuses=tuple(statuses[i] for i in range(planned.batch)),
         )
@@ -285,7 +286,10 @@ class PixelFlowEngine:
                 f"class_labels: got images that run as {len(planned.runs)} batches here, expected one size and guidance"
             )
         (run,) = planned.runs
-        return (StageEvent(report=end.report, latents=end.latents) for end in self._stages_of(run, planned))
+        return (
+            StageEvent(report=end.reported(), latents=end.latents)
+            for end in self._stages_of(run, planned, watched=True)
+        )
 
     def warmup(self, batch_sizes: Sequence[int] = (1,), **options: Any) -> None:
         """Compile kernels and capture graphs for calls of these sizes, so that the first real call is fast.
@@ -307,16 +311,26 @@ class PixelFlowEngine:
     def _plan(self, call: Call) -> PlannedCall:
         return plan_call(call, self.config, self.device, self.dtype, not self.exact, self.batch_sizes)
 
-    def _stages_of(self, run: Run, planned: PlannedCall) -> Iterator[StageEnd]:
+    def _stages_of(self, run: Run, planned: PlannedCall, watched: bool) -> Iterator[StageEnd]:
         stages: Stages
         if self.exact:
             stages = PlainStages(self.model, self.config, run.plan, run.condition)
         else:
             stages = PackedStages(self.model, self.config, run.plan, run.condition, self._programs)
         patch, order = self.config.model.patch_size, run.lot.order
-        with memory.told_what_fits(self.device, len(order)):
+        least = memory.least_bytes(self.config.model, run.plan.stages, self.dtype)
+        with memory.told_what_fits(self.device, len(order), least):
             yield from sample(
-                stages, run.plan, run.start(), run.noise, patch, planned.callbacks, order, planned.raising
+                stages,
+                run.plan,
+                run.start(),
+                run.noise,
+                patch,
+                planned.callbacks,
+                order,
+                clock_of(self.device),
+                planned.raising,
+                watched,
             )
 
     def velocity(
@@ -350,26 +364,24 @@ class PixelFlowEngine:
         p = config.patch_size
         labels, text = None, None
         if config.num_classes > 0:
-            labels = arguments.labels(class_labels, config, self.device)
+            labels = arguments.labels(class_labels, config)
             arguments.same_batch("class_labels", len(labels), batch)
         elif class_labels is not None:
-            arguments.labels(class_labels, config, self.device)
+            arguments.labels(class_labels, config)
         if config.cross_attention_dim is None:
             arguments.no_text(
                 config, encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_attention_mask
             )
         else:
-            text = arguments.text("", encoder_hidden_states, encoder_attention_mask, config, self.device, self.dtype)
+            text = arguments.text("", encoder_hidden_states, encoder_attention_mask, config)
             arguments.same_batch("encoder_hidden_states", len(text.states), batch)
         size = width // p if latent_size is None else latent_size
-        tokens = model(
-            patchify(x.to(self.device), p),
-            arguments.per_image("t_model", t_model, batch, self.device, torch.float32),
-            PackedLayout.from_grids([(height // p, width // p)] * batch, self.device),
-            arguments.per_image("latent_size", size, batch, self.device, torch.int64),
-            labels,
-            text,
-        )
+        times = arguments.per_image("t_model", t_model, batch, self.device, torch.float32)
+        sizes = arguments.per_image("latent_size", size, batch, self.device, torch.int64)
+        arguments.mask_values("", text)
+        condition = Condition(labels, text).to(self.device, self.dtype)
+        layout = PackedLayout.from_grids([(height // p, width // p)] * batch, self.device)
+        tokens = model(patchify(x.to(self.device), p), times, layout, sizes, condition.class_labels, condition.text)
         return unpatchify(tokens, (batch, config.out_channels, height, width), p).to(x.dtype)
 
 

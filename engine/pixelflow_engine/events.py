@@ -48,7 +48,8 @@ class StageReport:
         guidance_weight: the weight it ran with; the largest.
         steps: steps, or Dopri5 attempts of the slowest image.
         evaluations: calls of the transformer, each for the whole batch and for both guidance halves.
-        seconds: wall time, with entering the stage and the callbacks after its steps.
+        seconds: wall time, with entering the stage and the callbacks after its steps; on a GPU between the moments at
+            which the caller's stream entered the stage and left it.
     """
 
     stage: int

@@ -56,10 +56,10 @@ class PackedAttention:
         mask = torch.ones(prompts, tokens, device=device) if text.mask is None else text.mask
         keep = mask > 0.5
         # A bias on all logits is one on none: where everything is padding, a softmax attends to all of it.
-        keep = keep | ~keep.any(1, keepdim=True)
-        order = (~keep).flatten().to(torch.int32).argsort(stable=True)
+        keep = keep.logical_or(keep.any(1, keepdim=True).logical_not())
+        order = keep.logical_not().flatten().to(torch.int32).argsort(stable=True)
         ends = F.pad(keep.sum(1).cumsum(0), (1, 1))
-        ends[-1] = total
+        ends[-1:].fill_(total)
         return PackedText(text.states.flatten(0, 1)[order], ends.to(torch.int32), total)
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, text: TextTokens, layout: PackedLayout) -> Tensor:
@@ -103,8 +103,7 @@ class FusedOperations(PackedAttention):
 
     def norm_heads(self, k: Tensor, weight: Tensor, heads: int) -> Tensor:
         """Keys beside no queries at all."""
-        nowhere = PackedLayout.from_grids([], k.device)
-        return rope2d.norm_rope2d_q_norm_k(k[:0], k, weight, weight, nowhere, num_heads=heads)[1]
+        return rope2d.norm_rope2d_q_norm_k(k[:0], k, weight, weight, _nowhere(k.device), num_heads=heads)[1]
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """The library's product."""
@@ -117,3 +116,10 @@ class FusedOperations(PackedAttention):
             # derivative anywhere.
             return torch._addmm_activation(layer.bias, x, layer.weight.t(), use_gelu=True)
         return F.gelu(layer(x), approximate="tanh")
+
+
+def _nowhere(device: torch.device) -> PackedLayout:
+    """An empty pack, made there: bringing one from the host would wait for the device, block after block."""
+    none = torch.empty(0, dtype=torch.int32, device=device)
+    start = torch.zeros(1, dtype=torch.int32, device=device)
+    return PackedLayout(grids=(), cu_seqlens=start, image_index=none, row=none, column=none, runs=())

@@ -19,6 +19,7 @@ def fuse(model: PackedTransformer) -> None:
 
     Queries, keys and values of each self-attention; the modulations of all blocks and of the head; and a patch
     embedding whose input is in the order of the head's output, so that a state can stay in that order between steps.
+    Values copied into the parameters afterwards (``load_state_dict``, but not with ``assign=True``) are followed.
 
     Args:
         model: without gradients, on its device, in its type.
@@ -28,7 +29,22 @@ def fuse(model: PackedTransformer) -> None:
     linears = [block.norm1.linear for block in model.blocks]
     model.all_modulations = side_by_side(*linears, model.proj_out_1)
     patch = model.patch_embed.proj
-    model.patch_embed.by_pixel = SideBySide(patch.weight.permute(0, 2, 3, 1).flatten(1).contiguous(), patch.bias)
+    model.patch_embed.by_pixel = SideBySide(_by_pixel(patch.weight).contiguous(), patch.bias)
+
+
+@torch.no_grad()
+def follow_weights(model: PackedTransformer) -> None:
+    """Bring a fused model's copies up to date with its parameters, which may have been loaded anew, in place.
+
+    The patch embedding's other order is the one copy there is; it stays where it is. The rest are views.
+    """
+    if model.patch_embed.by_pixel is not None:
+        model.patch_embed.by_pixel.weight.copy_(_by_pixel(model.patch_embed.proj.weight))
+
+
+def _by_pixel(weight: Tensor) -> Tensor:
+    """``[C, c, p, p] -> [C, p * p * c]``."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def side_by_side(*linears: nn.Linear) -> SideBySide:

@@ -29,8 +29,16 @@ class Capture(Protocol):
         """
         ...
 
+    def leave(self) -> object:
+        """What the caller's stream was given so far, for :meth:`follow`."""
+        ...
+
+    def follow(self, left: object) -> None:
+        """Let the caller's stream go on after that, whichever stream it is; the host does not wait."""
+        ...
+
     def close(self) -> None:
-        """Release all graphs and their memory; replaying one is an error from then on."""
+        """Release all graphs and their memory when what runs is done; replaying one is an error from then on."""
         ...
 
 
@@ -81,8 +89,21 @@ class CudaCapture:
             return  # it has been told
         torch._C._cuda_releasePool(device, self.pool)
 
+    def leave(self) -> torch.cuda.Event:
+        """See :class:`Capture`."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def follow(self, left: object) -> None:
+        """See :class:`Capture`."""
+        assert isinstance(left, torch.cuda.Event)
+        torch.cuda.current_stream(self.device).wait_event(left)
+
     def close(self) -> None:
         """See :class:`Capture`."""
+        if self.graphs:
+            torch.cuda.synchronize(self.device)  # any stream may be replaying one
         for graph in list(self.graphs):
             graph.reset()
         self.graphs.clear()

@@ -3,24 +3,54 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
+from .config import ModelConfig
+from .plan import StagePlan
+
+WIDEST = 10
+"""Tensors ``[T, C]`` that live where an evaluation is widest, in an MLP: the residual stream and its norm, before
+and after the block's first half, the hidden layer (as wide as four) and its result; and the embedded patches."""
+
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
+def least_bytes(model: ModelConfig, stages: Sequence[StagePlan], dtype: torch.dtype) -> int:
+    """What a sampling needs at least beside the weights: the widest moment of its largest stage.
+
+    The table of modulations counts, the state, a few numbers a pixel, does not.
+
+    Args:
+        model: its shape.
+        stages: what will run.
+        dtype: of products.
+    """
+    return max((_stage_values(model, stage) for stage in stages), default=0) * dtype.itemsize
+
+
+def _stage_values(model: ModelConfig, stage: StagePlan) -> int:
+    """Values of ``dtype`` that live at once."""
+    sizes = [h * w // model.patch_size**2 for count, _, h, w in stage.shapes for _ in range(count)]
+    tokens = sum(sizes[: stage.guided]) + sum(sizes)
+    modulations = stage.num_steps * len(sizes) * (6 * model.depth + 2)
+    return (WIDEST * tokens + modulations) * model.width
+
+
 @contextmanager
-def told_what_fits(device: torch.device, images: int) -> Iterator[None]:
+def told_what_fits(device: torch.device, images: int, least: int = 0) -> Iterator[None]:
     """Raise an out-of-memory error again, of its own type, with about how many images would have fitted.
 
-    The estimate: what these images had when one allocation more failed, with that allocation, divided among them. They
-    may have needed still more later, so it errs on the large side.
+    The estimate: what these images had when one allocation more failed, with that allocation, divided among them; or
+    what they need at least, where that is more: they may have failed long before they needed most, in a small stage or
+    at the beginning of a large one.
 
     Args:
         device: where they are computed.
         images: that run together.
+        least: bytes that they need together, by :func:`least_bytes`.
 
     Raises:
         torch.cuda.OutOfMemoryError: with a message that says so.
@@ -30,7 +60,7 @@ def told_what_fits(device: torch.device, images: int) -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         had = max(allocated(device) - before, 0)  # the error holds frames, and they hold the failed call's tensors
-        each = (had + tried(str(error))) / images
+        each = max(had + tried(str(error)), least) / images
         fit = min(int((had + free(device)) / each), images - 1) if each > 0 else images - 1
         if fit < 1:
             advice = "not even one would fit: free memory, or ask for a smaller height and width"

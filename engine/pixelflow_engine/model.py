@@ -105,12 +105,21 @@ class ConditioningMLP(nn.Module):
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
+class _Table(nn.Embedding):
+    """On the meta device there is nothing to draw; PyTorch would import its compiler to draw it."""
+
+    def reset_parameters(self) -> None:
+        """See :class:`torch.nn.Embedding`."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class ClassEmbedder(nn.Module):
     """One row per class, the null class last."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        self.embedding_table = _Table(num_classes + 1, width)
 
     def forward(self, labels: Tensor) -> Tensor:
         """``[n] -> [n, C]``."""

@@ -29,8 +29,10 @@ from pixelflow_kernels.cascade.reference import (
     upsample_renoise,
 )
 from pixelflow_kernels.philox import box_muller, philox4x32, seed_tensor
+from pixelflow_kernels.registration import interpreting
 
 from .schedule import Stage
+from .uploads import uploaded
 
 __all__ = [
     "MAX_SEED",
@@ -81,16 +83,23 @@ class CounterNoise:
 
     def initial(self, shape: Shape) -> Tensor:
         """Normals of stage 0: four neighbours in row-major order share a counter."""
-        return initial_normals(seed_tensor(self.seeds, self.device), shape[1:])
+        return initial_normals(self._seeds(), shape[1:])
 
     def block(self, stage: int, shape: Shape) -> Tensor:
         """Normals of a later stage: the four pixels of a block share a counter."""
-        return from_blocks(correlate(block_normals(seed_tensor(self.seeds, self.device), stage, shape[1:])))
+        return from_blocks(correlate(block_normals(self._seeds(), stage, shape[1:])))
 
     def enter(self, x: Tensor, stage: Stage) -> Tensor:
         """The same numbers as :meth:`block`, drawn where they are added."""
-        seeds = seed_tensor(self.seeds, self.device)
-        return upsample_draw_renoise(x, seeds, stage=stage.index, alpha=stage.alpha, beta=stage.beta)
+        if x.device.type == "cpu" and not interpreting():
+            # What the operation does on a CPU; the first call of any operation of ours imports torch's compiler.
+            batch, channels, height, width = x.shape
+            noise = self.block(stage.index, (batch, channels, 2 * height, 2 * width))
+            return upsample_renoise(x.contiguous(), noise, stage.alpha, stage.beta)
+        return upsample_draw_renoise(x, self._seeds(), stage=stage.index, alpha=stage.alpha, beta=stage.beta)
+
+    def _seeds(self) -> Tensor:
+        return uploaded(seed_tensor(self.seeds), self.device)
 
 
 @dataclass(frozen=True, slots=True)

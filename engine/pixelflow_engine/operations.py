@@ -52,9 +52,12 @@ class Text:
     states: Tensor
     mask: Tensor | None = None
 
-    def first(self, count: int) -> Text:
-        """The first so many prompts."""
-        return Text(self.states[:count], None if self.mask is None else self.mask[:count])
+    def for_each(self, images: int) -> Text:
+        """One prompt for so many images as one per image, in memory of one; several as they are."""
+        if len(self.states) != 1:
+            return self
+        mask = None if self.mask is None else self.mask.expand(images, -1)
+        return Text(self.states.expand(images, -1, -1), mask)
 
     @staticmethod
     def concatenate(*texts: Text) -> Text:

@@ -14,15 +14,19 @@ from torch import Tensor
 from pixelflow_kernels.ode_step import ARRIVED, RUNNING, Adaptive
 
 from .config import PixelFlowConfig
+from .fusion import follow_weights
 from .graphs import Capture, load_
 from .model import PackedTransformer, Prompts
 from .plan import Condition, SamplingPlan, StagePlan
 from .programs import AdaptiveSteps, FixedSteps, Program, labels_of, program_key
+from .prompts import ProjectedPrompts
 from .ranges import named
 from .schedule import step_times
-from .solvers import ab2_steps, step_length
-from .stage_pack import ModulationTable, StagePack
+from .solvers import step_length, two_step_lengths
+from .stage_pack import Layouts, ModulationTable, StagePack
 from .stages import OnStep, StageOutcome, States
+from .tableaus import at_slopes, methods_of
+from .uploads import uploaded
 
 MOST_PROGRAMS = 64
 """Kept by one engine: four stages of sixteen kinds of batches."""
@@ -39,30 +43,40 @@ class ProgramStore:
     Attributes:
         programs: by what they can be used again for.
         prompts: tensors that the programs read prompts from, shared by all programs for prompts of one kind.
+        layouts: of packs that were run, with capture or without.
     """
 
     def __init__(self, capture: Capture | None) -> None:
         self.capture = capture
         self.programs: dict[tuple[object, ...], Program] = {}
         self.prompts: dict[tuple[object, ...], Prompts] = {}
+        self.layouts = Layouts()
+        self._left: object = None
         self._lock = threading.Lock()
         self._borrower: int | None = None
 
     @contextmanager
     def lend(self) -> Iterator[ProgramStore]:
-        """Wait until no other thread runs a stage, then take the store.
+        """Wait until no other thread launches a stage, then take the store.
 
-        Whoever has it already and asks again, as a callback does that calls the engine, gets one without graphs.
+        What the one before launched may still run, in another stream than the caller's: the caller's stream goes on
+        after it, since both read and write the same static tensors and the same pool of memory. Whoever has the store
+        already and asks again, as a callback does that calls the engine, gets one without graphs.
         """
         if self.capture is None or self._borrower == threading.get_ident():
-            yield ProgramStore(None)
+            alone = ProgramStore(None)
+            alone.layouts = self.layouts
+            yield alone
             return
         with self._lock:
             self._borrower = threading.get_ident()
             try:
+                if self._left is not None:
+                    self.capture.follow(self._left)
                 yield self
             finally:
                 self._borrower = None
+                self._left = self.capture.leave()
 
     def find(self, key: tuple[object, ...]) -> Program | None:
         """The program for that use, if there is one."""
@@ -129,17 +143,27 @@ class PackedStages:
         self.plan = plan
         self.condition = condition
         self.store = store
+        self._projected: ProjectedPrompts | None = None
         self._prompts: dict[int, Prompts | None] = {}
 
     def run(self, states: States, stage: StagePlan, on_step: OnStep) -> StageOutcome:
         """All groups of images in one pack."""
-        pack = StagePack(self.model, stage)
-        if stage.guided not in self._prompts:
-            self._prompts[stage.guided] = pack.prompts(self.condition)
+        pack = StagePack(self.model, stage, self.store.layouts)
+        own_prompts = self._prompts_of(stage.guided)
         with self.store.lend() as store:
-            prompts = store.load_prompts(self._prompts[stage.guided])
+            follow_weights(self.model)
+            prompts = store.load_prompts(own_prompts)
             run = self._adaptive if self.plan.solver == "dopri5" else self._fixed
             return run(store, pack, prompts, pack.pack(states), on_step)
+
+    def _prompts_of(self, guided: int) -> Prompts | None:
+        """Those of a pack with so many null halves; each is projected in the first stage of a call."""
+        if guided not in self._prompts:
+            projected = self._projected or ProjectedPrompts.of(self.model, self.condition)
+            self._prompts[guided] = None if projected is None else projected.pack(guided)
+            if any(stage.guided != guided for stage in self.plan.stages):  # another stage will want other packs of them
+                self._projected = projected
+        return self._prompts[guided]
 
     # --- fixed steps ---------------------------------------------------------------------------------------
 
@@ -148,31 +172,28 @@ class PackedStages:
     ) -> StageOutcome:
         stage, solver = pack.plan, self.plan.solver
         tau, t_model = step_times(stage.stage, self.config.scheduler, stage.num_steps, self.plan.shift)
-        steps = self._steps(tau.tolist(), stage.first_step).to(x.device)
-        moments = t_model[:-1] if solver == "euler" else t_model  # only Heun's step takes a slope at its end
+        method, tableau = methods_of(solver)
+        steps = uploaded(self._steps(tau.tolist(), stage.first_step), x.device)
+        names = [solver if method is None else method.starter, *[solver] * (stage.num_steps - stage.first_step - 1)]
+        points = [at_slopes(tableau, *ends) for ends in pairwise(t_model.tolist())]
+        if method is not None:  # all steps but the first take one slope
+            points = [times if step == stage.first_step else times[:1] for step, times in enumerate(points)]
+        moments = list(dict.fromkeys(time for times in points for time in times))
         with named("modulations"):
-            table = ModulationTable(pack, self.condition, moments.tolist())
+            table = ModulationTable(pack, self.condition, moments)
         key = program_key(pack, prompts, "fixed")
         program = store.find(key)
         if not isinstance(program, FixedSteps):
             program = FixedSteps(pack, prompts, store.capture)
-        program.prepare(*({"ab2": ("heun", "ab2")}.get(solver, (solver,))))
+        program.prepare(*dict.fromkeys(names))
         store.keep(key, program)
         program.load(pack, x)
         evaluations = 0
-        for step in range(stage.first_step, stage.num_steps):
+        for step, name in enumerate(names, stage.first_step):
             with named("step", step):
-                if solver == "euler":
-                    program.load_step(table.at(step), steps=steps[step])
-                    program.play("euler")
-                elif solver == "heun" or step == stage.first_step:
-                    program.load_step(table.at(step), table.at(step + 1), steps=steps[step])
-                    program.play("heun")
-                    evaluations += 1
-                else:
-                    program.load_step(table.at(step), steps=steps[step])
-                    program.play("ab2")
-            evaluations += 1
+                program.load_step(*(table.at(moments.index(time)) for time in points[step]), steps=steps[step])
+                program.play(name)
+            evaluations += len(points[step])
             replaced = on_step(step, partial(float, tau[step + 1]), partial(pack.unpack, program.x))
             if replaced is not None:
                 program.load_state(pack.pack(replaced))
@@ -184,8 +205,9 @@ class PackedStages:
         """``[n, 2]`` float64: what the slopes of each step are multiplied by."""
         lengths = [step_length(a, b) for a, b in pairwise(tau)]
         pairs = [(h, 0.0) for h in lengths]
-        if self.plan.solver == "ab2":  # a step of Heun's comes before the others
-            pairs[first + 1 :] = [ab2_steps(h, before) for before, h in pairwise(lengths[first:])]
+        method, _ = methods_of(self.plan.solver)
+        if method is not None:  # the first step is its starter's
+            pairs[first + 1 :] = [two_step_lengths(method, h, before) for before, h in pairwise(lengths[first:])]
         return torch.tensor(pairs, dtype=torch.float64)
 
     # --- error control -------------------------------------------------------------------------------------

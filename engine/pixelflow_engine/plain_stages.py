@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,14 +22,14 @@ from .ranges import named
 from .schedule import step_times
 from .solvers import (
     AdaptiveState,
-    ab2_update,
     euler_update,
-    heun_update,
     integrate_adaptive,
+    runge_kutta_step,
     step_length,
+    two_step_update,
 )
 from .stages import OnStep, StageOutcome
-from .tableaus import DOPRI5
+from .tableaus import DOPRI5, EULER, at_slopes, methods_of
 
 
 class PlainStages:
@@ -61,24 +62,30 @@ class PlainStages:
 
     def _fixed_steps(self, velocity: GuidedVelocity, x: Tensor, stage: StagePlan, on_step: OnStep) -> StageOutcome:
         tau, t_model = step_times(stage.stage, self.config.scheduler, stage.num_steps, self.plan.shift)
-        times = torch.from_numpy(t_model).to(x.device)
+        method, tableau = methods_of(self.plan.solver)
+        points = [at_slopes(tableau, *ends) for ends in pairwise(t_model.tolist())]
+        times = torch.tensor(points, dtype=torch.float64).to(x.device)  # of all slopes of all steps
         previous: tuple[Tensor, float] | None = None
 
-        def slope(y: Tensor, point: int) -> Tensor:
+        def slope(y: Tensor, time: Tensor) -> Tensor:
             dtype = y.dtype if self.plan.state == "public" else torch.float32
-            return velocity(y, times[point].to(dtype).expand(y.shape[0]))
+            return velocity(y, time.to(dtype).expand(y.shape[0]))
+
+        def slope_at(points: Tensor, y: Tensor, i: int) -> Tensor:
+            return slope(y, points[i])
 
         for step in range(stage.first_step, stage.num_steps):
             now, after = float(tau[step]), float(tau[step + 1])
+            h = step_length(now, after)
             with named("step", step):
-                v = slope(x, step)
-                if self.plan.solver == "euler":
+                v = slope(x, times[step, 0])
+                if method is not None and previous is not None:
+                    x = two_step_update(x, v, previous[0], method, h, previous[1])
+                elif tableau is EULER:  # the published code's arithmetic, with a state of any type
                     x = euler_update(x, v, now, after)
-                elif self.plan.solver == "heun" or previous is None:
-                    x = heun_update(x, [v, slope(euler_update(x, v, now, after), step + 1)], now, after)
                 else:
-                    x = ab2_update(x, v, previous[0], step_length(now, after), previous[1])
-            previous = (v, step_length(now, after))
+                    x = runge_kutta_step(x, v, partial(slope_at, times[step]), tableau, h)
+            previous = (v, h)
             if self.plan.state == "public":
                 x = x.to(v.dtype)
             replaced = on_step(step, partial(float, after), partial(list, [x]))
@@ -137,7 +144,7 @@ class GuidedVelocity:
             null_labels = torch.full_like(condition.class_labels, model.config.num_classes)
             self.class_labels = torch.cat([null_labels, condition.class_labels])
         if guided and condition.text is not None and condition.null_text is not None:
-            text = Text.concatenate(condition.null_text, condition.text)
+            text = Text.concatenate(condition.null_text.for_each(batch), condition.text)
         self.around = model.surroundings(self.layout, None if text is None else model.prompts(text))
         self.evaluations = 0
 

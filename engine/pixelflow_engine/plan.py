@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .config import PixelFlowConfig
@@ -13,6 +14,7 @@ from .noise import Shape
 from .operations import Text
 from .schedule import Stage, make_stages
 from .solvers import Tolerance
+from .uploads import uploaded
 
 Solver = Literal["euler", "heun", "ab2", "dopri5"]
 SOLVERS: tuple[Solver, ...] = ("euler", "heun", "ab2", "dopri5")
@@ -24,12 +26,27 @@ class Condition:
 
     Attributes:
         class_labels: ``[B]``, for a class-conditional model.
-        text, null_text: encoded prompts and the encoding of the empty prompt, for a text-conditional model.
+        text: encoded prompts, one per image, for a text-conditional model.
+        null_text: the encoding of the empty prompt, one for all images or one per image.
     """
 
     class_labels: Tensor | None = None
     text: Text | None = None
     null_text: Text | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Condition:
+        """On a device, prompts in a type."""
+        labels, text, null = self.class_labels, self.text, self.null_text
+        return Condition(
+            class_labels=None if labels is None else uploaded(labels, device),
+            text=None if text is None else _placed(text, device, dtype),
+            null_text=None if null is None else _placed(null, device, dtype),
+        )
+
+
+def _placed(text: Text, device: torch.device, dtype: torch.dtype) -> Text:
+    mask = None if text.mask is None else text.mask.to(device=device, dtype=torch.float32)
+    return Text(text.states.to(device=device, dtype=dtype), mask)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,8 @@ from .ranges import named
 from .schedule import Stage
 from .solvers import Tolerance
 from .stage_pack import StagePack
-from .tableaus import DOPRI5, HEUN
+from .tableaus import DOPRI5, FIXED_STEPS, Tableau
+from .uploads import numbers
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -35,7 +36,7 @@ class Part:
         tokens: of the state.
         velocities: of the pack, null half first.
         guidance: weights, for the guided ones.
-        slopes: ``[2, t, W]``, for Heun's method.
+        slopes: ``[S, t, W]``, of a step.
     """
 
     tokens: slice
@@ -91,10 +92,10 @@ class Program:
 
 
 class FixedSteps(Program):
-    """Euler's, Heun's and Adams-Bashforth's steps.
+    """A step of every method in :data:`pixelflow_engine.tableaus.FIXED_STEPS`.
 
-    Modulations and step lengths are loaded before each step. ``previous`` holds the last step's velocities, as the
-    model gave them, for Adams-Bashforth.
+    Modulations and step lengths are loaded before each step. ``previous`` holds the last step's first velocities, as
+    the model gave them, for methods of two steps.
     """
 
     def __init__(self, pack: StagePack, prompts: Prompts | None, capture: Capture | None) -> None:
@@ -102,7 +103,9 @@ class FixedSteps(Program):
         device, model = pack.model.device, pack.model
         images = pack.layout.num_images
         columns = (6 * model.config.depth + 2) * model.config.width
-        self.rows = torch.zeros(2, images, columns, dtype=self.x.dtype, device=device)
+        tableaus = [method for method in FIXED_STEPS.values() if isinstance(method, Tableau)]
+        self.slopes = max(len(tableau.nodes) for tableau in tableaus)
+        self.rows = torch.zeros(self.slopes, images, columns, dtype=self.x.dtype, device=device)
         self.steps = torch.zeros(2, dtype=torch.float64, device=device)
         self.probe = torch.zeros_like(self.x)
         self.previous = torch.zeros(pack.layout.num_tokens, pack.width, dtype=model.dtype, device=device)
@@ -114,13 +117,16 @@ class FixedSteps(Program):
         if guided < total:
             spans.append((slice(guided, total), slice(2 * guided, guided + total), None))
         return [
-            Part(tokens, velocities, guidance, self.x.new_zeros(2, *self.x[tokens].shape))
+            Part(tokens, velocities, guidance, self.x.new_zeros(self.slopes, *self.x[tokens].shape))
             for tokens, velocities, guidance in spans
         ]
 
     def launches(self) -> Mapping[str, Launch]:
         """See :class:`Program`."""
-        return {"euler": self._euler, "heun": self._heun, "ab2": self._ab2}
+        return {
+            name: partial(self._runge_kutta, method) if isinstance(method, Tableau) else self._two_step
+            for name, method in FIXED_STEPS.items()
+        }
 
     def load_step(self, *rows: Tensor, steps: Tensor) -> None:
         """Modulations ``[n, (6 depth + 2) C]`` of each slope, and the ``[2]`` lengths that slopes are multiplied by.
@@ -139,14 +145,14 @@ class FixedSteps(Program):
         for part in self.parts:
             ode_step.euler_step_(self.x[part.tokens], velocity[part.velocities], step, part.guidance)
 
-    def _euler(self) -> None:
-        self._update(self._velocity(self.x, 0), self.steps[:1])
-
-    def _heun(self) -> None:
+    def _runge_kutta(self, tableau: Tableau) -> None:
         first = self._velocity(self.x, 0)
-        self._stage(first, HEUN.coupling[1])
-        second = self._velocity(self.probe, 1)
-        self._stage(second, HEUN.coupling[2])
+        if len(tableau.nodes) == 1:  # one slope needs no memory of slopes: guidance and update are one pass
+            self._update(first, self.steps[:1])
+            return
+        self._stage(first, tableau.coupling[1])
+        for slope, row in enumerate(tableau.coupling[2:], 1):
+            self._stage(self._velocity(self.probe, slope), row)
         self.x.copy_(self.probe)
         self.previous.copy_(first)
 
@@ -156,7 +162,7 @@ class FixedSteps(Program):
             new = velocity[part.velocities]
             ode_step.stage_state_(probe, part.slopes, x, self.steps[:1], weights, new, part.guidance)
 
-    def _ab2(self) -> None:
+    def _two_step(self) -> None:
         velocity = self._velocity(self.x, 0)
         self._update(velocity, self.steps[:1])
         self._update(self.previous, self.steps[1:])
@@ -202,7 +208,8 @@ class AdaptiveSteps(Program):
         """Class labels and tolerance of a call."""
         if self.labels is not None and labels is not None:
             load_(self.labels, labels, "class_labels")
-        self.state.tolerance.copy_(torch.tensor([tolerance.rtol, tolerance.atol], dtype=torch.float64))
+        given = numbers([tolerance.rtol, tolerance.atol], torch.float64, self.state.tolerance.device)
+        load_(self.state.tolerance, given, "rtol, atol")
 
     def _field(self, x: Tensor, tau: Tensor) -> Tensor:
         """Velocities of the pack at a time of its own for each image, ``tau [B]`` float64."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .operations import Text
 from .plan import Condition, Group
+from .uploads import uploaded
 
 K = TypeVar("K")
 
@@ -37,11 +38,11 @@ class Request:
 
 
 def padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompts ``[L_i, E]`` as ``[B, L, E]`` and their mask ``[B, L]``."""
+    """Prompts ``[L_i, E]`` as ``[B, L, E]`` and their mask ``[B, L]``, which is on the host."""
     longest = max(len(prompt) for prompt in prompts)
     states = torch.stack([F.pad(prompt, (0, 0, 0, longest - len(prompt))) for prompt in prompts])
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=states.device)
-    return states, (torch.arange(longest, device=states.device) < lengths[:, None]).float()
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    return states, (torch.arange(longest) < lengths[:, None]).float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +77,13 @@ class Lot:
         return Lot(tuple(order), tuple(groups))
 
     def of(self, condition: Condition) -> Condition:
-        """The lot's part of the call's condition."""
-        at = list(self.order)
+        """The lot's part of the call's condition, where the condition is."""
+        at = torch.tensor(self.order)
         labels, text, null = condition.class_labels, condition.text, condition.null_text
         return Condition(
             class_labels=None if labels is None else labels[at],
             text=None if text is None else _rows(text, at),
-            null_text=None if null is None else _rows(null, at),
+            null_text=null if null is None or len(null.states) == 1 else _rows(null, at),
         )
 
 
@@ -129,5 +130,8 @@ def _by_key(keys: Sequence[K]) -> dict[K, list[int]]:
     return found
 
 
-def _rows(text: Text, at: list[int]) -> Text:
-    return Text(text.states[at], None if text.mask is None else text.mask[at])
+def _rows(text: Text, at: Tensor) -> Text:
+    if torch.equal(at, torch.arange(len(text.states))):
+        return text
+    mask = None if text.mask is None else text.mask.index_select(0, uploaded(at, text.mask.device))
+    return Text(text.states.index_select(0, uploaded(at, text.states.device)), mask)

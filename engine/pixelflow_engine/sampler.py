@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pixelflow_kernels.ode_step import ARRIVED, MAX_ATTEMPTS, NONFINITE, UNDERFLOW
 
+from .clocks import Clock
 from .errors import ConvergenceError
 from .events import Callbacks, Latents, StageEvent, StageReport, Status, StepEvent
 from .noise import NoiseSource
 from .plan import SamplingPlan, StagePlan
 from .ranges import named
-from .stages import StageOutcome, Stages, States
+from .stages import Stages, States
+from .uploads import numbers
 
 REMEMBERING = ("ab2", "dopri5")
 """Solvers that use slopes of earlier steps."""
@@ -35,13 +37,13 @@ class StageEnd:
 
     Attributes:
         states: of each group.
-        report: of the stage.
+        reported: makes the stage's report; waits for the stage, where the host runs ahead.
         status: of each image so far, ``[B]`` int32, in the order of the groups.
         order: place in the call of each image.
     """
 
     states: States
-    report: StageReport
+    reported: Callable[[], StageReport]
     status: Tensor
     order: Sequence[int]
 
@@ -51,7 +53,7 @@ class StageEnd:
         return in_order(self.states, self.order)
 
     def statuses(self) -> dict[int, Status]:
-        """In words, of each place in the call."""
+        """In words, of each place in the call; waits for the stage."""
         found = self.status.tolist()
         return dict(zip(sorted({*self.order}), [STATUSES[found[i]] for i in _inverse(self.order)], strict=True))
 
@@ -65,9 +67,14 @@ def sample(
     patch_size: int,
     callbacks: Callbacks,
     order: Sequence[int],
+    clock: Clock,
     raising: bool = True,
+    watched: bool = True,
 ) -> Iterator[StageEnd]:
     """Run the cascade, stage by stage.
+
+    Where the host runs ahead of the device and nobody watches, all stages are launched before any is waited for:
+    images that failed in one of them are found at the end.
 
     Args:
         stages: who runs its stages.
@@ -77,7 +84,9 @@ def sample(
         patch_size: of the model.
         callbacks: whom to tell.
         order: place in the call of each image, group after group; copies have the place of their image.
+        clock: of the device.
         raising: images that fail are an error; otherwise they are reported, and the others go on.
+        watched: somebody looks at every stage's end, so its failures are told there.
 
     Yields:
         the end of each stage; the last one's states are in [-1, 1] or slightly beyond.
@@ -87,30 +96,37 @@ def sample(
         ConvergenceError: Dopri5 could not meet its tolerance.
     """
     status = torch.full((len(order),), ARRIVED, dtype=torch.int32, device=states[0].device)
+    watched = watched or callbacks.on_stage_end is not None or not clock.ahead
+    unread: list[_Passed] = []
     for number, stage in enumerate(plan.stages):
-        began = _now(states[0].device)
+        began = clock.mark()
         with named("stage", stage.stage.index):
             if number > 0:
                 with named("enter"):
                     states = [source.enter(x, stage.stage) for x, source in zip(states, noise, strict=True)]
             outcome = stages.run(states, stage, _step_callback(plan, stage, callbacks, order))
         states = outcome.states
-        now = torch.where(_finite(states), outcome.status, NONFINITE)
-        if raising:
-            _raise_for(now, stage, outcome, order)
+        now = outcome.status.masked_fill(_finite(states).logical_not(), NONFINITE)
         status = torch.where(status == ARRIVED, now, status)
-        report = _report(stage, outcome, patch_size, _now(states[0].device) - began)
+        ended = clock.mark()
+        if raising:
+            unread.append(_Passed(stage, now, outcome.steps, outcome.tau))
+            if watched or outcome.tau is not None or number == len(plan.stages) - 1:  # error control has waited
+                _raise_for(unread, order)
+                unread.clear()
+        reported = partial(_report, stage, outcome.steps, outcome.evaluations, patch_size, clock, began, ended)
         if callbacks.on_stage_end is not None:
-            callbacks.on_stage_end(StageEvent(report=report, latents=in_order(states, order)))
-        yield StageEnd(states, report, status, order)
+            callbacks.on_stage_end(StageEvent(report=reported(), latents=in_order(states, order)))
+        yield StageEnd(states, reported, status, order)
 
 
 def in_order(states: States, order: Sequence[int]) -> Latents:
     """Images of all groups as the caller numbers them: one tensor where they have one size."""
     places = _inverse(order)
     if len(states) == 1:
-        rising = places == list(range(len(places)))  # an index of numbers would have to be brought to the device
-        return states[0][: len(places)] if rising else states[0][places]
+        if places == list(range(len(places))):
+            return states[0][: len(places)]
+        return states[0].index_select(0, numbers(places, torch.int64, states[0].device))
     images = [image for x in states for image in x]
     return together([images[place] for place in places])
 
@@ -173,20 +189,34 @@ def _finite(states: States) -> Tensor:
     return torch.cat([x.isfinite().flatten(1).all(1) for x in states])
 
 
-def _raise_for(status: Tensor, stage: StagePlan, outcome: StageOutcome, order: Sequence[int]) -> None:
-    """Refuse to go on with, or to return, images that failed."""
-    found = status.tolist()
-    lost = sorted({order[i] for i, s in enumerate(found) if s == NONFINITE})
-    if lost:
-        raise FloatingPointError(f"stage {stage.stage.index}: images {lost} of the batch are not finite")
-    if outcome.tau is not None and any(s != ARRIVED for s in found):
-        raise ConvergenceError(
-            f"stage {stage.stage.index}: dopri5: {outcome.steps} attempts did not reach tau = 1, the slowest image is "
-            f"at {outcome.tau.min().item():.6f}; a larger rtol or a smaller guidance scale needs fewer"
-        )
+@dataclass(frozen=True, eq=False, slots=True)
+class _Passed:
+    """A stage whose images were not looked at yet: their ``status`` and, with error control, how far they came."""
+
+    stage: StagePlan
+    status: Tensor
+    steps: int
+    tau: Tensor | None
 
 
-def _report(stage: StagePlan, outcome: StageOutcome, patch_size: int, seconds: float) -> StageReport:
+def _raise_for(passed: Sequence[_Passed], order: Sequence[int]) -> None:
+    """Refuse to go on with, or to return, images that failed; waits for these stages, once."""
+    statuses = torch.stack([one.status for one in passed]).tolist()
+    for one, found in zip(passed, statuses, strict=True):
+        index = one.stage.stage.index
+        lost = sorted({order[i] for i, s in enumerate(found) if s == NONFINITE})
+        if lost:
+            raise FloatingPointError(f"stage {index}: images {lost} of the batch are not finite")
+        if one.tau is not None and any(s != ARRIVED for s in found):
+            raise ConvergenceError(
+                f"stage {index}: dopri5: {one.steps} attempts did not reach tau = 1, the slowest image is "
+                f"at {one.tau.min().item():.6f}; a larger rtol or a smaller guidance scale needs fewer"
+            )
+
+
+def _report(
+    stage: StagePlan, steps: int, evaluations: int, patch_size: int, clock: Clock, began: object, ended: object
+) -> StageReport:
     _, _, height, width = max(stage.shapes, key=lambda shape: shape[2] * shape[3])
     return StageReport(
         stage=stage.stage.index,
@@ -194,14 +224,7 @@ def _report(stage: StagePlan, outcome: StageOutcome, patch_size: int, seconds: f
         width=width,
         tokens=(height // patch_size) * (width // patch_size),
         guidance_weight=max(stage.weights),
-        steps=outcome.steps,
-        evaluations=outcome.evaluations,
-        seconds=seconds,
+        steps=steps,
+        evaluations=evaluations,
+        seconds=clock.seconds(began, ended),
     )
-
-
-def _now(device: torch.device) -> float:
-    """Wall time in seconds with the device's queue drained."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

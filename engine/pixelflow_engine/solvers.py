@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixelflow_kernels.ode_step import ARRIVED, MAX_ATTEMPTS, NONFINITE, RUNNING
+from pixelflow_kernels.ode_step import ARRIVED, MAX_ATTEMPTS, NONFINITE, RUNNING, UNDERFLOW
 
 from .ranges import named
-from .tableaus import HEUN, EmbeddedTableau
+from .tableaus import EmbeddedTableau, Tableau, TwoStep
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """``(x [B, c, h, w], tau [B] float64) -> velocity [B, c, h, w]``."""
@@ -27,24 +27,38 @@ ErrorNorm = Literal["image", "batch"]
 SAFETY, SMALLEST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0
 
 
-def heun_update(x: Tensor, slopes: Sequence[Tensor], tau: float, tau_next: float) -> Tensor:
-    """``x + h (k_0 + k_1) / 2``: slopes at both ends of the step, the second at Euler's result; of second order."""
-    h = torch.full((x.shape[0],), step_length(tau, tau_next), dtype=torch.float64, device=x.device)
-    return x + _weighted_sum(slopes, HEUN.coupling[-1], h)
+def runge_kutta_step(
+    x: Tensor, slope: Tensor, field: Callable[[Tensor, int], Tensor], tableau: Tableau, h: float
+) -> Tensor:
+    """One step of a Runge-Kutta method.
 
-
-def ab2_update(x: Tensor, velocity: Tensor, previous: Tensor, h: float, h_before: float) -> Tensor:
-    """``x + h ((1 + r/2) v - r/2 v_before)``, ``r = h / h_before``: Adams and Bashforth's, of second order.
-
-    Two updates, the new velocity's first, as two fused ones do it.
+    Args:
+        x: the state, ``[B, c, h, w]``.
+        slope: the velocity there.
+        field: ``(state, i) -> velocity``: slope ``i`` of the tableau, from 1, at ``tableau.nodes[i]`` of the step.
+        tableau: the method.
+        h: length of the step.
     """
-    forward, back = ab2_steps(h, h_before)
+    step = torch.full((x.shape[0],), h, dtype=torch.float64, device=x.device)
+    slopes = [slope]
+    for i, row in enumerate(tableau.coupling[1:-1], 1):
+        slopes.append(field(x + _weighted_sum(slopes, row, step), i))
+    return x + _weighted_sum(slopes, tableau.coupling[-1], step)
+
+
+def two_step_update(
+    x: Tensor, velocity: Tensor, previous: Tensor, method: TwoStep, h: float, h_before: float
+) -> Tensor:
+    """One step of a two-step method; two updates, the new velocity's first, as two fused ones do it."""
+    forward, back = two_step_lengths(method, h, h_before)
     return x + _as(forward, x) * velocity + _as(back, x) * previous
 
 
-def ab2_steps(h: float, h_before: float) -> tuple[float, float]:
+def two_step_lengths(method: TwoStep, h: float, h_before: float) -> tuple[float, float]:
     """What the new and the previous velocity are multiplied by."""
-    return h * (1 + h / h_before / 2), -h * (h / h_before / 2)
+    ratio = h / h_before
+    new, old = (h * (constant + linear * ratio) for constant, linear in method.weights)
+    return new, old
 
 
 def step_length(tau: float, tau_next: float) -> float:
@@ -90,7 +104,8 @@ class AdaptiveState:
         tau: where each image is, ``[B]`` float64; 1 when it has arrived.
         step: the next step each image will try, ``[B]`` float64.
         accepted, rejected: attempts so far, ``[B]`` int64.
-        status: ``[B]`` int32, one of ``pixelflow_kernels.ode_step``'s RUNNING, ARRIVED, MAX_ATTEMPTS, NONFINITE.
+        status: ``[B]`` int32, one of ``pixelflow_kernels.ode_step``'s RUNNING, ARRIVED, MAX_ATTEMPTS, UNDERFLOW,
+            NONFINITE.
     """
 
     x: Tensor
@@ -166,12 +181,14 @@ def _attempt(velocity: Velocity, state: AdaptiveState, tableau: EmbeddedTableau,
     scale = tolerance.atol + tolerance.rtol * torch.maximum(state.x.abs(), x_next.abs())
     ratio = _rms(_weighted_sum(slopes, tableau.error, h) / scale, tolerance)
     lost = active & ~ratio.isfinite()
-    tried = active & ~lost
+    stuck = active & ~lost & (tau_next <= state.tau)  # h vanishes beside tau
+    tried = active & ~lost & ~stuck
     accept = tried & (ratio <= 1)
     accepted, rejected = state.accepted + accept, state.rejected + (tried & ~accept)
     tau = torch.where(accept, tau_next, state.tau)
     status = state.status.masked_fill(tried & (accepted + rejected >= tolerance.max_attempts), MAX_ATTEMPTS)
-    status = status.masked_fill(accept & (tau >= 1), ARRIVED).masked_fill(lost, NONFINITE)
+    status = status.masked_fill(accept & (tau >= 1), ARRIVED)
+    status = status.masked_fill(stuck, UNDERFLOW).masked_fill(lost, NONFINITE)
     keep = accept[:, None, None, None]
     return AdaptiveState(
         x=torch.where(keep, x_next, state.x),

@@ -7,7 +7,10 @@ after image, each token's ``W = p * p * c`` values in (row, column, channel) ord
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +18,54 @@ from torch import Tensor
 
 from pixelflow_kernels import PackedLayout
 
-from .model import PackedTransformer, Prompts, Surroundings
+from .model import PackedTransformer, Surroundings
 from .noise import Shape
-from .operations import Text
 from .plan import Condition, StagePlan
 from .stages import States
+from .uploads import numbers, pinned, uploaded
+
+MOST_LAYOUTS = 32
+"""Kept by one engine: twelve bytes a token, on the host."""
+
+
+class Layouts:
+    """Layouts as the host made them, to be used again: batches of the same sizes come again and again.
+
+    They stay on the host. A tensor of a device belongs to the order of one stream; these are brought into that of
+    whoever asks.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[tuple[int, int], ...], PackedLayout] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """How many are kept."""
+        return len(self._kept)
+
+    def on(self, device: torch.device, grids: Sequence[tuple[int, int]]) -> PackedLayout:
+        """The layout of images with these rows and columns of tokens."""
+        key = tuple(grids)
+        with self._lock:
+            layout = self._kept.pop(key, None) or _pinned(PackedLayout.from_grids(key), device)
+            self._kept[key] = layout  # a dictionary is in the order of insertion
+            while len(self._kept) > MOST_LAYOUTS:
+                self._kept.pop(next(iter(self._kept)))
+        return layout if device.type == "cpu" else _with(layout, lambda x: uploaded(x, device))
+
+
+def _pinned(layout: PackedLayout, device: torch.device) -> PackedLayout:
+    return _with(layout, lambda x: pinned(x, device))
+
+
+def _with(layout: PackedLayout, change: Callable[[Tensor], Tensor]) -> PackedLayout:
+    return replace(
+        layout,
+        cu_seqlens=change(layout.cu_seqlens),
+        image_index=change(layout.image_index),
+        row=change(layout.row),
+        column=change(layout.column),
+    )
 
 
 class StagePack:
@@ -28,27 +74,33 @@ class StagePack:
     Args:
         model: the transformer, its weights side by side (:mod:`pixelflow_engine.fusion`).
         plan: the stage's shapes and weights; images with a null half come first.
+        layouts: those that were made before.
 
     Attributes:
-        layout: of an evaluation, null halves included.
         tokens: of the state.
         guided_tokens: of the state's images that have a null half.
         latent_size: ``[n]``, what each image of the pack is told of its resolution.
     """
 
-    def __init__(self, model: PackedTransformer, plan: StagePlan) -> None:
-        p, device = model.config.patch_size, model.device
+    def __init__(self, model: PackedTransformer, plan: StagePlan, layouts: Layouts | None = None) -> None:
+        p = model.config.patch_size
         grids = [(h // p, w // p) for count, _, h, w in plan.shapes for _ in range(count)]
         pack = grids[: plan.guided] + grids
+        self.grids = pack
         self.columns = [columns for _, columns in pack]
         self.model = model
         self.plan = plan
         self.sizes = [rows * columns for rows, columns in grids]
-        self.layout = PackedLayout.from_grids(pack, device)
+        self.layouts = Layouts() if layouts is None else layouts
         self.tokens = sum(self.sizes)
         self.guided_tokens = sum(self.sizes[: plan.guided])
-        self.latent_size = torch.tensor(self.columns, device=device)
+        self.latent_size = numbers(self.columns, torch.int64, model.device)
         self.width = p * p * model.config.in_channels
+
+    @cached_property
+    def layout(self) -> PackedLayout:
+        """Of an evaluation, null halves included; made when it is asked for, as programs have theirs already."""
+        return self.layouts.on(self.model.device, self.grids)
 
     def guidance(self) -> Tensor | None:
         """Weights of the guided images, float64: one for all, ``[1]``, or one for each of their tokens."""
@@ -57,9 +109,9 @@ class StagePack:
             return None
         device = self.model.device
         if len({*weights}) == 1:
-            return torch.tensor(weights[:1], dtype=torch.float64, device=device)
-        sizes = torch.tensor(self.sizes[: self.plan.guided])
-        return torch.tensor(weights, dtype=torch.float64).repeat_interleave(sizes).to(device)
+            return numbers(weights[:1], torch.float64, device)
+        each, sizes = torch.tensor(weights, dtype=torch.float64), torch.tensor(self.sizes[: self.plan.guided])
+        return uploaded(each.repeat_interleave(sizes, output_size=self.guided_tokens), device)
 
     def labels(self, condition: Condition) -> Tensor | None:
         """Class labels of the pack, ``[n]``."""
@@ -67,15 +119,6 @@ class StagePack:
         if labels is None:
             return None
         return torch.cat([labels.new_full((self.plan.guided,), self.model.config.num_classes), labels])
-
-    def prompts(self, condition: Condition) -> Prompts | None:
-        """Projected prompts of the pack, for a model with cross-attention."""
-        text, null, guided = condition.text, condition.null_text, self.plan.guided
-        if text is None:
-            return None
-        if guided and null is not None:
-            text = Text.concatenate(null.first(guided), text)
-        return self.model.prompts(text)
 
     def velocity(self, x: Tensor, modulations: tuple[Tensor, ...], around: Surroundings) -> Tensor:
         """Velocities of the whole pack in the model's type; patches are embedded once for both halves.
@@ -133,9 +176,9 @@ class ModulationTable:
         own = range(pack.plan.guided, len(pack.columns)) if labels is not None else ()
         told = [(columns, i if i in own else None) for i, columns in enumerate(pack.columns)]
         rows = {key: row for row, key in enumerate(dict.fromkeys(told))}
-        firsts = torch.tensor([told.index(key) for key in rows], device=model.device)
-        self.row = torch.tensor([rows[key] for key in told], device=model.device)
-        times = torch.tensor(t_model, dtype=torch.float64).to(torch.float32).to(model.device)
+        firsts = numbers([told.index(key) for key in rows], torch.int64, model.device)
+        self.row = numbers([rows[key] for key in told], torch.int64, model.device)
+        times = uploaded(torch.tensor(t_model, dtype=torch.float64).to(torch.float32), model.device)
         moments = len(times)
         c = model.conditioning(
             times.repeat_interleave(len(rows)),

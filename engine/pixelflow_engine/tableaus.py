@@ -1,4 +1,4 @@
-"""Butcher tableaus as data."""
+"""Integration methods as data: what a solver does is read from here."""
 
 from __future__ import annotations
 
@@ -19,8 +19,46 @@ class Tableau:
     coupling: tuple[tuple[float, ...], ...]
 
 
+EULER = Tableau(nodes=(0.0,), coupling=((), (1.0,)))
+"""Euler (1768), of first order."""
+
 HEUN = Tableau(nodes=(0.0, 1.0), coupling=((), (1.0,), (0.5, 0.5)))
 """Heun (1900): the trapezoidal rule with Euler's end point, of second order."""
+
+
+@dataclass(frozen=True, slots=True)
+class TwoStep:
+    """An explicit linear method over the slope at the state and the one a step before, for steps of any lengths.
+
+    Attributes:
+        weights: for either slope, the newer first, a polynomial in ``r = h / h_before``: the slope's weight in the step
+            is ``h (weights[i][0] + weights[i][1] r)``.
+        starter: takes the first step, which has no slope before it.
+    """
+
+    weights: tuple[tuple[float, float], tuple[float, float]]
+    starter: str
+
+
+AB2 = TwoStep(weights=((1.0, 0.5), (0.0, -0.5)), starter="heun")
+"""Adams and Bashforth (1883): the line through both slopes, integrated over the step, of second order."""
+
+FIXED_STEPS: dict[str, Tableau | TwoStep] = {"euler": EULER, "heun": HEUN, "ab2": AB2}
+"""Solvers whose steps are planned, by name."""
+
+
+def methods_of(solver: str) -> tuple[TwoStep | None, Tableau]:
+    """A solver with planned steps: its two-step method, if it is one, and the tableau of its first step or of all."""
+    method = FIXED_STEPS[solver]
+    if isinstance(method, Tableau):
+        return None, method
+    return method, methods_of(method.starter)[1]
+
+
+def at_slopes(tableau: Tableau, now: float, after: float) -> list[float]:
+    """The points between ``now`` and ``after`` at which a step's slopes are taken; the ends themselves are exact."""
+    ends = {0.0: now, 1.0: after}
+    return [ends.get(node, now + node * (after - now)) for node in tableau.nodes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,23 @@ def test_the_fused_block_launches_and_moves_little() -> None:
     assert found["pointwise_launches"] == 3
 
 
+def test_a_block_with_text_has_five_launches_more() -> None:
+    """Queries, their norm and places, attention, its projection, and one more residual with a norm.
+
+    Twelve bytes more: q in and out; residual and branch in, residual and norm out.
+    """
+    ops = blocks.trace_engine_block(FusedOperations("triton"), True, SEQUENCES, SIDE, text=True)
+    found, without = blocks.block_record("text", ops, VALUES), record(FusedOperations("triton"))
+    assert found["launches"] == without["launches"] + 5 == 13
+    assert [op["name"] for op in found["ops"]] == [
+        "addmm", "norm_rope2d", "varlen_attention", "addmm", "add_norm_modulate", "addmm", "norm_rope2d",
+        "varlen_attention", "addmm", "add_norm_modulate", "_addmm_activation", "addmm", "add_norm_modulate",
+    ]  # fmt: skip
+    more = found["bytes_per_value"]["pointwise"] - without["bytes_per_value"]["pointwise"]
+    assert more == pytest.approx(4 + 8, rel=0.01)
+    assert found["bytes_per_value"]["pointwise"] <= 40
+
+
 @pytest.mark.parametrize(
     ("operations", "side_by_side", "more_launches", "more_bytes"),
     [

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+import pixelflow_engine
 from pixelflow_engine import PixelFlowEngine, StepEvent, cli, load_checkpoint, save_checkpoint
 from support.engines import tiny_engine
 
@@ -482,3 +483,35 @@ def test_a_mistake_in_a_process_of_its_own(model: Path, tmp_path: Path) -> None:
     done = process("generate", "--model", model, "--output", tmp_path / "a.npy", "--class-label", 9)
     assert_one_line(Ran(done.returncode, done.stdout, done.stderr), "class_labels[0]", "got 9", "0 to 5")
     assert contents(tmp_path) == []
+
+
+@pytest.mark.parametrize("asked", ["--help", "bench --help"])
+def test_help_imports_no_torch(asked: str) -> None:
+    """Which takes longer than all the rest."""
+    code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); "
+    code += "from pixelflow_engine.cli import main; main()"
+    command = [sys.executable, "-c", code, *asked.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+    assert len(done.stdout.splitlines()) > 1
+
+
+def test_public_names_are_imported_when_they_are_asked_for() -> None:
+    code = "import sys, pixelflow_engine as p; assert 'torch' not in sys.modules; "
+    code += "assert set(p.__all__) <= set(dir(p)); print(all(callable(getattr(p, n)) for n in p.__all__)); "
+    code += "from pixelflow_engine import *; print(PixelFlowEngine is p.engine.PixelFlowEngine)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "True\nTrue\n"), done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        pixelflow_engine.nothing  # noqa: B018
+
+
+def test_the_bundled_model_samples_without_torchs_compiler() -> None:
+    """Its import would take as long as all else until a first digit."""
+    code = (
+        "import sys; from pixelflow_engine import PixelFlowEngine; engine = PixelFlowEngine.from_pretrained('digits'); "
+    )
+    code += "engine([3], num_inference_steps=1); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr

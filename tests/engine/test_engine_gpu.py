@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,9 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixelflow_engine import Checkpoint, ModelConfig, PixelFlowConfig, PixelFlowEngine, SchedulerConfig, StepEvent
+from pixelflow_engine import (
+    BackendUnavailableError,
+    Checkpoint,
+    ModelConfig,
+    PixelFlowConfig,
+    PixelFlowEngine,
+    SchedulerConfig,
+    StepEvent,
+    backends,
+    sampler,
+)
 from pixelflow_engine.errors import CaptureError
 from pixelflow_engine.graphs import CudaCapture
+from pixelflow_engine.packed_stages import Glance
 from support.engines import tiny_config, tiny_model
 from support.kernels import assert_level_d, assert_same_bits
 from support.recording import poison, statics
@@ -44,6 +56,7 @@ def gpu_engine(
     config: PixelFlowConfig | None = None,
     seed: int = 1,
     graphs: bool = False,
+    compile: bool = False,
     batch_sizes: tuple[int, ...] | None = None,
     **overrides: Any,
 ) -> PixelFlowEngine:
@@ -55,6 +68,7 @@ def gpu_engine(
         dtype,
         backend,
         graphs=graphs,
+        compile=compile,
         batch_sizes=batch_sizes,
     )
 
@@ -133,6 +147,52 @@ def test_two_engines_side_by_side() -> None:
             ends = [next(stream) for stream in streams]
         for end, image in zip(ends, expected, strict=True):
             assert_same_bits(end.latents, image)
+
+
+@pytest.mark.parametrize("solver", ["ab2", "dopri5"])
+def test_compiled_blocks_are_replayed_too(solver: str) -> None:
+    """Compiled and captured has the bits of compiled and launched, and is near the plain kernels."""
+    both, compiled = gpu_engine(graphs=True, compile=True), gpu_engine(compile=True)
+    for call in (0, 1):
+        options = {"solver": solver, "seed": call}
+        found, launched = images(both, **options), images(compiled, **options)
+        assert_same_bits(found, launched, f"call {call}")
+    if solver != "dopri5":  # whose decisions may part by a rounding
+        exact = gpu_engine(torch.float64, "torch")
+        truth = images(exact, **options).float()
+        plain = (images(gpu_engine(), **options) - truth).abs().max()
+        assert float((found - truth).abs().max()) <= 2 * float(plain) + 1e-3
+
+
+def test_two_threads_on_two_streams() -> None:
+    """One engine, its static tensors and its pool of memory; each has the bits that it has alone."""
+    engine = gpu_engine(graphs=True)
+    calls = [{"labels": (1 + i, 2, 7), "seed": i, "solver": solver} for i, solver in enumerate(["euler", "heun"])]
+    alone = [images(gpu_engine(), **call) for call in calls]
+    for call in calls:
+        images(engine, **call)  # captured; from here on the host runs ahead of the device
+    found: list[list[Tensor]] = [[], []]
+    failed: list[BaseException] = []
+
+    def work(i: int) -> None:
+        try:
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                found[i].extend(images(engine, **calls[i]) for _ in range(20))
+            stream.synchronize()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed
+    for several, expected in zip(found, alone, strict=True):
+        assert len(several) == 20
+        for image in several:
+            assert_same_bits(image, expected)
 
 
 def test_close_and_begin_again() -> None:
@@ -244,6 +304,61 @@ def test_the_watch_sees_what_waits() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2"])
+def test_no_call_waits_before_its_end(graphs: bool, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error mode is on from before the call until its statuses are read, once for all stages."""
+    engine, reads = gpu_engine(graphs=graphs), []
+    options = {"solver": solver, "num_inference_steps": 3, "output_type": "pt", "seed": 1}
+    expected = engine([1, 2, 7], **options)
+    original = sampler._raise_for
+
+    def read(passed: Any, order: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        reads.append(len(passed))
+        original(passed, order)
+
+    monkeypatch.setattr(sampler, "_raise_for", read)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        found = engine([1, 2, 7], **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert reads == [3]
+    assert all(stage.seconds > 0 for stage in found.stages)
+    assert_same_bits(found.images, expected.images)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_dopri5_waits_where_it_says_so(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between attempts the host waits for events alone, and seldom for the attempt that is running."""
+    engine, fine = gpu_engine(torch.float32, graphs=graphs), {"solver": "dopri5", "rtol": 1e-5, "atol": 1e-6}
+    expected = images(engine, **fine)
+    answer, runs = Glance._answer, Glance.anybody_runs
+    asked: list[bool] = []
+
+    def answered(self: Glance, number: int) -> Any:
+        asked.append(number == self.taken - 1)
+        return answer(self, number)
+
+    def watched(self: Glance) -> bool:
+        more = runs(self)
+        torch.cuda.set_sync_debug_mode("error" if more else "default")
+        return more
+
+    monkeypatch.setattr(Glance, "_answer", answered)
+    monkeypatch.setattr(Glance, "anybody_runs", watched)
+    try:
+        *_, end = engine.stream((1, 2, 7), **(COARSE | fine))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same_bits(end.latents, expected)
+    assert end.report.steps > 6, "too few attempts to tell"
+    assert sum(asked) < len(asked) / 2, "the attempt that runs was waited for most of the time"
+
+
 def test_too_many_images_are_told_how_many_would_fit() -> None:
     engine = gpu_engine()
     expected = images(engine, range(4))
@@ -322,6 +437,58 @@ def test_velocities_of_a_wide_model_are_level_d(pixels: int) -> None:
     assert_level_d(
         velocity(torch.float32, "triton"), velocity(torch.float32, "torch"), truth, scale=float(truth.abs().max())
     )
+
+
+@pytest.mark.parametrize("pixels", [64, 128])
+def test_gradients_of_the_velocity_are_level_d(pixels: int) -> None:
+    """With respect to the images, as inverse problems want them; truth is the exact engine in float64."""
+    g = seeded(pixels)
+    x, cotangent = (normal((2, 3, pixels, pixels), g, torch.float32).to(torch.bfloat16).to(CUDA) for _ in range(2))
+
+    def gradient(dtype: torch.dtype, backend: str) -> Tensor:
+        engine, y = gpu_engine(dtype, backend, config=XL), x.to(dtype).requires_grad_()
+        v = engine.velocity(y, torch.tensor([37.0, 700.0]), class_labels=[3, 1000])
+        (found,) = torch.autograd.grad(v, y, cotangent.to(dtype))
+        return found
+
+    truth = gradient(torch.float64, "torch")
+    assert bool(truth.any())
+    for dtype in (torch.bfloat16, torch.float32):
+        plain = gradient(dtype, "torch")
+        assert_level_d(gradient(dtype, "triton"), plain, truth, scale=float(truth.abs().max()))
+
+
+@pytest.fixture
+def flash() -> None:
+    """FlashAttention, or none of what needs it."""
+    try:
+        backends.choose("flash", torch.device(CUDA), torch.bfloat16, 72)
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("pixels", [32, 64, 128])
+def test_velocities_by_flash_attention_are_level_d(pixels: int) -> None:
+    x = normal((2, 3, pixels, pixels), seeded(pixels), torch.float32).to(torch.bfloat16).to(CUDA)
+
+    def velocity(dtype: torch.dtype, backend: str) -> Tensor:
+        engine = gpu_engine(dtype, backend, config=XL)
+        with torch.no_grad():
+            return engine.velocity(x.to(dtype), torch.tensor([37.0, 700.0]), class_labels=[3, 1000])
+
+    truth = velocity(torch.float64, "torch")
+    plain = velocity(torch.bfloat16, "torch")
+    assert_level_d(velocity(torch.bfloat16, "flash"), plain, truth, scale=float(truth.abs().max()))
+
+
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("solver", ["euler", "dopri5"])
+def test_flash_attention_is_replayed(solver: str) -> None:
+    replayed, launched = gpu_engine(backend="flash", graphs=True), gpu_engine(backend="flash")
+    for seed in (0, 1):
+        options = {"solver": solver, "seed": seed}
+        assert_same_bits(images(replayed, **options), images(launched, **options), f"call {seed}")
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "ab2"])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from pixelflow_benchmarks.opponents.random_models import SHAPES
+from pixelflow_benchmarks.suites.memory.counted import FUSED, count
+from pixelflow_benchmarks.suites.stages.problem import StageProblem
 from pixelflow_engine import memory
+from pixelflow_engine.plan import StagePlan
+from pixelflow_engine.schedule import make_stages
 from support.recording import RecordingCapture, packed_engine
 
 MIB = 2**20
@@ -42,6 +48,39 @@ def test_it_says_how_many_images_would_fit(monkeypatch: pytest.MonkeyPatch, free
     assert not engine._programs.programs
 
 
+def test_images_that_fail_early_are_told_of_the_largest_stage() -> None:
+    """Eight had 8 MiB of the 160 that they need when 2 more failed: of 60 MiB there is room for three, not for all."""
+    device, amounts = torch.device("cpu"), iter([0, 8])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "allocated", lambda device: next(amounts) * MIB)
+        patch.setattr(memory, "free", lambda device: 52 * MIB)
+        with (
+            pytest.raises(torch.cuda.OutOfMemoryError, match="about 20 MiB each; about 3 would fit"),
+            memory.told_what_fits(device, 8, least=160 * MIB),
+        ):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(3, torch.bfloat16), (2, torch.bfloat16), (3, torch.float32)])
+def test_the_least_is_near_what_is_counted(stage: int, dtype: torch.dtype) -> None:
+    """Against the live bytes of a stage on fake tensors: published width, two blocks, ten steps, two images more."""
+    shape = replace(SHAPES["xl"], model=replace(SHAPES["xl"].model, depth=2))
+    found, least = [], []
+    for batch in (1, 3):
+        problem = StageProblem(
+            config=shape, stage=stage, batch=batch, steps=10, solver="euler", dtype=dtype, device=torch.device("cuda")
+        )
+        found.append(count(FUSED, problem).activations)
+        plan = StagePlan(
+            stage=make_stages(shape.scheduler)[stage],
+            shapes=(problem.shape,),
+            weights=(problem.weight,) * batch,
+            num_steps=10,
+        )
+        least.append(memory.least_bytes(shape.model, [plan], dtype))
+    assert 0.7 <= (least[1] - least[0]) / (found[1] - found[0]) <= 1.05, (least, found)
+
+
 @pytest.mark.parametrize("labels", [[1], [1, 2]])
 def test_where_not_even_one_fits(monkeypatch: pytest.MonkeyPatch, labels: list[int]) -> None:
     engine = broken(monkeypatch, allocated=[0, 5], free=1)
@@ -50,7 +89,7 @@ def test_where_not_even_one_fits(monkeypatch: pytest.MonkeyPatch, labels: list[i
 
 
 def test_a_message_without_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = broken(monkeypatch, allocated=[0, 0], free=0, message="CUDA error: out of memory")
+    engine = broken(monkeypatch, allocated=[0, 0], free=1, message="CUDA error: out of memory")
     with pytest.raises(torch.cuda.OutOfMemoryError, match="3 images at once, about 0 MiB each; about 2 would fit"):
         engine([1, 2, 3], output_type="pt")
 

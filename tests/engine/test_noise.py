@@ -7,9 +7,12 @@ import pytest
 import torch
 from scipy import stats
 
-from pixelflow_engine import noise, reference
+from pixelflow_engine import SchedulerConfig, noise, reference
 from pixelflow_engine.noise import CounterNoise, PublicNoise, box_muller, counter_normals, philox4x32
 from pixelflow_engine.reference import noise as reference_noise
+from pixelflow_engine.schedule import make_stages
+from pixelflow_kernels import philox
+from pixelflow_kernels.cascade import upsample_draw_renoise
 
 CPU = torch.device("cpu")
 
@@ -91,6 +94,15 @@ def test_block_noise_of_counters_has_the_published_covariance() -> None:
     want = reference_noise.block_covariance().double()
     # Standard error of a sample covariance: sqrt((S_ii S_jj + S_ij^2) / n) <= sqrt(2) * 4/3 / sqrt(n).
     assert (got - want).abs().max() < 5 * math.sqrt(2) * (4 / 3) / math.sqrt(len(blocks))
+
+
+def test_entering_a_stage_has_the_bits_of_the_operation() -> None:
+    """On a CPU it goes without, for the sake of what a first call imports."""
+    x, seeds = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(2)), (5, 2**64 - 1)
+    stage = make_stages(SchedulerConfig(num_stages=3))[2]
+    got = CounterNoise(seeds, CPU).enter(x, stage)
+    want = upsample_draw_renoise(x, philox.seed_tensor(seeds), stage=2, alpha=stage.alpha, beta=stage.beta)
+    assert torch.equal(got, want)
 
 
 def test_correlate_equals_the_reference() -> None:

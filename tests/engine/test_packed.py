@@ -18,12 +18,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pixelflow_engine import PixelFlowEngine, Request
+from pixelflow_engine.fused import PackedText
 from pixelflow_engine.fusion import fuse
 from pixelflow_engine.model import CrossAttention, PatchEmbedder, SelfAttention
+from pixelflow_engine.operations import Text
 from pixelflow_engine.plan import Condition, Group, plan_stages
 from pixelflow_engine.programs import FixedSteps
+from pixelflow_engine.prompts import ProjectedPrompts
 from pixelflow_engine.reference import guidance_weights
 from pixelflow_engine.stage_pack import ModulationTable, StagePack
+from pixelflow_engine.traceable import TraceableOperations
 from support.cascades import (
     U32,
     U64,
@@ -305,9 +309,37 @@ def test_prompts_are_projected_once_a_call(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(projected.calls) == 2, "one for each of two blocks"
     projected.calls.clear()
     engine(num_inference_steps=2, **prompts)  # the first stage has no null half
-    assert (
-        sorted(tuple(tokens.states.shape) for _, tokens, _ in projected.calls) == [(2 * 4, 12)] * 2 + [(4 * 4, 12)] * 2
-    )
+    assert [tuple(tokens.states.shape) for _, tokens, _ in projected.calls] == [(3 * 4, 12)] * 2, "one empty prompt"
+    projected.calls.clear()
+    nulls = {"null_encoder_hidden_states": text[1:]}
+    engine(num_inference_steps=2, guidance_schedule="constant", **(prompts | nulls))
+    assert [tuple(tokens.states.shape) for _, tokens, _ in projected.calls] == [(4 * 4, 12)] * 2, "one for each image"
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_prompts_handed_out_are_those_of_the_pack(plain: bool) -> None:
+    """Whatever was projected together: an image's keys are those of its own prompt, and of its own empty one."""
+    config = tiny_config(num_stages=1, num_classes=0, cross_attention_dim=12)
+    model = tiny_model(config).double().requires_grad_(False)
+    if not plain:
+        model.operations = TraceableOperations()
+    g = seeded(9)
+    prompts = Text(normal((3, 5, 12), g), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0.0]]))
+    for nulls in (1, 3):
+        null = Text(normal((nulls, 5, 12), g), (torch.arange(5) < 2).float().expand(nulls, -1))
+        projected = ProjectedPrompts(model, prompts, null)
+        for guided in (0, 1, 3):
+            found = projected.pack(guided)
+            first = Text(null.for_each(3).states[:guided], null.for_each(3).mask[:guided])
+            alone = model.prompts(Text.concatenate(first, prompts) if guided else prompts)
+            assert [x.shape for pair in found.keys for x in pair] == [x.shape for pair in alone.keys for x in pair]
+            for (k, v), (k_alone, v_alone) in zip(found.keys, alone.keys, strict=True):
+                assert (k - k_alone).abs().max() < 1e-13
+                assert (v - v_alone).abs().max() < 1e-13
+            if isinstance(found.text, PackedText):
+                assert torch.equal(found.text.cu_seqlens, alone.text.cu_seqlens)
+            else:
+                assert torch.equal(found.text.mask, alone.text.mask)
 
 
 # --- programs that are used again --------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor
 from pixelflow_engine import ConvergenceError, PixelFlowEngine
 from pixelflow_engine.graphs import load_
 from pixelflow_engine.packed_stages import Glance
+from pixelflow_engine.plain_stages import GuidedVelocity
 from pixelflow_engine.programs import AdaptiveSteps
 from pixelflow_engine.solvers import Tolerance
 from pixelflow_kernels.ode_step import ARRIVED, NONFINITE, RUNNING, Adaptive
@@ -132,19 +133,26 @@ def test_attempts_run_out(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def jumping(monkeypatch: pytest.MonkeyPatch, image: int, height: float) -> None:
-    """The field is 1, but for one image, where it jumps to ``height`` at tau = 0.3."""
+    """The field is 1, but for one image, where it jumps to ``height`` at tau = 0.3, in either engine."""
 
-    def field(self: AdaptiveSteps, x: Tensor, tau: Tensor) -> Tensor:
+    def packed(self: AdaptiveSteps, x: Tensor, tau: Tensor) -> Tensor:
         v = torch.ones(self.images, x.numel() // self.images, dtype=x.dtype)
         v[image] = height if tau[image] > 0.3 else 1.0
         return v.view_as(x)
 
-    monkeypatch.setattr(AdaptiveSteps, "_field", field)
+    def exact(self: GuidedVelocity, x: Tensor, t_model: Tensor) -> Tensor:
+        v = torch.ones_like(x)  # the one stage's window is 0 to 999; model times are float32
+        v[image] = height if t_model[image] > 0.3 * 999 else 1.0
+        return v
+
+    monkeypatch.setattr(AdaptiveSteps, "_field", packed)
+    monkeypatch.setattr(GuidedVelocity, "__call__", exact)
 
 
-def test_a_step_that_vanishes_is_an_underflow(monkeypatch: pytest.MonkeyPatch) -> None:
+@by_engine
+def test_a_step_that_vanishes_is_an_underflow(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # A step whose first slope alone lies before the jump errs by 8e-4 of what it adds, so 1e-3 would accept it.
-    engine = packed_engine(checkpoint_of(random_reference(35), 1, 4), F64)
+    engine = build(checkpoint_of(random_reference(35), 1, 4), F64)
     jumping(monkeypatch, 1, 1e100)
     (x,), out = ends(engine, [1, 2, 3], guidance_scale=1.0, rtol=1e-5, on_failure="report")
     assert out.statuses == ("ok", "underflow", "ok")

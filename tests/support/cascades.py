@@ -150,6 +150,12 @@ def keep_programs(engine: PixelFlowEngine) -> None:
             launch()
             return launch
 
+        def leave(self) -> None:
+            pass
+
+        def follow(self, left: object) -> None:
+            pass
+
         def close(self) -> None:
             pass
 

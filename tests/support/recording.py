@@ -16,6 +16,7 @@ error, or shows:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -235,12 +236,14 @@ class RecordingCapture:
     Attributes:
         captured: how many were asked for so far.
         replayed: how many replays there were.
+        turns: what its users said: who left in what thread, and who went on after whom.
     """
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.graphs: list[_Graph] = []
         self.fail_at = fail_at
         self.captured = self.replayed = 0
+        self.turns: list[tuple[str, int, int]] = []
 
     def capture(self, launch: Launch) -> Launch:
         """See :class:`Capture`."""
@@ -261,6 +264,16 @@ class RecordingCapture:
             graph.replay()
 
         return replay
+
+    def leave(self) -> int:
+        """See :class:`Capture`; what was left has a number."""
+        self.turns.append(("left", threading.get_ident(), len(self.turns)))
+        return len(self.turns) - 1
+
+    def follow(self, left: object) -> None:
+        """See :class:`Capture`."""
+        assert isinstance(left, int)
+        self.turns.append(("followed", threading.get_ident(), left))
 
     def close(self) -> None:
         """See :class:`Capture`."""

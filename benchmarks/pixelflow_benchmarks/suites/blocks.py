@@ -26,7 +26,8 @@ from pixelflow_engine.config import ModelConfig
 from pixelflow_engine.fused import FusedOperations
 from pixelflow_engine.fusion import fuse
 from pixelflow_engine.model import PackedTransformer
-from pixelflow_engine.operations import Operations, PlainOperations
+from pixelflow_engine.operations import Operations, PlainOperations, Text
+from pixelflow_engine.prompts import ProjectedPrompts
 from pixelflow_engine.reference.model import TransformerBlock as ReferenceBlock
 from pixelflow_engine.reference.model import rotary_angles
 from pixelflow_kernels import PackedLayout
@@ -41,8 +42,13 @@ PUBLISHED = "published code, bf16 autocast"
 
 KINDS = ("product", "attention", "pointwise")
 
+TEXT_WIDTH, TEXT_TOKENS = 2048, 512
+"""Of the published text-conditional model's encoder, and the most tokens of a prompt."""
 
-def trace_engine_block(operations: Operations, side_by_side: bool, sequences: int, side: int) -> list[TracedOp]:
+
+def trace_engine_block(
+    operations: Operations, side_by_side: bool, sequences: int, side: int, text: bool = False
+) -> list[TracedOp]:
     """The engine's block in bf16, from a modulated norm to the next one.
 
     Args:
@@ -50,8 +56,10 @@ def trace_engine_block(operations: Operations, side_by_side: bool, sequences: in
         side_by_side: queries, keys and values are one product.
         sequences: images, null halves included.
         side: tokens along a side of an image.
+        text: with cross-attention; keys and values of the prompts are made before the first step and do not count.
     """
-    config = ModelConfig(num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, depth=1, num_classes=1000)
+    condition: dict[str, Any] = {"cross_attention_dim": TEXT_WIDTH, "num_classes": 0} if text else {"num_classes": 1000}
+    config = ModelConfig(num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, depth=1, **condition)
     with torch.device("meta"):
         model = PackedTransformer(config, operations)
     with fake_cuda():
@@ -59,12 +67,15 @@ def trace_engine_block(operations: Operations, side_by_side: bool, sequences: in
         if side_by_side:
             fuse(model)
         layout = fake_layout(sequences, side)
-        around = model.surroundings(layout, None)
+        states = fake((sequences, TEXT_TOKENS, TEXT_WIDTH), torch.bfloat16)
+        prompts = ProjectedPrompts(model, Text(states), None).pack(0) if text else None
+        keys = None if prompts is None else prompts.keys[0]
+        around = model.surroundings(layout, prompts)
         x = fake((sequences * side * side, WIDTH), torch.bfloat16)
         rows = fake((sequences, 6 * WIDTH), torch.float32)
         following = fake((sequences, 2 * WIDTH), torch.float32)
         with tracing() as trace:
-            model.blocks[0](x, x, rows, (following[:, :WIDTH], following[:, WIDTH:]), None, around, operations)
+            model.blocks[0](x, x, rows, (following[:, :WIDTH], following[:, WIDTH:]), keys, around, operations)
     return trace.ops
 
 
@@ -129,6 +140,7 @@ def trace_blocks(batch: int, stage: int, public: Path | None) -> list[dict[str, 
     values = sequences * side * side * WIDTH
     blocks = {
         "engine, fused": trace_engine_block(FusedOperations("triton"), True, sequences, side),
+        "engine, fused, text": trace_engine_block(FusedOperations("triton"), True, sequences, side, text=True),
         "engine, plain": trace_engine_block(PlainOperations(), False, sequences, side),
         "reference, bf16 autocast": trace_reference_block(sequences, side),
     }
