@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,6 +110,10 @@ class FusedOperations(PackedAttention):
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """The library's product."""
         return layer(x)
+
+    def linears(self, x: Tensor, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
+        """One after the other: for sampling, where it pays, the weights lie side by side already."""
+        return tuple(layer(x) for layer in layers)
 
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
         """The activation in the epilogue of the product, where the library has one and no gradient is needed."""

@@ -177,7 +177,7 @@ class SelfAttention(Attention):
     def forward(self, u: Tensor, around: Surroundings, ops: Operations) -> Tensor:
         """``[T, C] -> [T, C]``."""
         if self.qkv is None:
-            q, k, v = (ops.linear(u, layer) for layer in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = ops.linears(u, (self.q_proj, self.k_proj, self.v_proj))
         else:
             q, k, v = ops.linear(u, self.qkv).chunk(3, dim=-1)
         weights = (self.q_norm.weight, self.k_norm.weight)

@@ -6,6 +6,7 @@ the tokens through the :class:`PackedLayout`. The implementations agree within l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -149,6 +150,10 @@ class Operations(Protocol):
         """``x weight^T + bias``."""
         ...
 
+    def linears(self, x: Tensor, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
+        """The products of several layers with one input."""
+        ...
+
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
         """``GELU(x weight^T + bias)``, tanh form."""
         ...
@@ -234,6 +239,10 @@ class PlainOperations:
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """See :class:`Operations`."""
         return layer(x)
+
+    def linears(self, x: Tensor, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
+        """One after the other, as a wider product may round otherwise."""
+        return tuple(self.linear(x, layer) for layer in layers)
 
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
         """See :class:`Operations`."""

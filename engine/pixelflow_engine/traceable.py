@@ -1,18 +1,18 @@
-"""The operations in plain PyTorch in a form that torch.compile makes one graph of, for any images in any number."""
+"""The operations in plain PyTorch for torch.compile: one graph for any images in any number, or one for each pack."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.library import custom_op
 
 from pixelflow_kernels import PackedLayout
 
-from . import layers
+from . import layers, onednn
 from .fused import PackedAttention
 from .operations import Linear, PlainOperations, SideBySide
-
-ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class TraceableOperations(PackedAttention, PlainOperations):
@@ -58,40 +58,46 @@ class TraceableOperations(PackedAttention, PlainOperations):
         return x, _modulate(layers.rms_norm(x, weight), shift, scale, layout).to(x.dtype)
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
-        """By oneDNN on a CPU, which uses any maker's cores; MKL, behind ``F.linear``, does not."""
-        if _for_onednn(x, layer):
-            return _onednn_linear(x, layer.weight, layer.bias, False)
-        return layer(x)
+        """By oneDNN on a CPU."""
+        return _linear(x, layer)
 
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
-        """By oneDNN on a CPU, the activation where the product is written."""
-        if _for_onednn(x, layer):
-            return _onednn_linear(x, layer.weight, layer.bias, True)
-        return super().linear_gelu(x, layer)
+        """By oneDNN on a CPU, the activation where the product is written if no gradient is needed."""
+        if onednn.multiplies(x, layer) and not torch.is_grad_enabled():
+            return onednn.linear_gelu(x, layer.weight, layer.bias)
+        return F.gelu(_linear(x, layer), approximate="tanh")
 
 
-@custom_op("pixelflow::onednn_linear", mutates_args=(), device_types="cpu")
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """One node of a compiled graph: Inductor itself takes this product with constant weights and known sizes alone."""
-    activation, form = ("gelu", "tanh") if gelu else ("none", "")
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], form)
-    return out
+class KnownPackOperations(PlainOperations):
+    """Plain operations in a graph that knows its pack, for training, whose packs have few shapes.
+
+    The batches of neighbouring images of one size are constants of the graph, so rows per image are broadcast and their
+    gradients are sums over a dimension, where a gather's is a sum token by token; attention is PyTorch's own, with its
+    own derivative, and queries, keys and values are one product.
+    """
+
+    def linear(self, x: Tensor, layer: Linear) -> Tensor:
+        """By oneDNN on a CPU."""
+        return _linear(x, layer)
+
+    def linears(self, x: Tensor, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
+        """One product by the weights one below another: what they are copied for is little beside it."""
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        alike = len(biases) in (0, len(layers))
+        if not (alike and all(type(layer) in (nn.Linear, SideBySide) for layer in layers)):
+            return super().linears(x, layers)
+        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None
+        fast = all(onednn.multiplies(x, layer) for layer in layers)
+        product = onednn.linear(x, weight, bias) if fast else F.linear(x, weight, bias)
+        return product.split([layer.weight.shape[0] for layer in layers], dim=-1)
+
+    def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
+        """By oneDNN on a CPU."""
+        return F.gelu(_linear(x, layer), approximate="tanh")
 
 
-@_onednn_linear.register_fake
-def _fake_onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _for_onednn(x: Tensor, layer: Linear) -> bool:
-    """Whether oneDNN may compute it: it has no derivative, and knows linear layers in float32 alone."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == layer.weight.dtype == torch.float32
-        and not torch.is_grad_enabled()
-        and type(layer) in (nn.Linear, SideBySide)  # not one that somebody put in its place
-        and ONEDNN
-    )
+def _linear(x: Tensor, layer: Linear) -> Tensor:
+    return onednn.linear(x, layer.weight, layer.bias) if onednn.multiplies(x, layer) else layer(x)
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout) -> Tensor:
