@@ -80,8 +80,8 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor, layout: PackedLayout) -> Tenso
     return x + _joined([gate * tokens for gate, tokens in parts]).to(y.dtype)
 
 
-# Images of one size are a batch: their rows are broadcast, whose gradient is a sum over a dimension. A gather's is a sum
-# token by token. Parts come of `split`, since the gradient of a slice is a whole tensor of zeros around its own.
+# Images of one size are a batch: their rows are broadcast, whose gradient is a sum over a dimension. A gather's is a
+# sum token by token. Parts come of `split`, since the gradient of a slice is a whole tensor of zeros around its own.
 
 
 def _by_runs(rows: Tensor, layout: PackedLayout) -> list[Tensor]:

@@ -176,13 +176,14 @@ class SelfAttention(Attention):
 
     def forward(self, u: Tensor, around: Surroundings, ops: Operations) -> Tensor:
         """``[T, C] -> [T, C]``."""
+        weights, places = (self.q_norm.weight, self.k_norm.weight), (around.layout, around.rotation, self.heads)
         if self.qkv is None:
-            q, k, v = ops.linears(u, (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = ops.queries_keys_values(u, (self.q_proj, self.k_proj, self.v_proj), *weights, *places)
         else:
             q, k, v = ops.linear(u, self.qkv).chunk(3, dim=-1)
-        weights = (self.q_norm.weight, self.k_norm.weight)
-        q, k = ops.norm_rotate_qk(q, k, *weights, around.layout, around.rotation, self.heads)
-        out = ops.self_attention(q, k, v.unflatten(-1, (self.heads, -1)), around.layout)
+            q, k = ops.norm_rotate_qk(q, k, *weights, *places)
+            v = v.unflatten(-1, (self.heads, -1))
+        out = ops.self_attention(q, k, v, around.layout)
         return ops.linear(out.flatten(-2), self.o_proj)
 
 

@@ -1,7 +1,7 @@
 """Matrix products of a CPU through oneDNN, as operations with a derivative.
 
 ``F.linear`` is MKL's on a CPU, which is at its best on its maker's processors alone; oneDNN uses any maker's. Inductor
-takes oneDNN's products with constant weights and known sizes only, so each is an operation of ours, one node of a graph.
+takes oneDNN's products with constant weights and known sizes only, so each is an operation of ours, a node of a graph.
 
     y = x W^T + b        dx = dy W        dW = dy^T x        db = sum of dy over tokens
 """

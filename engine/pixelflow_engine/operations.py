@@ -6,7 +6,6 @@ the tokens through the :class:`PackedLayout`. The implementations agree within l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -150,8 +149,20 @@ class Operations(Protocol):
         """``x weight^T + bias``."""
         ...
 
-    def linears(self, x: Tensor, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
-        """The products of several layers with one input."""
+    def queries_keys_values(
+        self,
+        u: Tensor,
+        layers: tuple[Linear, Linear, Linear],
+        q_weight: Tensor,
+        k_weight: Tensor,
+        layout: PackedLayout,
+        rotation: Rotation,
+        heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The three products of ``u [T, C]``, and :meth:`norm_rotate_qk` of the first two: ``[T, H, D]`` each.
+
+        They are for :meth:`self_attention` alone: in which order q and k have the channels of a head is up to both.
+        """
         ...
 
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
@@ -240,9 +251,20 @@ class PlainOperations:
         """See :class:`Operations`."""
         return layer(x)
 
-    def linears(self, x: Tensor, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
-        """One after the other, as a wider product may round otherwise."""
-        return tuple(self.linear(x, layer) for layer in layers)
+    def queries_keys_values(
+        self,
+        u: Tensor,
+        layers: tuple[Linear, Linear, Linear],
+        q_weight: Tensor,
+        k_weight: Tensor,
+        layout: PackedLayout,
+        rotation: Rotation,
+        heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One product after the other, as a wider one may round otherwise."""
+        q, k, v = (self.linear(u, layer) for layer in layers)
+        q, k = self.norm_rotate_qk(q, k, q_weight, k_weight, layout, rotation, heads)
+        return q, k, v.unflatten(-1, (heads, -1))
 
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
         """See :class:`Operations`."""

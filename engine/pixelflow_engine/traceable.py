@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +10,8 @@ from pixelflow_kernels import PackedLayout
 
 from . import layers, onednn
 from .fused import PackedAttention
-from .operations import Linear, PlainOperations, SideBySide
+from .layers import rms_norm
+from .operations import Linear, PlainOperations, Rotation, SideBySide
 
 
 class TraceableOperations(PackedAttention, PlainOperations):
@@ -71,29 +70,60 @@ class TraceableOperations(PackedAttention, PlainOperations):
 class KnownPackOperations(PlainOperations):
     """Plain operations in a graph that knows its pack, for training, whose packs have few shapes.
 
-    The batches of neighbouring images of one size are constants of the graph, so rows per image are broadcast and their
-    gradients are sums over a dimension, where a gather's is a sum token by token; attention is PyTorch's own, with its
-    own derivative, and queries, keys and values are one product.
+    - Neighbouring images of one size are a batch in the graph: rows per image are broadcast, and their gradients are
+      sums over a dimension, where a gather's is a sum token by token.
+    - Attention is PyTorch's own, a call for each size, with its own derivative.
+    - Queries, keys and values are one product.
+    - Queries and keys have the channels of a head in another order: first those that 2-D RoPE turns as first of a pair,
+      then the second ones. So compiled code reads and writes whole vectors, not every other value. Norms and scores are
+      sums over channels; the order comes with the weights, which are copied anyway to lie side by side.
     """
+
+    def queries_keys_values(
+        self,
+        u: Tensor,
+        layers: tuple[Linear, Linear, Linear],
+        q_weight: Tensor,
+        k_weight: Tensor,
+        layout: PackedLayout,
+        rotation: Rotation,
+        heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One product for three; see :class:`pixelflow_engine.operations.Operations`."""
+        if not all(type(layer) in (nn.Linear, SideBySide) for layer in layers):  # somebody put another in its place
+            return super().queries_keys_values(u, layers, q_weight, k_weight, layout, rotation, heads)
+        *apart, last = layers
+        weight = torch.cat([*(_halves_apart(layer.weight, heads) for layer in apart), last.weight])
+        biases = [_halves_apart(layer.bias, heads) for layer in apart if layer.bias is not None]
+        bias = torch.cat([*biases, last.bias]) if last.bias is not None else None
+        fast = all(onednn.multiplies(u, layer) for layer in layers)
+        product = onednn.linear(u, weight, bias) if fast else F.linear(u, weight, bias)
+        width = layers[0].weight.shape[0]
+        qk, v = product.split([2 * width, width], dim=-1)
+        # Put into memory by `cat`, where vectors are read; an order alone would be followed value by value.
+        norms = torch.cat([_halves_apart(q_weight, heads), _halves_apart(k_weight, heads)]).unflatten(0, (2, -1))
+        q, k = _rotate_halves(rms_norm(qk.unflatten(-1, (2, -1)), norms), rotation, heads).unbind(1)
+        return q, k, v.unflatten(-1, (heads, -1))
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """By oneDNN on a CPU."""
         return _linear(x, layer)
 
-    def linears(self, x: Tensor, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
-        """One product by the weights one below another: what they are copied for is little beside it."""
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        alike = len(biases) in (0, len(layers))
-        if not (alike and all(type(layer) in (nn.Linear, SideBySide) for layer in layers)):
-            return super().linears(x, layers)
-        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None
-        fast = all(onednn.multiplies(x, layer) for layer in layers)
-        product = onednn.linear(x, weight, bias) if fast else F.linear(x, weight, bias)
-        return product.split([layer.weight.shape[0] for layer in layers], dim=-1)
-
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
         """By oneDNN on a CPU."""
         return F.gelu(_linear(x, layer), approximate="tanh")
+
+
+def _halves_apart(rows: Tensor, heads: int) -> Tensor:
+    """``[C, ...]`` with the even channels of each head before its odd ones."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _rotate_halves(x: Tensor, rotation: Rotation, heads: int) -> Tensor:
+    """:func:`layers.rotate` of ``x [T, ..., C]`` whose pairs are in the halves of a head, ``-> [T, ..., H, D]``."""
+    cos, sin = (table[:, None, None] for table in rotation)
+    a, b = x.to(cos.dtype).unflatten(-1, (heads, -1)).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 def _linear(x: Tensor, layer: Linear) -> Tensor:
