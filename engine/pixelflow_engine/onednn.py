@@ -8,6 +8,7 @@ takes oneDNN's products with constant weights and known sizes only, so each is a
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ from torch.library import custom_op
 from .operations import Linear, SideBySide
 
 ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def ahead() -> bool:
+    """Whether oneDNN is to be preferred to MKL on this machine's processors: they are not MKL's maker's, or unknown."""
+    if not ONEDNN:
+        return False
+    known = Path("/proc/cpuinfo")  # where there is none, as on a Mac, there is no MKL in general
+    return not (torch.backends.mkl.is_available() and known.exists() and "GenuineIntel" in known.read_text())
 
 
 def multiplies(x: Tensor, layer: Linear) -> bool:

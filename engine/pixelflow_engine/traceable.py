@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,7 +79,14 @@ class KnownPackOperations(PlainOperations):
     - Queries and keys have the channels of a head in another order: first those that 2-D RoPE turns as first of a pair,
       then the second ones. So compiled code reads and writes whole vectors, not every other value. Norms and scores are
       sums over channels; the order comes with the weights, which are copied anyway to lie side by side.
+    - GELU is written by the logistic function, which is a cheaper one to compute than the hyperbolic tangent.
+
+    Args:
+        by_onednn: whether oneDNN multiplies on a CPU; by the processor's maker where it is not given.
     """
+
+    def __init__(self, by_onednn: bool | None = None) -> None:
+        self.by_onednn = onednn.ahead() if by_onednn is None else by_onednn
 
     def queries_keys_values(
         self,
@@ -96,8 +105,8 @@ class KnownPackOperations(PlainOperations):
         weight = torch.cat([*(_halves_apart(layer.weight, heads) for layer in apart), last.weight])
         biases = [_halves_apart(layer.bias, heads) for layer in apart if layer.bias is not None]
         bias = torch.cat([*biases, last.bias]) if last.bias is not None else None
-        fast = all(onednn.multiplies(u, layer) for layer in layers)
-        product = onednn.linear(u, weight, bias) if fast else F.linear(u, weight, bias)
+        by_onednn = self.by_onednn and all(onednn.multiplies(u, layer) for layer in layers)
+        product = onednn.linear(u, weight, bias) if by_onednn else F.linear(u, weight, bias)
         width = layers[0].weight.shape[0]
         qk, v = product.split([2 * width, width], dim=-1)
         # Put into memory by `cat`, where vectors are read; an order alone would be followed value by value.
@@ -106,12 +115,13 @@ class KnownPackOperations(PlainOperations):
         return q, k, v.unflatten(-1, (heads, -1))
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
-        """By oneDNN on a CPU."""
-        return _linear(x, layer)
+        """By oneDNN on a CPU that it is ahead on."""
+        return _linear(x, layer) if self.by_onednn else layer(x)
 
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
-        """By oneDNN on a CPU."""
-        return F.gelu(_linear(x, layer), approximate="tanh")
+        """``(1 + tanh a) / 2`` is the logistic function of ``2 a``."""
+        y = self.linear(x, layer)
+        return y * torch.sigmoid((y + 0.044715 * y * y * y) * (2 * math.sqrt(2 / math.pi)))
 
 
 def _halves_apart(rows: Tensor, heads: int) -> Tensor:
