@@ -13,7 +13,7 @@ from pixelflow_kernels.varlen_attention import backends as attention_backends
 from .errors import BackendUnavailableError
 from .fused import FusedOperations
 from .operations import Operations, PlainOperations
-from .traceable import TraceableOperations
+from .traceable import KnownPackOperations, TraceableOperations
 
 BackendName = Literal["torch", "triton", "flash"]
 NAMES: tuple[BackendName, ...] = ("torch", "triton", "flash")
@@ -33,11 +33,18 @@ class Backend:
     available: bool
     reason: str
 
-    def operations(self, compiled: bool) -> Operations:
-        """Its operations, to be run as they are or to be compiled."""
+    def operations(self, compiled: bool, known_packs: bool = False) -> Operations:
+        """Its operations.
+
+        Args:
+            compiled: whether they will be compiled, or run as they are.
+            known_packs: whether packs have few shapes, so that each may have a graph of its own.
+        """
         if self.name != "torch":
             return FusedOperations(self.name)
-        return TraceableOperations() if compiled else PlainOperations()
+        if not compiled:
+            return PlainOperations()
+        return KnownPackOperations() if known_packs else TraceableOperations()
 
 
 def backends(device: torch.device, dtype: torch.dtype, head_dim: int = 8) -> tuple[Backend, ...]:

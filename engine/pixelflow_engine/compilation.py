@@ -10,16 +10,23 @@ from typing import Any
 import torch
 
 from .model import PackedTransformer, TransformerBlock
+from .traceable import KnownPackOperations
 
 MOST_GRAPHS = 64
 """Of one model: for each of its blocks' kinds of arguments there is one. A model that meets more has an error."""
 
 
 def compile_blocks(model: PackedTransformer) -> None:
-    """Have every block of a model run one compiled function, in place."""
+    """Have every block of a model run one compiled function, in place.
+
+    Args:
+        model: with the operations that it will run.
+    """
     known = inspect.signature(torch.compile).parameters
-    limit: dict[str, Any] = {"recompile_limit": MOST_GRAPHS} if "recompile_limit" in known else {}
-    compiled = torch.compile(_own_copy(TransformerBlock.forward), fullgraph=True, **limit)
+    options: dict[str, Any] = {"recompile_limit": MOST_GRAPHS} if "recompile_limit" in known else {}
+    if isinstance(model.operations, KnownPackOperations):
+        options["dynamic"] = False
+    compiled = torch.compile(_own_copy(TransformerBlock.forward), fullgraph=True, **options)
     for block in model.blocks:
         block.forward = partial(compiled, block)  # type: ignore[method-assign]
 

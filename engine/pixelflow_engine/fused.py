@@ -109,6 +109,21 @@ class FusedOperations(PackedAttention):
         """The library's product."""
         return layer(x)
 
+    def queries_keys_values(
+        self,
+        u: Tensor,
+        layers: tuple[Linear, Linear, Linear],
+        q_weight: Tensor,
+        k_weight: Tensor,
+        layout: PackedLayout,
+        rotation: Rotation,
+        heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One product after the other: where one is made of them, for sampling, their weights lie side by side."""
+        q, k, v = (layer(u) for layer in layers)
+        q, k = self.norm_rotate_qk(q, k, q_weight, k_weight, layout, rotation, heads)
+        return q, k, v.unflatten(-1, (heads, -1))
+
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
         """The activation in the epilogue of the product, where the library has one and no gradient is needed."""
         if x.device.type == "cuda" and not torch.is_grad_enabled() and layer.bias is not None:

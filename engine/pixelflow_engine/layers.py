@@ -70,42 +70,55 @@ def layer_norm(x: Tensor) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout) -> Tensor:
     """``x * (1 + scale) + shift``, in the type of ``x [T, C]``; ``shift`` and ``scale [n, C]`` in at least float32."""
-    tokens, (shift, scale) = _beside(x.to(scale.dtype), (shift, scale), layout)
-    return (tokens * (1 + scale) + shift).to(x.dtype).view_as(x)
+    parts = zip(*(_by_runs(rows, layout) for rows in (shift, scale)), _tokens(x.to(scale.dtype), layout), strict=True)
+    return _joined([tokens * (1 + scale) + shift for shift, scale, tokens in parts]).to(x.dtype)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor, layout: PackedLayout) -> Tensor:
     """``x + gate * y``: the product in the type of ``gate [n, C]``, cast to that of ``y [T, C]``, then added."""
-    tokens, (gate,) = _beside(y.to(gate.dtype), (gate,), layout)
-    return x + (gate * tokens).to(y.dtype).view_as(y)
+    parts = zip(_by_runs(gate, layout), _tokens(y.to(gate.dtype), layout), strict=True)
+    return x + _joined([gate * tokens for gate, tokens in parts]).to(y.dtype)
 
 
-def _beside(x: Tensor, rows: tuple[Tensor, ...], layout: PackedLayout) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Bring per-image rows ``[n, C]`` beside tokens ``[T, C]``: a broadcast view where all images have one size."""
-    if len(layout.runs) == 1:
-        return x.unflatten(0, (layout.num_images, -1)), tuple(row[:, None] for row in rows)
-    return x, tuple(row[layout.image_index] for row in rows)
+# Images of one size are a batch: their rows are broadcast, whose gradient is a sum over a dimension. A gather's is a
+# sum token by token. Parts come of `split`, since the gradient of a slice is a whole tensor of zeros around its own.
+
+
+def _by_runs(rows: Tensor, layout: PackedLayout) -> list[Tensor]:
+    """Rows ``[n, C]`` of the images of each run, ``[count, 1, C]``."""
+    return [part[:, None] for part in rows.split([run.count for run in layout.runs])]
+
+
+def _tokens(x: Tensor, layout: PackedLayout) -> list[Tensor]:
+    """Tokens ``[T, ...]`` of each run, ``[count, N, ...]``."""
+    runs = layout.runs
+    parts = x.split([run.count * run.grid[0] * run.grid[1] for run in runs])
+    return [part.unflatten(0, (run.count, -1)) for part, run in zip(parts, runs, strict=True)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """``[count, N, ...]`` of each run as ``[T, ...]``."""
+    flat = [part.flatten(0, 1) for part in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
     """Softmax attention of each image's tokens among themselves: ``q``, ``k``, ``v [T, H, D] -> [T, H, D]``."""
-    outputs = []
-    for run in layout.runs:
-        batch = [x[run.tokens].unflatten(0, (run.count, -1)).transpose(1, 2) for x in (q, k, v)]
-        outputs.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    runs = zip(*(_tokens(x, layout) for x in (q, k, v)), strict=True)
+    batches = [[x.transpose(1, 2) for x in run] for run in runs]
+    return _joined([F.scaled_dot_product_attention(*batch).transpose(1, 2) for batch in batches])
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, layout: PackedLayout) -> Tensor:
     """Tokens ``q [T, H, D]`` attend their image's text ``k``, ``v [n, L, H, D]``; ``bias [n, L]`` joins the logits."""
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     outputs = []
-    for run in layout.runs:
+    for run, queries in zip(layout.runs, _tokens(q, layout), strict=True):
         mask = None if bias is None else bias[run.images, None, None]
-        queries = q[run.tokens].unflatten(0, (run.count, -1)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(queries, k[run.images], v[run.images], attn_mask=mask)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        keys, values = k[run.images], v[run.images]
+        out = F.scaled_dot_product_attention(queries.transpose(1, 2), keys, values, attn_mask=mask)
+        outputs.append(out.transpose(1, 2))
+    return _joined(outputs)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -185,13 +185,16 @@ class SelfAttention(Attention):
 
     def forward(self, u: Tensor, around: Surroundings, ops: Operations) -> Tensor:
         """``[T, C] -> [T, C]``."""
+        norms = (self.q_norm.weight, self.k_norm.weight)
+        layout, rotation = around.layout, around.rotation
         if self.qkv is None:
-            q, k, v = (ops.linear(u, layer) for layer in (self.q_proj, self.k_proj, self.v_proj))
+            layers = (self.q_proj, self.k_proj, self.v_proj)
+            q, k, v = ops.queries_keys_values(u, layers, *norms, layout, rotation, self.heads)
         else:
             q, k, v = ops.linear(u, self.qkv).chunk(3, dim=-1)
-        weights = (self.q_norm.weight, self.k_norm.weight)
-        q, k = ops.norm_rotate_qk(q, k, *weights, around.layout, around.rotation, self.heads)
-        out = ops.self_attention(q, k, v.unflatten(-1, (self.heads, -1)), around.layout)
+            q, k = ops.norm_rotate_qk(q, k, *norms, layout, rotation, self.heads)
+            v = v.unflatten(-1, (self.heads, -1))
+        out = ops.self_attention(q, k, v, around.layout)
         return ops.linear(out.flatten(-2), self.o_proj)
 
 

@@ -152,6 +152,22 @@ class Operations(Protocol):
         """``x weight^T + bias``."""
         ...
 
+    def queries_keys_values(
+        self,
+        u: Tensor,
+        layers: tuple[Linear, Linear, Linear],
+        q_weight: Tensor,
+        k_weight: Tensor,
+        layout: PackedLayout,
+        rotation: Rotation,
+        heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The three products of ``u [T, C]``, and :meth:`norm_rotate_qk` of the first two: ``[T, H, D]`` each.
+
+        They are for :meth:`self_attention` alone: in which order q and k have the channels of a head is up to both.
+        """
+        ...
+
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
         """``GELU(x weight^T + bias)``, tanh form."""
         ...
@@ -237,6 +253,21 @@ class PlainOperations:
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """See :class:`Operations`."""
         return layer(x)
+
+    def queries_keys_values(
+        self,
+        u: Tensor,
+        layers: tuple[Linear, Linear, Linear],
+        q_weight: Tensor,
+        k_weight: Tensor,
+        layout: PackedLayout,
+        rotation: Rotation,
+        heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One product after the other, as a wider one may round otherwise."""
+        q, k, v = (self.linear(u, layer) for layer in layers)
+        q, k = self.norm_rotate_qk(q, k, q_weight, k_weight, layout, rotation, heads)
+        return q, k, v.unflatten(-1, (heads, -1))
 
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
         """See :class:`Operations`."""

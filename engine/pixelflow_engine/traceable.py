@@ -1,18 +1,19 @@
-"""The operations in plain PyTorch in a form that torch.compile makes one graph of, for any images in any number."""
+"""The operations in plain PyTorch for torch.compile: one graph for any images in any number, or one for each pack."""
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.library import custom_op
 
 from pixelflow_kernels import PackedLayout
 
-from . import layers
+from . import layers, onednn
 from .fused import PackedAttention
-from .operations import Linear, PlainOperations, SideBySide
-
-ONEDNN = torch.backends.mkldnn.is_available()
+from .layers import rms_norm
+from .operations import Linear, PlainOperations, Rotation, SideBySide
 
 
 class TraceableOperations(PackedAttention, PlainOperations):
@@ -58,40 +59,85 @@ class TraceableOperations(PackedAttention, PlainOperations):
         return x, _modulate(layers.rms_norm(x, weight), shift, scale, layout).to(x.dtype)
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
-        """By oneDNN on a CPU, which uses any maker's cores; MKL, behind ``F.linear``, does not."""
-        if _for_onednn(x, layer):
-            return _onednn_linear(x, layer.weight, layer.bias, False)
-        return layer(x)
+        """By oneDNN on a CPU."""
+        return _linear(x, layer)
 
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
-        """By oneDNN on a CPU, the activation where the product is written."""
-        if _for_onednn(x, layer):
-            return _onednn_linear(x, layer.weight, layer.bias, True)
-        return super().linear_gelu(x, layer)
+        """By oneDNN on a CPU, the activation where the product is written if no gradient is needed."""
+        if onednn.multiplies(x, layer) and not torch.is_grad_enabled():
+            return onednn.linear_gelu(x, layer.weight, layer.bias)
+        return F.gelu(_linear(x, layer), approximate="tanh")
 
 
-@custom_op("pixelflow::onednn_linear", mutates_args=(), device_types="cpu")
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """One node of a compiled graph: Inductor itself takes this product with constant weights and known sizes alone."""
-    activation, form = ("gelu", "tanh") if gelu else ("none", "")
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], form)
-    return out
+class KnownPackOperations(PlainOperations):
+    """Plain operations in a graph that knows its pack, for training, whose packs have few shapes.
+
+    - Neighbouring images of one size are a batch in the graph: rows per image are broadcast, and their gradients are
+      sums over a dimension, where a gather's is a sum token by token.
+    - Attention is PyTorch's own, a call for each size, with its own derivative.
+    - Queries, keys and values are one product.
+    - Queries and keys have the channels of a head in another order: first those that 2-D RoPE turns as first of a pair,
+      then the second ones. So compiled code reads and writes whole vectors, not every other value. Norms and scores are
+      sums over channels; the order comes with the weights, which are copied anyway to lie side by side.
+    - GELU is written by the logistic function, which is a cheaper one to compute than the hyperbolic tangent.
+
+    Args:
+        by_onednn: whether oneDNN multiplies on a CPU; by the processor's maker where it is not given.
+    """
+
+    def __init__(self, by_onednn: bool | None = None) -> None:
+        self.by_onednn = onednn.ahead() if by_onednn is None else by_onednn
+
+    def queries_keys_values(
+        self,
+        u: Tensor,
+        layers: tuple[Linear, Linear, Linear],
+        q_weight: Tensor,
+        k_weight: Tensor,
+        layout: PackedLayout,
+        rotation: Rotation,
+        heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One product for three; see :class:`pixelflow_engine.operations.Operations`."""
+        if not all(type(layer) in (nn.Linear, SideBySide) for layer in layers):  # somebody put another in its place
+            return super().queries_keys_values(u, layers, q_weight, k_weight, layout, rotation, heads)
+        *apart, last = layers
+        weight = torch.cat([*(_halves_apart(layer.weight, heads) for layer in apart), last.weight])
+        biases = [_halves_apart(layer.bias, heads) for layer in apart if layer.bias is not None]
+        bias = torch.cat([*biases, last.bias]) if last.bias is not None else None
+        by_onednn = self.by_onednn and all(onednn.multiplies(u, layer) for layer in layers)
+        product = onednn.linear(u, weight, bias) if by_onednn else F.linear(u, weight, bias)
+        width = layers[0].weight.shape[0]
+        qk, v = product.split([2 * width, width], dim=-1)
+        # Put into memory by `cat`, where vectors are read; an order alone would be followed value by value.
+        norms = torch.cat([_halves_apart(q_weight, heads), _halves_apart(k_weight, heads)]).unflatten(0, (2, -1))
+        q, k = _rotate_halves(rms_norm(qk.unflatten(-1, (2, -1)), norms), rotation, heads).unbind(1)
+        return q, k, v.unflatten(-1, (heads, -1))
+
+    def linear(self, x: Tensor, layer: Linear) -> Tensor:
+        """By oneDNN on a CPU that it is ahead on."""
+        return _linear(x, layer) if self.by_onednn else layer(x)
+
+    def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
+        """``(1 + tanh a) / 2`` is the logistic function of ``2 a``."""
+        y = self.linear(x, layer)
+        return y * torch.sigmoid((y + 0.044715 * y * y * y) * (2 * math.sqrt(2 / math.pi)))
 
 
-@_onednn_linear.register_fake
-def _fake_onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _halves_apart(rows: Tensor, heads: int) -> Tensor:
+    """``[C, ...]`` with the even channels of each head before its odd ones."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _for_onednn(x: Tensor, layer: Linear) -> bool:
-    """Whether oneDNN may compute it: it has no derivative, and knows linear layers in float32 alone."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == layer.weight.dtype == torch.float32
-        and not torch.is_grad_enabled()
-        and type(layer) in (nn.Linear, SideBySide)  # not one that somebody put in its place
-        and ONEDNN
-    )
+def _rotate_halves(x: Tensor, rotation: Rotation, heads: int) -> Tensor:
+    """:func:`layers.rotate` of ``x [T, ..., C]`` whose pairs are in the halves of a head, ``-> [T, ..., H, D]``."""
+    cos, sin = (table[:, None, None] for table in rotation)
+    a, b = x.to(cos.dtype).unflatten(-1, (heads, -1)).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def _linear(x: Tensor, layer: Linear) -> Tensor:
+    return onednn.linear(x, layer.weight, layer.bias) if onednn.multiplies(x, layer) else layer(x)
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout) -> Tensor:

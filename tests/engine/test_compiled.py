@@ -127,7 +127,7 @@ def test_engines_do_not_use_up_each_others_graphs(
 
 
 def test_gradients_pass_through_a_compiled_engine() -> None:
-    """Where gradients are needed no product goes to oneDNN, which has none."""
+    """Through oneDNN's products, whose layers need no gradients of their own."""
     exact, compiled = tiny_engine(1, 8), PixelFlowEngine(tiny_config(1, 8), tiny_model(tiny_config(1, 8)), compile=True)
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     found = []

@@ -7,15 +7,18 @@ PyTorch's own generator is needed, for weights and permutations of a data set, i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pixelflow_kernels.philox import philox4x32
-
-_MASK32 = 0xFFFFFFFF
+_WORD, _MASK32 = np.uint64(32), np.uint64(0xFFFFFFFF)
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
+_KEY_STEPS = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
 
 
 class Purpose(IntEnum):
@@ -52,36 +55,88 @@ def words(seed: int, purpose: Purpose, positions: Tensor, count: int) -> Tensor:
 
     Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011).
     """
+    return words_for(seed, {purpose: count}, positions)[purpose]
+
+
+def words_for(seed: int, counts: Mapping[Purpose, int], positions: Tensor) -> dict[Purpose, Tensor]:
+    """Words for several purposes at the same positions, drawn together: each as :func:`words` gives them.
+
+    A draw is a few numbers, and a call of Philox some fifty operations, whatever it draws. NumPy's cost less than
+    torch's.
+
+    Args:
+        seed: 0 to 2^64 - 1.
+        counts: words of each position, by purpose.
+        positions: ``[n]`` int64, 0 or more.
+
+    Raises:
+        ValueError: the seed is out of range.
+    """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed: got {seed}, expected 0 to 2^64 - 1")
-    low, high = (positions & _MASK32)[:, None], (positions >> 32)[:, None]
-    block = torch.arange(-(-count // 4))
-    key = torch.tensor(seed & _MASK32), torch.tensor(seed >> 32)
-    drawn = philox4x32((low, high, torch.tensor(int(purpose)), block), key)
-    return torch.stack(drawn, dim=-1).flatten(1)[:, :count]
+    blocks = {purpose: -(-count // 4) for purpose, count in counts.items()}
+    at = positions.numpy().astype(np.uint64)[:, None]
+    counter = np.zeros((4, len(at), sum(blocks.values())), np.uint64)
+    counter[0], counter[1] = at & _MASK32, at >> _WORD
+    counter[2] = np.repeat(np.fromiter(blocks, np.uint64), list(blocks.values()))
+    counter[3] = np.concatenate([np.arange(many, dtype=np.uint64) for many in blocks.values()])
+    drawn = torch.from_numpy(_philox4x32(counter, seed).transpose(1, 2, 0).astype(np.int64))
+    parts = drawn.split(list(blocks.values()), dim=1)
+    return {purpose: part.flatten(1)[:, :count] for (purpose, count), part in zip(counts.items(), parts, strict=True)}
+
+
+def _philox4x32(counter: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """Philox4x32-10 of counters ``[4, ...]`` under one key: the function of ``pixelflow_kernels.philox``, in NumPy."""
+    even, odd = counter[0::2], counter[1::2]  # two products a round: of the first word and of the third
+    alone = (2, *[1] * (counter.ndim - 1))
+    multipliers, steps = _MULTIPLIERS.reshape(alone), _KEY_STEPS.reshape(alone)
+    key = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint64).reshape(alone)
+    for _ in range(10):
+        product = even * multipliers
+        even, odd = (product >> _WORD)[::-1] ^ odd ^ key, (product & _MASK32)[::-1]
+        key = (key + steps) & _MASK32
+    return np.stack([even[0], odd[0], even[1], odd[1]])
 
 
 def uniforms(seed: int, purpose: Purpose, positions: Tensor, count: int) -> Tensor:
     """Uniform numbers ``[n, count]`` float64 from 0 to below 1, multiples of 2^-53; arguments as in :func:`words`."""
-    high, low = words(seed, purpose, positions, 2 * count).unflatten(1, (count, 2)).unbind(-1)
-    return (high << 21 | low >> 11).double() * 2.0**-53
+    return as_uniforms(words(seed, purpose, positions, 2 * count))
 
 
 def integers(seed: int, purpose: Purpose, positions: Tensor, bound: int) -> Tensor:
-    """Whole numbers ``[n]`` int64 from 0 to ``bound - 1``, ``bound`` below 2^31; the others as in :func:`words`.
-
-    ``floor(bound w / 2^64)`` of a 64-bit number w, exactly: no number is likelier than another by more than 2^-33 of
-    its probability.
-    """
-    if not 1 <= bound < 2**31:
-        raise ValueError(f"bound: got {bound}, expected 1 to 2^31 - 1")
-    high, low = words(seed, purpose, positions, 2).unbind(-1)
-    return (high * bound + (low * bound >> 32)) >> 32
+    """Whole numbers ``[n]`` int64 from 0 to ``bound - 1``, ``bound`` below 2^31; the others as in :func:`words`."""
+    return as_integers(words(seed, purpose, positions, 2), bound)
 
 
 def seeds(seed: int, purpose: Purpose, positions: Tensor) -> Tensor:
     """Seeds ``[n]`` int64 of 64 random bits for draws of their own; arguments as in :func:`words`."""
-    low, high = words(seed, purpose, positions, 2).unbind(-1)
+    return as_seeds(words(seed, purpose, positions, 2))
+
+
+def as_uniforms(drawn: Tensor) -> Tensor:
+    """Uniform numbers of words: ``[n, 2 count]`` int64 -> ``[n, count]`` float64, see :func:`uniforms`."""
+    high, low = drawn.unflatten(1, (-1, 2)).unbind(-1)
+    return (high << 21 | low >> 11).double() * 2.0**-53
+
+
+def as_integers(drawn: Tensor, bound: int) -> Tensor:
+    """Whole numbers of words: ``[n, 2]`` int64 -> ``[n]`` int64, from 0 to ``bound - 1``, ``bound`` below 2^31.
+
+    ``floor(bound w / 2^64)`` of a 64-bit number w, exactly: no number is likelier than another by more than 2^-33 of
+    its probability.
+
+    Raises:
+        ValueError: the bound is out of range.
+    """
+    if not 1 <= bound < 2**31:
+        raise ValueError(f"bound: got {bound}, expected 1 to 2^31 - 1")
+    high, low = drawn.unbind(-1)
+    return (high * bound + (low * bound >> 32)) >> 32
+
+
+def as_seeds(drawn: Tensor) -> Tensor:
+    """Seeds of words: ``[n, 2]`` int64 -> ``[n]`` int64."""
+    low, high = drawn.unbind(-1)
     return high << 32 | low
 
 

@@ -13,7 +13,28 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .draws import Purpose, balanced_stages, integers, new_seed, sample_ids, seeds, uniforms
+from .draws import (
+    Purpose,
+    as_integers,
+    as_seeds,
+    as_uniforms,
+    balanced_stages,
+    integers,
+    new_seed,
+    sample_ids,
+    seeds,
+    words_for,
+)
+
+_WORDS = {
+    Purpose.TIME: 2,
+    Purpose.LABEL_DROP: 2,
+    Purpose.FLIP: 2,
+    Purpose.AFFINE: 8,
+    Purpose.CROP: 4,
+    Purpose.NOISE: 2,
+}
+"""What an image of a step needs beside its stage, two words a number."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -69,16 +90,17 @@ def plan_step(config: TrainConfig, step: int, dataset_size: int, rank: int = 0, 
     seed, count = config.seed, config.batch_size
     stage, mine = _share(seed, step, count, config.scheduler.num_stages, rank, world_size)
     position = step * count + mine
+    drawn = words_for(seed, _WORDS, position)
     return Plan(
         position=position,
         sample=sample_ids(seed, position, dataset_size),
         stage=stage,
-        time=integers(seed, Purpose.TIME, position, config.scheduler.num_train_timesteps),
-        drop=uniforms(seed, Purpose.LABEL_DROP, position, 1)[:, 0] < config.label_drop,
-        flip=(uniforms(seed, Purpose.FLIP, position, 1)[:, 0] < 0.5) & config.data.augment.flip,
-        affine=2 * uniforms(seed, Purpose.AFFINE, position, 4) - 1,
-        crop=1 - uniforms(seed, Purpose.CROP, position, 2),
-        noise_seed=seeds(seed, Purpose.NOISE, position),
+        time=as_integers(drawn[Purpose.TIME], config.scheduler.num_train_timesteps),
+        drop=as_uniforms(drawn[Purpose.LABEL_DROP])[:, 0] < config.label_drop,
+        flip=(as_uniforms(drawn[Purpose.FLIP])[:, 0] < 0.5) & config.data.augment.flip,
+        affine=2 * as_uniforms(drawn[Purpose.AFFINE]) - 1,
+        crop=1 - as_uniforms(drawn[Purpose.CROP]),
+        noise_seed=as_seeds(drawn[Purpose.NOISE]),
     )
 
 

@@ -139,7 +139,7 @@ def computing_model(model: PackedTransformer, config: TrainConfig) -> PackedTran
     backend = backend_of(config, model.device)
     if dtype != model.dtype and not is_sharded(model):  # which gathers weights in that type
         model = copy.deepcopy(model).to(dtype)
-    model.operations = backend.operations(compute.compile)
+    model.operations = backend.operations(compute.compile, known_packs=True)
     recompute(model, compute.recompute)
     if compute.compile:
         compile_blocks(model)

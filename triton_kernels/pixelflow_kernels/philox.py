@@ -39,13 +39,17 @@ def counter_normals(seeds: Tensor, stage: int, count: int, purpose: int = SAMPLI
     Returns:
         ``[n, count, 4]`` float32. No value exceeds 5.77 in magnitude: the uniforms have 24 bits.
     """
-    low, high = (seeds & _MASK32)[:, None], (seeds >> 32 & _MASK32)[:, None]
     position = torch.arange(count, dtype=torch.int64, device=seeds.device)[None]
-    zero = torch.zeros_like(position)
-    words = philox4x32((position, zero + stage, zero + purpose, zero), (low, high))
-    first = box_muller(words[0], words[1])
-    second = box_muller(words[2], words[3])
-    return torch.stack([*first, *second], dim=-1)
+    return normals_at(seeds[:, None], position, torch.full_like(position, stage), purpose)
+
+
+def normals_at(seeds: Tensor, positions: Tensor, stages: Tensor, purpose: int) -> Tensor:
+    """Four standard normals for each of any counters: int64 tensors that broadcast to ``[...]``, to ``[..., 4]``."""
+    zero = torch.zeros_like(positions)
+    key = (seeds & _MASK32, seeds >> 32 & _MASK32)
+    words = torch.stack(philox4x32((positions, stages, zero + purpose, zero), key))
+    pairs = torch.stack(box_muller(words[0::2], words[1::2]), dim=-1)  # [2, ..., 2], both at once: few are soon drawn
+    return pairs.movedim(0, -2).flatten(-2)
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 10) -> tuple[Tensor, ...]:

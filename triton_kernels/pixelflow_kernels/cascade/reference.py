@@ -6,12 +6,13 @@ Source: arXiv 2504.07963, equations 3 to 6.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixelflow_kernels.philox import SAMPLING, TRAINING, counter_normals
+from pixelflow_kernels.philox import SAMPLING, TRAINING, counter_normals, normals_at
 
 from .law import DEVIATION_SCALE, MEAN_SCALE
 
@@ -31,6 +32,20 @@ def block_normals(seeds: Tensor, stage: int, shape: Shape, purpose: int = SAMPLI
     """Independent normals ``[n, c, h/2, w/2, 4]``: the four pixels of a 2x2 block share a counter."""
     blocks = (shape[0], shape[1] // 2, shape[2] // 2)
     return counter_normals(seeds, stage, math.prod(blocks), purpose).reshape(len(seeds), *blocks, 4)
+
+
+def training_normals(parts: Sequence[tuple[Tensor, int, Shape]]) -> list[Tensor]:
+    """:func:`block_normals` of training for several ``(seeds, stage, shape)``, drawn together."""
+    blocks = [(c, height // 2, width // 2) for _, _, (c, height, width) in parts]
+    counts = [math.prod(shape) for shape in blocks]
+    device = parts[0][0].device
+    seeds = torch.cat([seeds.repeat_interleave(count) for (seeds, *_), count in zip(parts, counts, strict=True)])
+    positions, stages = [], []
+    for (of_part, stage, _), count in zip(parts, counts, strict=True):
+        positions.append(torch.arange(count, device=device).repeat(len(of_part)))
+        stages.append(torch.full_like(positions[-1], stage))
+    drawn = normals_at(seeds, torch.cat(positions), torch.cat(stages), TRAINING).split([len(p) for p in positions])
+    return [z.reshape(-1, *shape, 4) for z, shape in zip(drawn, blocks, strict=True)]
 
 
 def correlate(z: Tensor) -> Tensor:
@@ -128,21 +143,21 @@ def training_pairs(
     p, (_, channels, height, width) = patch_size, images.shape
     tokens = torch.empty(int(cu_seqlens[-1]), channels * p * p, device=images.device)
     targets = torch.empty_like(tokens)
-    for d in range(len(spans)):
-        # All samples of a stage at once: those with a 4^d-th of the tokens.
-        stage, length = len(spans) - 1 - d, (height // p) * (width // p) >> 2 * d
-        chosen = (cu_seqlens.diff() == length).nonzero().flatten()
-        if len(chosen) == 0:
-            continue
-        rows = (cu_seqlens[chosen, None] + torch.arange(length, device=images.device)).flatten()
-        shape = (channels, height >> d, width >> d)
+    # All samples of a stage at once: those with a 4^d-th of the tokens.
+    lengths, whole = cu_seqlens.diff(), (height // p) * (width // p)
+    members = {d: (lengths == whole >> 2 * d).nonzero().flatten() for d in range(len(spans))}
+    members = {d: chosen for d, chosen in members.items() if len(chosen) > 0}
+    shapes = {d: (channels, height >> d, width >> d) for d in members}
+    normals = {}
+    if seeds is not None and members:
+        parts = [(seeds[chosen], len(spans) - 1 - d, shapes[d]) for d, chosen in members.items()]
+        normals = dict(zip(members, training_normals(parts), strict=True))
+    for d, chosen in members.items():
+        rows = (cu_seqlens[chosen, None] + torch.arange(whole >> 2 * d, device=images.device)).flatten()
         image = signed(images[index[chosen]])
         if flip is not None:
             image = torch.where(flip[chosen, None, None, None], image.flip(-1), image)
-        if noise is not None:
-            eps = unpatchify(noise[rows], shape, p)
-        elif seeds is not None:
-            eps = from_blocks(block_normals(seeds[chosen], stage, shape, TRAINING))
-        pairs = pair(image, d, spans[stage], tau[chosen], eps)
+        eps = from_blocks(normals[d]) if noise is None else unpatchify(noise[rows], shapes[d], p)
+        pairs = pair(image, d, spans[len(spans) - 1 - d], tau[chosen], eps)
         tokens[rows], targets[rows] = (patchify(x, p) for x in pairs)
     return tokens, targets

@@ -108,7 +108,7 @@ class TrainingOpponents:
             backend, compiled = ENGINES[name]
             found = choose(backend, self.device, self.dtype, self.config.model.attention_head_dim)
             with torch.device("meta"):
-                model = PackedTransformer(self.config.model, found.operations(compiled))
+                model = PackedTransformer(self.config.model, found.operations(compiled, known_packs=True))
             model.load_state_dict(self.parameters, strict=True, assign=True)
             if compiled:
                 compile_blocks(model)
