@@ -55,7 +55,7 @@ def trained(config: TrainConfig, steps: int = 3) -> TrainState:
 def taken_by(step: TrainStep) -> list[Tensor]:
     """Where a step puts its gradients from now on instead of moving the weights."""
     taken: list[Tensor] = []
-    step._update = lambda lr: taken.append(flat(p.grad for p in step.state.model.parameters()))  # type: ignore[method-assign]
+    step.update.finish = lambda finite: taken.append(flat(p.grad for p in step.state.model.parameters()))  # type: ignore[method-assign]
     return taken
 
 
