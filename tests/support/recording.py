@@ -116,6 +116,7 @@ class _Record(TorchDispatchMode):
         self.known: dict[int, int] = {}
         self.alive: list[Tensor] = []  # so that no id is given twice while recording, and no memory
         self.made: set[int] = set()
+        self.outside = {0}
         self.inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -146,6 +147,8 @@ class _Record(TorchDispatchMode):
     def _know(self, x: Tensor, slot: Tensor | _Outside) -> None:
         self.known[id(x)] = len(self.slots)
         self.slots.append(slot)
+        if isinstance(slot, _Outside):
+            self.outside.add(slot.address)
         self.alive.append(x)
 
     def _output(self, x: Tensor, inputs: set[int]) -> int:
@@ -153,12 +156,9 @@ class _Record(TorchDispatchMode):
         if id(x) not in self.known:
             self._know(x, x)
             address = x.untyped_storage().data_ptr()
-            if address not in inputs and address not in self._outside():
+            if address not in inputs and address not in self.outside:
                 self.made.add(address)
         return self.known[id(x)]
-
-    def _outside(self) -> set[int]:
-        return {slot.address for slot in self.slots if isinstance(slot, _Outside)} | {0}
 
     def _written(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> set[int]:
         found = set()
@@ -206,7 +206,7 @@ class _Graph:
         self.slots = [slot if isinstance(slot, _Outside) else slot.data for slot in record.slots]
         self.closed = False
         # A view of what is outside is outside, too: only a new allocation is the graph's.
-        outside = record._outside() - {0}
+        outside = record.outside - {0}
         for i, x in enumerate(self.slots):
             if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in outside:
                 self.slots[i] = _Outside(x)

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,12 +15,11 @@ from pixelflow_engine.errors import BackendUnavailableError, ConfigError
 from pixelflow_training import loop
 from pixelflow_training.collate import Batch
 from pixelflow_training.config import TrainConfig
-from pixelflow_training.data import load_digits
 from pixelflow_training.plan import parts_of_step
 from pixelflow_training.state import TrainState
 from pixelflow_training.step import TrainStep, batch_losses
 from support.recipes import tiny_recipe
-from support.reference_models import randomize, seeded
+from support.steps import batch_of, bits, flat, random_state
 
 THREE_STAGES = ("scheduler.num_stages=3", "batch_size=7", "model.depth=2")
 
@@ -29,18 +27,6 @@ THREE_STAGES = ("scheduler.num_stages=3", "batch_size=7", "model.depth=2")
 @pytest.fixture
 def recipe(tmp_path: Path) -> Callable[..., TrainConfig]:
     return lambda *overrides: tiny_recipe(tmp_path, *THREE_STAGES, *overrides)
-
-
-def random_state(config: TrainConfig) -> TrainState:
-    """Of random weights: of a fresh model, whose output is zero, most gradients are."""
-    model = loop.build_model(config)
-    randomize(model, seeded(2))
-    return TrainState(config, model)
-
-
-def batch_of(config: TrainConfig, step: int = 0, rank: int = 0, world_size: int = 1) -> Batch:
-    data, _ = load_digits(config.data, config.resolution, config.model.in_channels)
-    return loop.training_batch(config, data, step, rank, world_size)
 
 
 def trained(config: TrainConfig, steps: int = 3) -> TrainState:
@@ -57,14 +43,6 @@ def taken_by(step: TrainStep) -> list[Tensor]:
     taken: list[Tensor] = []
     step.update.finish = lambda finite: taken.append(flat(p.grad for p in step.state.model.parameters()))  # type: ignore[method-assign]
     return taken
-
-
-def flat(tensors: Any) -> Tensor:
-    return torch.cat([x.detach().double().flatten() for x in tensors])
-
-
-def bits(state: TrainState) -> list[bytes]:
-    return [x.numpy().tobytes() for group in state.tensors().values() for x in group.values() if x.ndim]
 
 
 # --- parts -------------------------------------------------------------------------------------------------

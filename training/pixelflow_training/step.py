@@ -61,7 +61,6 @@ class TrainStep:
         state: whose model, optimizer and average are moved.
         config: the recipe.
         ranks: who takes part.
-        update: what moves them; by default that of the backend, see :func:`update_of`.
         capture: makes the graphs of ``compute.graphs``; by default CUDA's.
 
     Raises:
@@ -74,14 +73,12 @@ class TrainStep:
         state: TrainState,
         config: TrainConfig,
         ranks: Ranks = ALONE,
-        *,
-        update: Update | None = None,
         capture: Capture | None = None,
     ) -> None:
         self.state, self.config, self.ranks = state, config, ranks
         self.model = computing_model(state.model, config)
         self._velocities = exchanging(self.model, ranks)
-        self.update = update_of(state, self.model, config, ranks) if update is None else update
+        self.update = update_of(state, self.model, config, ranks)
         self.graphs: StepGraphs | None = None
         if config.compute.graphs:
             capture = graphs_of(config, ranks, state.model.device, self.update) if capture is None else capture
