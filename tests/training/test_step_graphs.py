@@ -120,19 +120,21 @@ def test_what_is_static_stays_where_it_is_and_nothing_grows(recipe: Callable[...
     step = recorded_step(state, config, capture)
     go(step, config, *range(4))
 
+    assert step.graphs is not None
+    gradients = step.graphs._gradients
+
     def found() -> tuple[list[int], int]:
-        static = [*step.model.parameters(), *state.model.parameters(), *(p.grad for p in step.model.parameters())]
         gc.collect()
-        return [x.data_ptr() for x in static if x is not None], sum(
-            issubclass(type(x), Tensor) for x in gc.get_objects()
-        )
+        tensors = sum(issubclass(type(x), Tensor) for x in gc.get_objects())
+        return [x.data_ptr() for x in (*step.model.parameters(), *state.model.parameters(), *gradients)], tensors
 
     before = found()
     go(step, config, *range(4, 8))
     assert found() == before
     assert (capture.captured, capture.replayed) == (3, 8)
-    assert not flat(p.grad for p in step.model.parameters()).any(), "gradients are zeros between steps"
-    assert all(p.grad is None for p in state.model.parameters()), "of one part they are in bfloat16 alone"
+    assert not flat(gradients).any(), "they are zeros between steps"
+    assert {x.dtype for x in gradients} == {torch.bfloat16}, "of one part they are taken as they were computed"
+    assert all(p.grad is None for model in (state.model, step.model) for p in model.parameters())
 
 
 def test_a_step_that_is_not_finite_changes_nothing(recipe: Callable[..., TrainConfig]) -> None:
@@ -153,12 +155,9 @@ def test_steps_with_and_without_graphs_take_turns(recipe: Callable[..., TrainCon
     config = recipe()
     state = random_state(config)
     steps = recorded_step(state, config, RecordingCapture()), step_of(state, config, fused=True)
-    for i, which in enumerate((0, 1, 1, 0)):
-        if which:  # the other's gradients are not its own
-            state.model.zero_grad(set_to_none=True)
-            steps[0].graphs.close()  # type: ignore[union-attr]
+    for i, which in enumerate((0, 1, 1, 0, 0)):
         go(steps[which], config, i)
-    assert bits(state) == bits(eager(config, *range(4)))
+    assert bits(state) == bits(eager(config, *range(5)))
 
 
 # --- capture -----------------------------------------------------------------------------------------------
@@ -190,8 +189,6 @@ def test_a_capture_that_fails_is_an_error_and_no_harm(recipe: Callable[..., Trai
         assert bits(state) == before
         if not again:
             step.graphs = None
-            for model in (state.model, step.model):
-                model.zero_grad(set_to_none=True)
         go(step, config, 1, 2)
         assert bits(state) == expected
 

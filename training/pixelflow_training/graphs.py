@@ -136,6 +136,7 @@ class StepGraphs:
         self.expected = set(shapes_of_steps(config))
         self.static: dict[Shape, StaticStep] = {}
         self._steps = steps
+        self._gradients: list[Tensor] = []
         # In one part gradients are taken where they were computed, see TrainStep.launch.
         self._source = model if config.compute.max_tokens is None else update.state.model
 
@@ -174,6 +175,7 @@ class StepGraphs:
         """Release all graphs and their memory; the next step captures again."""
         self.capture.close()
         self.static.clear()
+        self._gradients.clear()
 
     def _capture(self, shape: Shape, parts: Sequence[Batch]) -> StaticStep:
         static = StaticStep(self.model, parts)
@@ -186,22 +188,26 @@ class StepGraphs:
         try:
             # Warming up runs steps: they must not move a weight.
             with self.update.shut(), named("capture"):
-                self._still_gradients()
+                self._lend_gradients()
                 static.replay = self.capture.capture(launch)
         except CaptureError as error:
             raise CaptureError(f"{error}; the same command goes on with compute.graphs=false") from error
         finally:
-            self._still_gradients()
+            self._take_gradients()
         self.static[shape] = static
         return static
 
-    @torch.no_grad()
-    def _still_gradients(self) -> None:
-        """Gradients are zeros between steps, in memory that all graphs write to."""
-        for parameter in self._source.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            else:
-                parameter.grad.zero_()
-        if self._source is not self.model:
-            self.model.zero_grad(set_to_none=True)
+    def _lend_gradients(self) -> None:
+        """Have a backward pass add to memory that all graphs write to: between steps it is zeros."""
+        parameters = list(self._source.parameters())
+        if not self._gradients:
+            self._gradients = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
+        for parameter, gradient in zip(parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def _take_gradients(self) -> None:
+        """Leave nothing with the models: what is launched without graphs has gradients of its own."""
+        for gradient in self._gradients:
+            gradient.zero_()
+        for model in (self._source, self.model):
+            model.zero_grad(set_to_none=True)

@@ -114,6 +114,17 @@ class TrainStep:
                 model.zero_grad(set_to_none=True)
         return stepped
 
+    def for_recipe(self, config: TrainConfig) -> TrainStep:
+        """The same step, with all that was compiled and copied for it, for batches of another size.
+
+        Args:
+            config: a recipe that differs in ``batch_size`` alone. A step with graphs is made anew instead.
+        """
+        assert self.graphs is None, "graphs are of the shapes of one recipe"
+        other = copy.copy(self)
+        other.config = config
+        return other
+
     def launch(
         self, parts: Sequence[Batch], idle: Sequence[Batch] = (), around: Sequence[Surroundings | None] = ()
     ) -> tuple[Tensor, Tensor]:
