@@ -27,7 +27,14 @@ _SHOW: ContextVar[Show | None] = ContextVar("pixelflow_engine.ranges", default=N
 @contextmanager
 def ranges_shown() -> Iterator[None]:
     """Inside, in this thread, the engine's ranges are there: torch.profiler's, and NVTX's where there is a GPU."""
-    token = _SHOW.set(_profiler_and_nvtx if torch.cuda.is_available() else record_function)
+    with ranges_told(_profiler_and_nvtx if torch.cuda.is_available() else record_function):
+        yield
+
+
+@contextmanager
+def ranges_told(show: Show) -> Iterator[None]:
+    """Inside, in this thread, somebody else hears of the ranges: ``show(name)`` is entered around what a name is of."""
+    token = _SHOW.set(show)
     try:
         yield
     finally:

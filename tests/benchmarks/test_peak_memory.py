@@ -20,11 +20,14 @@ from pixelflow_benchmarks.suites.memory.counted import FUSED, PLAIN, REFERENCE, 
 from pixelflow_benchmarks.suites.memory.live import LiveBytes, allocator_peak
 from pixelflow_benchmarks.suites.memory.measured import measure_stage, measure_training
 from pixelflow_benchmarks.suites.memory.records import with_slopes
-from pixelflow_benchmarks.suites.memory.training import training_step
+from pixelflow_benchmarks.suites.memory.training import count_recipe, training_step
 from pixelflow_benchmarks.suites.stages.opponents import Opponents
 from pixelflow_benchmarks.suites.stages.problem import StageProblem
 from pixelflow_benchmarks.suites.stages.runs import EngineRun
 from pixelflow_engine import PixelFlowConfig
+from pixelflow_engine.config import parameter_shapes
+from pixelflow_training.config import load_config
+from pixelflow_training.graphs import shapes_of_steps
 
 CPU = torch.device("cpu")
 TINY = StageProblem(config=SHAPES["tiny"], stage=1, batch=3, steps=2, solver="euler", dtype=torch.float32, device=CPU)
@@ -243,3 +246,13 @@ def test_by_how_much_the_process_grows(tmp_path: Path, monkeypatch: pytest.Monke
     assert grown is None or 0.9 * size < grown < 2 * size
     monkeypatch.setattr(peaks, "PROCESS", tmp_path / "nowhere")
     assert peaks.resident_peak(lambda: None) is None
+
+
+def test_the_published_recipe_fits_a_gpu() -> None:
+    """Of 80 GB, with room for what a count does not see; its state alone by hand: 16 bytes a weight, 6 for bf16."""
+    recipe = load_config("xl-imagenet256")
+    assert {sum(rows * columns for rows, columns in part) for (part, *_) in shapes_of_steps(recipe)} == {21_760}
+    state, activations = count_recipe(recipe)
+    assert state == 22 * sum(torch.Size(shape).numel() for shape in parameter_shapes(recipe.model).values())
+    assert state + activations < 0.6 * 80e9
+    assert activations > 10e9, "counted is nothing"

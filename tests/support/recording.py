@@ -115,7 +115,9 @@ class _Record(TorchDispatchMode):
         self.nodes: list[_Node] = []
         self.slots: list[Tensor | _Outside] = []
         self.known: dict[int, int] = {}
-        self.alive: list[Tensor] = []  # so that no id is given twice while recording
+        self.alive: list[Tensor] = []  # so that no id is given twice while recording, and no memory
+        self.made: set[int] = set()
+        self.outside = {0}
         self.inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -139,18 +141,24 @@ class _Record(TorchDispatchMode):
 
     def _slot(self, x: Tensor) -> int:
         if id(x) not in self.known:
-            self._know(x, _Outside(x))
+            # Autograd gives back what it kept as other objects over the same memory.
+            self._know(x, x if x.untyped_storage().data_ptr() in self.made else _Outside(x))
         return self.known[id(x)]
 
     def _know(self, x: Tensor, slot: Tensor | _Outside) -> None:
         self.known[id(x)] = len(self.slots)
         self.slots.append(slot)
+        if isinstance(slot, _Outside):
+            self.outside.add(slot.address)
         self.alive.append(x)
 
     def _output(self, x: Tensor, inputs: set[int]) -> int:
         """A result; None of its own for a tensor that was known before, as those worked on in place are."""
         if id(x) not in self.known:
             self._know(x, x)
+            address = x.untyped_storage().data_ptr()
+            if address not in inputs and address not in self.outside:
+                self.made.add(address)
         return self.known[id(x)]
 
     def _written(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> set[int]:
@@ -193,19 +201,21 @@ class _Host(TorchFunctionMode):
 class _Graph:
     """What was recorded, in a form that owns nothing but what the launch itself allocated."""
 
-    def __init__(self, record: _Record) -> None:
+    def __init__(self, record: _Record, kept: Sequence[Tensor] = ()) -> None:
         self.nodes = record.nodes
-        self.slots = record.slots
+        # What autograd knows of them, as which views may not be written to, is of no interest any more.
+        self.slots = [slot if isinstance(slot, _Outside) else slot.data for slot in record.slots]
         self.closed = False
         # A view of what is outside is outside, too: only a new allocation is the graph's.
-        outside = {slot.address for slot in self.slots if isinstance(slot, _Outside)} - {0}
+        outside = record.outside - {0}
         for i, x in enumerate(self.slots):
             if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in outside:
                 self.slots[i] = _Outside(x)
         written = {number for node in self.nodes for number in node.writes}
+        spared = {x.untyped_storage().data_ptr() for x in kept}
         for number in written:
             slot = self.slots[number]
-            if isinstance(slot, _Outside):
+            if isinstance(slot, _Outside) and slot.address not in spared:
                 poison(slot.tensor())
         self._poison()
 
@@ -237,6 +247,7 @@ class RecordingCapture:
         captured: how many were asked for so far.
         replayed: how many replays there were.
         turns: what its users said: who left in what thread, and who went on after whom.
+        kept: tensors that launches write to, but leave as they are while they are captured, which is checked.
     """
 
     def __init__(self, fail_at: int | None = None) -> None:
@@ -244,19 +255,22 @@ class RecordingCapture:
         self.fail_at = fail_at
         self.captured = self.replayed = 0
         self.turns: list[tuple[str, int, int]] = []
+        self.kept: Sequence[Tensor] = ()
 
     def capture(self, launch: Launch) -> Launch:
         """See :class:`Capture`."""
         number, self.captured = self.captured, self.captured + 1
-        record = _Record()
+        record, before = _Record(), [x.clone() for x in self.kept]
         with reported():
             for _ in range(2):
                 launch()
             with record, _Host(record):
                 launch()
+            for x, value in zip(self.kept, before, strict=True):
+                assert torch.equal(x, value), "a capture has changed what it must keep"
             if number == self.fail_at:
                 raise RefusedError("failed on purpose\nand a second line")
-        graph = _Graph(record)
+        graph = _Graph(record, self.kept)
         self.graphs.append(graph)
 
         def replay() -> None:

@@ -16,12 +16,11 @@ from pixelflow_engine.errors import BackendUnavailableError, ConfigError
 from pixelflow_training import loop
 from pixelflow_training.collate import Batch
 from pixelflow_training.config import TrainConfig
-from pixelflow_training.data import load_digits
 from pixelflow_training.plan import parts_of_step
 from pixelflow_training.state import TrainState
 from pixelflow_training.step import TrainStep, batch_losses
 from support.recipes import tiny_recipe
-from support.reference_models import randomize, seeded
+from support.steps import batch_of, bits, flat, random_state
 
 THREE_STAGES = ("scheduler.num_stages=3", "batch_size=7", "model.depth=2")
 
@@ -29,18 +28,6 @@ THREE_STAGES = ("scheduler.num_stages=3", "batch_size=7", "model.depth=2")
 @pytest.fixture
 def recipe(tmp_path: Path) -> Callable[..., TrainConfig]:
     return lambda *overrides: tiny_recipe(tmp_path, *THREE_STAGES, *overrides)
-
-
-def random_state(config: TrainConfig) -> TrainState:
-    """Of random weights: of a fresh model, whose output is zero, most gradients are."""
-    model = loop.build_model(config)
-    randomize(model, seeded(2))
-    return TrainState(config, model)
-
-
-def batch_of(config: TrainConfig, step: int = 0, rank: int = 0, world_size: int = 1) -> Batch:
-    data, _ = load_digits(config.data, config.resolution, config.model.in_channels)
-    return loop.training_batch(config, data, step, rank, world_size)
 
 
 def trained(config: TrainConfig, steps: int = 3) -> TrainState:
@@ -55,16 +42,8 @@ def trained(config: TrainConfig, steps: int = 3) -> TrainState:
 def taken_by(step: TrainStep) -> list[Tensor]:
     """Where a step puts its gradients from now on instead of moving the weights."""
     taken: list[Tensor] = []
-    step._update = lambda lr: taken.append(flat(p.grad for p in step.state.model.parameters()))  # type: ignore[method-assign]
+    step.update.finish = lambda finite: taken.append(flat(p.grad for p in step.state.model.parameters()))  # type: ignore[method-assign]
     return taken
-
-
-def flat(tensors: Any) -> Tensor:
-    return torch.cat([x.detach().double().flatten() for x in tensors])
-
-
-def bits(state: TrainState) -> list[bytes]:
-    return [x.numpy().tobytes() for group in state.tensors().values() for x in group.values() if x.ndim]
 
 
 # --- parts -------------------------------------------------------------------------------------------------
@@ -185,8 +164,11 @@ def test_gradients_of_parts_are_added_up_in_float32(recipe: Callable[..., TrainC
 
 def kept_bytes(config: TrainConfig) -> int:
     """What a forward pass keeps for its backward pass, weights apart."""
-    state, batch = random_state(config), batch_of(config)
-    step, kept = TrainStep(state, config), {}
+    return kept_by(TrainStep(random_state(config), config), batch_of(config))
+
+
+def kept_by(step: TrainStep, batch: Batch) -> int:
+    kept: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in step.model.parameters()}
 
     def keep(x: Tensor) -> Tensor:
@@ -205,6 +187,18 @@ def test_what_is_computed_again_is_the_same_to_the_bit_and_is_not_kept(recipe: C
     assert bits(trained(recipe("compute.recompute=blocks"))) == plain
     assert bits(trained(recipe("compute.recompute=pointwise"))) == plain
     assert kept_bytes(recipe("compute.recompute=blocks")) < kept_bytes(recipe()) / 2
+
+
+def compiled_doing_nothing(function: Any, **options: Any) -> Any:
+    """In the place of compilation: what is put around a block must not depend on what is made of it."""
+    return function
+
+
+def test_compiled_blocks_keep_as_little(recipe: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", compiled_doing_nothing)
+    compiled = ("compute.compile=true", "model.depth=4")
+    whole = kept_bytes(recipe(*compiled))
+    assert kept_bytes(recipe(*compiled, "compute.recompute=blocks")) < whole / 2
 
 
 def test_products_are_not_computed_again_where_only_pointwise_operations_are(
@@ -226,16 +220,24 @@ def test_products_are_not_computed_again_where_only_pointwise_operations_are(
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_blocks_have_the_same_gradients(recipe: Callable[..., TrainConfig]) -> None:
-    """Sums in another order: u = 6e-8 for each of the hundred or so operations between a weight and the loss."""
-    gradients = []
-    for compiled in ("false", "true"):
-        config = recipe("model.depth=1", f"compute.compile={compiled}", "optimizer.max_grad_norm=1e9")
+    """Sums in another order: u = 6e-8 for each of the hundred or so operations between a weight and the loss.
+
+    Computed again, what the compiler has kept of a block is kept no more.
+    """
+    gradients, kept = [], []
+    for compiled, again in (("false", "nothing"), ("true", "nothing"), ("true", "blocks")):
+        config = recipe(
+            "model.depth=1", f"compute.compile={compiled}", f"compute.recompute={again}", "optimizer.max_grad_norm=1e9"
+        )
         step = TrainStep(random_state(config), config)
         assert (type(step.model.operations).__name__ == "KnownPackOperations") == (compiled == "true")
         gradients.append(taken_by(step))
         step(batch_of(config), 1e-3)
-    (plain,), (ours,) = gradients
-    assert (ours - plain).norm() <= 6e-6 * plain.norm()
+        kept.append(kept_by(step, batch_of(config)))
+    (plain,), *others = gradients
+    for (ours,) in others:
+        assert (ours - plain).norm() <= 6e-6 * plain.norm()
+    assert kept[2] < kept[1] < kept[0]
 
 
 # --- at the door, and what is not finite --------------------------------------------------------------------

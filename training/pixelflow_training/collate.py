@@ -56,9 +56,28 @@ class Batch:
             skipped=self.skipped,
         )
 
+    def clone(self) -> Batch:
+        """The same batch in memory of its own."""
+        return Batch(
+            tokens=self.tokens.clone(),
+            targets=self.targets.clone(),
+            layout=PackedLayout.from_grids(self.layout.grids, self.tokens.device),
+            t_model=self.t_model.clone(),
+            labels=None if self.labels is None else self.labels.clone(),
+            latent_size=self.latent_size.clone(),
+            stage=self.stage,
+            skipped=self.skipped,
+        )
+
     def parts(self, count: int) -> list[Batch]:
         """The batch as so many packs, images dealt out one by one: what ranks' shares are to a step."""
         return [self] if count == 1 else [self._part(index, count) for index in range(count)]
+
+    def smallest(self) -> Batch:
+        """The last of its smallest images alone."""
+        lengths = [rows * columns for rows, columns in self.layout.grids]
+        last = max(range(len(lengths)), key=lambda i: (-lengths[i], i))
+        return self._part(last, len(lengths))
 
     def _part(self, index: int, count: int) -> Batch:
         ends = list(itertools.accumulate((rows * columns for rows, columns in self.layout.grids), initial=0))

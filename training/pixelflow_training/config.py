@@ -158,6 +158,7 @@ class ComputeConfig:
         backend: who computes, as for sampling: ``torch``, ``triton``, ``flash``; ``auto`` is ``triton`` on a GPU.
         dtype: of velocities and their gradients. Weights, moments and averages are float32.
         compile: whether blocks are compiled.
+        graphs: whether whole steps are replayed from CUDA graphs, one for each shape that a step may have.
         recompute: what the backward pass computes again to save memory: ``nothing``; ``pointwise``, all but products
             and attention; ``blocks``, everything inside a block.
         max_tokens: most tokens of a pack; a step with more is computed in parts whose gradients are added up. None
@@ -170,6 +171,7 @@ class ComputeConfig:
     backend: Literal["auto", "torch", "triton", "flash"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
+    graphs: bool = False
     recompute: Literal["nothing", "pointwise", "blocks"] = "nothing"
     max_tokens: int | None = None
     shard: int = 1

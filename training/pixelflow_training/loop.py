@@ -28,7 +28,7 @@ from .ranks import ALONE, Ranks, join
 from .run import Log, RunDirectory, Silence
 from .signals import StopRequests, TrainingStopped
 from .state import TrainState
-from .step import Stepped, TrainStep, backend_of, batch_losses, stage_means, stage_sums
+from .step import Stepped, TrainStep, batch_losses, check_step, stage_means, stage_sums
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -118,7 +118,7 @@ def train(
     train_set, held_out = open_data(config, source)
     with ExitStack() as stack:
         ranks = stack.enter_context(join(config))
-        backend_of(config, ranks.device)  # before anything is written
+        check_step(config, ranks)  # before anything is written
         run = RunDirectory(output, fresh)
         ranks.first_does(lambda: stack.enter_context(run) and None)
         state = TrainState(config, build_model(config).to(ranks.device), ranks)

@@ -18,11 +18,12 @@ from .config import ComputeConfig
 from .ranks import Ranks
 
 
-def shard(models: list[PackedTransformer], compute: ComputeConfig, ranks: Ranks) -> None:
-    """Spread the weights of models over ranks, in place, where the recipe says so.
+def shard(trained: PackedTransformer, averaged: PackedTransformer, compute: ComputeConfig, ranks: Ranks) -> None:
+    """Spread the weights of a model and of its average over ranks, in place, where the recipe says so.
 
-    A part of a model is gathered while it computes, in the recipe's type; gradients are added up in float32. The parts
-    are the blocks, and their modulations, which are computed for all blocks at once.
+    A part of a model is gathered while it computes, in the recipe's type, of the average in float32, as one process
+    evaluates it; gradients are added up in float32. The parts are the blocks, and their modulations, which are computed
+    for all blocks at once.
     """
     if compute.shard == 1:
         return
@@ -30,12 +31,11 @@ def shard(models: list[PackedTransformer], compute: ComputeConfig, ranks: Ranks)
     mesh = init_device_mesh(ranks.device.type, sizes, mesh_dim_names=("replicate", "shard"))
     if sizes[0] == 1:
         mesh = mesh["shard"]
-    # Inputs stay as they are: modulations are float32 in any model.
-    dtype = getattr(torch, compute.dtype)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # Blocks return views, and nothing is computed in place on what they return.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
-    for model in models:
+    for model, dtype in ((trained, getattr(torch, compute.dtype)), (averaged, torch.float32)):
+        # Inputs stay as they are: modulations are float32 in any model.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
             fully_shard(block.norm1, mesh=mesh, mp_policy=policy)
             fully_shard(block, mesh=mesh, mp_policy=policy)

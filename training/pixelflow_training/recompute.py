@@ -22,9 +22,12 @@ def recompute(model: PackedTransformer, what: Recompute) -> None:
     """
     if what == "nothing":
         return
-    context: dict[str, Any] = {"context_fn": _keeping_products} if what == "pointwise" else {}
+    # Nothing is drawn in a block; to look after a GPU's random state would end the capture of a graph.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if what == "pointwise":
+        options["context_fn"] = _keeping_products
     for block in model.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **context)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
 
 
 def _keeping_products() -> Any:

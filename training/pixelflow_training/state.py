@@ -35,7 +35,7 @@ class TrainState:
 
     def __init__(self, config: TrainConfig, model: PackedTransformer, ranks: Ranks = ALONE) -> None:
         self.model, self.ema = model, EMA(model, config.ema_decay)
-        shard([self.model, self.ema.model], config.compute, ranks)  # before moments are made, in the weights' image
+        shard(self.model, self.ema.model, config.compute, ranks)  # before moments are made, in the weights' image
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.optimizer.lr,

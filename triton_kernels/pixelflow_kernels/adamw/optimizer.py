@@ -21,12 +21,14 @@ class FusedAdamW:
         parameters: float32, contiguous, updated in place.
         averages: like them, moved towards them in place; or none. They start as what they hold.
         copies: like them in bf16 or fp16, written in place; or none. They are filled at once.
+        moments: first and second moments to go on with, like the parameters, updated in place; zeros where they are not
+            given.
         lr: learning rate; change it by ``optimizer.lr.fill_()``.
         betas, eps, weight_decay, max_norm, ema_decay: as in :func:`adamw_ema_`.
 
     Attributes:
         parameters, averages, copies: the lists given.
-        exp_avgs, exp_avg_sqs: moments, float32, zeros at first.
+        exp_avgs, exp_avg_sqs: moments, float32.
         counters: ``[3]`` int64 on the device: steps taken, skipped, and skipped in a row up to now. Read them late.
         lr: 0-d float64 on the device.
 
@@ -43,6 +45,7 @@ class FusedAdamW:
         averages: Sequence[Tensor] = (),
         copies: Sequence[Tensor] = (),
         *,
+        moments: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -54,7 +57,10 @@ class FusedAdamW:
         self.parameters, self.averages, self.copies = list(parameters), list(averages), list(copies)
         check_lists({"parameters": self.parameters})
         self.exp_avgs, self.exp_avg_sqs = (
-            [torch.zeros_like(parameter, requires_grad=False) for parameter in self.parameters] for _ in range(2)
+            [torch.zeros_like(parameter, requires_grad=False) for parameter in self.parameters]
+            if moments is None
+            else list(moments[i])
+            for i in range(2)
         )
         device = self.parameters[0].device
         self.counters = torch.zeros(3, dtype=torch.int64, device=device)
@@ -65,6 +71,7 @@ class FusedAdamW:
         check_lists(lists)
         check_apart(lists)
         self._table: TensorTable | None = None
+        self._places: list[int] = []
         with torch.no_grad():
             for copy, parameter in zip(self.copies, self.parameters, strict=False):
                 copy.copy_(parameter)
@@ -88,17 +95,37 @@ class FusedAdamW:
             ValueError: a shape, type, device or stride is not as said, two tensors share memory, or the first step or
                 new gradients come while a CUDA graph is captured; the message names it.
         """
+        lists, table = self._found(gradients)
+        if norm is None:
+            norm = measure(gradients, table)
+        check_numbers(self.counters, self.lr, norm, self.counters.device)
+        apply_update(lists, self.counters, self.lr, norm, self.settings, zero_gradients, table)
+        return norm
+
+    @torch.no_grad()
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """That of :func:`gradient_norm`, for an update whose norm is not these gradients' alone.
+
+        Unlike there, where tensors lie goes to the device only once they have moved, so this can be captured, too.
+
+        Raises:
+            ValueError: as :meth:`update` does.
+        """
+        _, table = self._found(gradients)
+        return measure(gradients, table)
+
+    def _found(self, gradients: Sequence[Tensor]) -> tuple[dict[str, Sequence[Tensor]], TensorTable]:
+        """All lists, checked, and where they lie."""
         check_lists({"parameters": self.parameters, "gradients": gradients})
         lists = self._lists(gradients)
         check_types(lists)
+        places = [tensor.data_ptr() for tensors in lists.values() for tensor in tensors]
         if self._table is None:
             self._table = TensorTable.of(lists)
-        self._table = self._table.following([*lists.values()])
-        if norm is None:
-            norm = measure(gradients, self._table)
-        check_numbers(self.counters, self.lr, norm, self.counters.device)
-        apply_update(lists, self.counters, self.lr, norm, self.settings, zero_gradients, self._table)
-        return norm
+        elif places != self._places:
+            self._table = self._table.following([*lists.values()])
+        self._places = places
+        return lists, self._table
 
     def _lists(self, gradients: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
         return named_lists(

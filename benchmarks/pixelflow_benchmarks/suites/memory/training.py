@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pixelflow_engine import PixelFlowConfig
+from pixelflow_engine.fused import FusedOperations
 from pixelflow_engine.model import PackedTransformer
+from pixelflow_kernels import PackedLayout
+from pixelflow_kernels.varlen_attention import backends as attention_backends
 from pixelflow_training.collate import Batch
 from pixelflow_training.config import TrainConfig
 from pixelflow_training.data import ImageSet
+from pixelflow_training.graphs import shapes_of_steps
 from pixelflow_training.loop import training_batch
 from pixelflow_training.loss import flow_matching_loss
+from pixelflow_training.recompute import recompute
+from pixelflow_training.step import batch_losses
+
+from .live import LiveBytes
 
 
 @dataclass(eq=False, slots=True)
@@ -79,3 +89,30 @@ def training_step(
         model=config.model, scheduler=config.scheduler, resolution=config.resolution, batch_size=images
     )
     return TrainingStep(model, training_batch(recipe, data, step=0).to(device))
+
+
+def count_recipe(recipe: TrainConfig) -> tuple[int, int]:
+    """Bytes of a recipe's largest pack on the fused operations, counted on fake tensors: one process, copies in bf16.
+
+    Returns:
+        what lives all the time: weights, moments, averages, the computing copy and the sum of gradients; and the most
+        that forward and backward pass of a pack have beside them.
+    """
+    grids = max(shapes_of_steps(recipe), key=lambda parts: sum(rows * columns for rows, columns in parts[0]))[0]
+    dtype, tokens = getattr(torch, recipe.compute.dtype), sum(rows * columns for rows, columns in grids)
+    # Fake tensors of a CPU, as autograd asks for CUDA where tensors are there; the sizes are those of any device.
+    with FakeTensorMode(), mock.patch.object(attention_backends, "why_not", return_value=None):
+        model = PackedTransformer(recipe.model, FusedOperations("triton"))
+        for part in model.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                setattr(part, name, nn.Parameter(parameter.detach().to(dtype)))
+        recompute(model, recipe.compute.recompute)
+        channels = recipe.model.in_channels * recipe.model.patch_size**2
+        pixels, targets = (torch.empty(tokens, channels) for _ in range(2))
+        times, sizes, labels = (torch.empty(len(grids), dtype=t) for t in (torch.float32, torch.int64, torch.int64))
+        batch = Batch(pixels, targets, PackedLayout.from_grids(grids), times, labels, sizes, stage=sizes)
+        with LiveBytes("cpu") as live:
+            batch_losses(model, batch).sum().backward()
+        values = sum(parameter.numel() for parameter in model.parameters())
+    copied = dtype != torch.float32
+    return values * (4 * 4 + (dtype.itemsize + 4 if copied else 0)), live.peak

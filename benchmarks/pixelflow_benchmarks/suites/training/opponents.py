@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +15,35 @@ from pixelflow_benchmarks.harness.timing import first_line
 from pixelflow_benchmarks.opponents.public_process import PublicProcess
 from pixelflow_benchmarks.opponents.random_models import random_reference
 from pixelflow_engine import PixelFlowConfig
-from pixelflow_engine.backends import choose
-from pixelflow_engine.compilation import compile_blocks
 from pixelflow_engine.errors import BackendUnavailableError
 from pixelflow_engine.model import PackedTransformer
+from pixelflow_training.config import ComputeConfig, TrainConfig
+from pixelflow_training.ranks import Ranks
+from pixelflow_training.state import TrainState
+from pixelflow_training.step import TrainStep, check_step
 
 from .problem import REFERENCE, TrainingProblem, TrainingRun
 from .public import PublicRun
-from .runs import EngineRun, EngineState, ReferenceRun
+from .runs import EngineRun, ReferenceRun
 
 PLAIN = "engine, plain"
 PUBLIC = "public"
-ENGINES: dict[str, tuple[str, bool]] = {
-    PLAIN: ("torch", False),
-    "engine, triton": ("triton", False),
-    "engine, compiled": ("torch", True),
-    "engine, triton, compiled": ("triton", True),
-    "engine, flash": ("flash", False),
+ENGINES: dict[str, ComputeConfig] = {
+    PLAIN: ComputeConfig(backend="torch"),
+    "engine, triton": ComputeConfig(backend="triton"),
+    "engine, compiled": ComputeConfig(backend="torch", compile=True),
+    "engine, triton, compiled": ComputeConfig(backend="triton", compile=True),
+    "engine, triton, graphs": ComputeConfig(backend="triton", graphs=True),
+    "engine, flash": ComputeConfig(backend="flash"),
 }
-"""Backend, compiled."""
+"""How steps are computed; where and in what type, the problem says."""
 ON_CPU = (PLAIN, REFERENCE, "engine, compiled", PUBLIC)
 ON_GPU = (
     "engine, triton",
     REFERENCE,
     PUBLIC,
     PLAIN,
+    "engine, triton, graphs",
     "engine, triton, compiled",
     "engine, flash",
     "engine, compiled",
@@ -71,8 +78,7 @@ class TrainingOpponents:
         # The reference's are everybody's: weights stay where they are in memory.
         self._reference = random_reference(config, weights, torch.float32).requires_grad_(True)
         self.parameters: dict[str, nn.Parameter] = dict(self._reference.named_parameters())
-        self._engines: dict[str, PackedTransformer] = {}
-        self._state: EngineState | None = None
+        self._steps: dict[str, TrainStep] = {}
         self._process: PublicProcess | None = None
 
     def run(self, name: str, problem: TrainingProblem) -> TrainingRun | None:
@@ -84,10 +90,7 @@ class TrainingOpponents:
                 return ReferenceRun(problem, self._reference)
             if name == PUBLIC:
                 return PublicRun(self._public(), problem)
-            model = self._engine(name)
-            if self._state is None:
-                self._state = EngineState.of(problem.recipe, model)
-            return EngineRun(problem, model, self._state)
+            return EngineRun(problem, self._step(name, problem))
         except (BackendUnavailableError, ImportError, ValueError, RuntimeError, OSError) as error:
             self.absent[name] = first_line(error)
             return None
@@ -103,17 +106,26 @@ class TrainingOpponents:
         if self._process is not None:
             self._process.close()
 
-    def _engine(self, name: str) -> PackedTransformer:
-        if name not in self._engines:
-            backend, compiled = ENGINES[name]
-            found = choose(backend, self.device, self.dtype, self.config.model.attention_head_dim)
-            with torch.device("meta"):
-                model = PackedTransformer(self.config.model, found.operations(compiled, known_packs=True))
-            model.load_state_dict(self.parameters, strict=True, assign=True)
-            if compiled:
-                compile_blocks(model)
-            self._engines[name] = model
-        return self._engines[name]
+    def _step(self, name: str, problem: TrainingProblem) -> TrainStep:
+        """A variant's step for batches of this size. What it has compiled and copied serves those of all sizes."""
+        dtype: Literal["float32", "bfloat16"] = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
+        recipe = replace(problem.recipe, compute=replace(ENGINES[name], device=str(self.device), dtype=dtype))
+        if name not in self._steps:
+            check_step(recipe, Ranks(0, 1, self.device))
+            self._steps[name] = TrainStep(self._state(recipe), recipe)
+        step = self._steps[name]
+        return TrainStep(step.state, recipe) if step.graphs is not None else step.for_recipe(recipe)
+
+    def _state(self, recipe: TrainConfig) -> TrainState:
+        """A state whose model is a variant's own; its tensors, the moments and the averages are everybody's."""
+        with torch.device("meta"):
+            model = PackedTransformer(self.config.model)
+        model.load_state_dict(self.parameters, strict=True, assign=True)
+        for step in self._steps.values():
+            state = copy.copy(step.state)
+            state.model = model
+            return state
+        return TrainState(recipe, model)
 
     def _public(self) -> PublicProcess:
         if self.public is None:

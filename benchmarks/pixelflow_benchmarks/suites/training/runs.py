@@ -7,48 +7,19 @@ values. What their loops do differently, each does by itself: batches, optimizer
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from pixelflow_engine.model import PackedTransformer
+from pixelflow_engine.ranges import NOTHING, ranges_told
 from pixelflow_engine.reference import PixelFlowTransformer
 from pixelflow_training import loop
 from pixelflow_training.collate import Batch
-from pixelflow_training.config import TrainConfig
-from pixelflow_training.ema import EMA
-from pixelflow_training.step import batch_losses
+from pixelflow_training.step import TrainStep
 
-from .phases import UNTIMED, Phases
+from .phases import PHASES, UNTIMED, Phases
 from .problem import PROBE, Gradients, Stepped, TrainingProblem
 from .public_shape import ListedBatch, Loader, image_losses, listed, packed_velocities, update_ema
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class EngineState:
-    """What the project's loop keeps beside a model; its variants share one.
-
-    Attributes:
-        optimizer: AdamW.
-        ema: the average.
-    """
-
-    optimizer: torch.optim.AdamW
-    ema: EMA[PackedTransformer]
-
-    @classmethod
-    def of(cls, recipe: TrainConfig, model: PackedTransformer) -> EngineState:
-        """As ``pixelflow train`` makes them."""
-        settings = recipe.optimizer
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=settings.lr,
-            betas=(settings.betas[0], settings.betas[1]),
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        return cls(optimizer, EMA(model, recipe.ema_decay))
 
 
 class LocalRun:
@@ -90,9 +61,12 @@ class LocalRun:
         before = torch.cuda.memory_allocated(device)
         self.step(UNTIMED)
         torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before + self.held()
+
+    def held(self) -> int:
+        """Bytes of weights, averages and moments."""
         moments = (t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
-        own = _bytes(self.parameters.values()) + _bytes(self.averages().values()) + _bytes(moments)
-        return torch.cuda.max_memory_allocated(device) - before + own
+        return _bytes(self.parameters.values()) + _bytes(self.averages().values()) + _bytes(moments)
 
     def close(self) -> None:
         """See :class:`~.problem.TrainingRun`."""
@@ -110,32 +84,20 @@ class EngineRun(LocalRun):
 
     Args:
         problem: what is trained.
-        model: whose operations, compiled or not, are the variant.
-        state: optimizer and average.
+        train_step: of the variant.
     """
 
-    def __init__(self, problem: TrainingProblem, model: PackedTransformer, state: EngineState) -> None:
-        super().__init__(problem, model, state.optimizer)
-        self.model, self.ema = model, state.ema
+    def __init__(self, problem: TrainingProblem, train_step: TrainStep) -> None:
+        super().__init__(problem, train_step.state.model, train_step.state.optimizer)
+        self.train_step, self.model = train_step, train_step.model
 
     def step(self, phases: Phases) -> None:
         """See :class:`~.problem.TrainingRun`."""
         with phases("batch"):
             batch = self.draw().to(self.problem.device)
-        with phases("forward"):
-            loss = self._losses(batch).mean()
-        with phases("backward"):
-            loss.backward()
-        with phases("clip"):
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
-        with phases("optimizer"):
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        with phases("ema"):
-            self.ema.update(self.model)
-        self.reported = loss.detach(), norm
+        with ranges_told(lambda name: phases(name) if name in PHASES else NOTHING) if phases.timed else NOTHING:
+            done = self.train_step(batch, self.recipe.optimizer.lr)
+        self.reported = torch.tensor(done.loss), torch.tensor(done.norm)
 
     def draw(self) -> Batch:
         """See :class:`~.problem.TrainingRun`."""
@@ -145,17 +107,31 @@ class EngineRun(LocalRun):
 
     def gradients(self, batch: Batch) -> Gradients:
         """See :class:`~.problem.TrainingRun`."""
-        losses = self._losses(batch.to(self.problem.device))
-        losses.mean().backward()
-        return self.taken(losses)
+        self.train_step.update.follow()  # the weights may be another problem's last ones, or the first ones again
+        return self.taken(self._losses(batch.to(self.problem.device)))
 
     def averages(self) -> Mapping[str, Tensor]:
         """See :class:`LocalRun`."""
-        return dict(self.ema.model.named_parameters())
+        return dict(self.train_step.state.ema.model.named_parameters())
+
+    def close(self) -> None:
+        """See :class:`~.problem.TrainingRun`."""
+        super().close()
+        if self.train_step.graphs is not None:
+            self.train_step.graphs.close()
+
+    def peak_bytes(self) -> int | None:
+        """See :class:`~.problem.TrainingRun`; None for graphs, whose memory does not come and go with a step."""
+        return None if self.train_step.graphs is not None else super().peak_bytes()
+
+    def held(self) -> int:
+        """See :class:`LocalRun`."""
+        copied = self.model is not self.train_step.state.model
+        return super().held() + (_bytes(self.model.parameters()) if copied else 0)
 
     def _losses(self, batch: Batch) -> Tensor:
-        with self.problem.autocast():
-            return batch_losses(self.model, batch)
+        """Of each image; gradients are there afterwards."""
+        return self.train_step.backward([batch])
 
 
 class ReferenceRun(LocalRun):
