@@ -186,7 +186,14 @@ class Checkpointer:
         return sorted(int(match[1]) for match in matches if match)
 
     def restore(self, state: TrainState, from_step: int | None = None) -> bool:
-        """Fill a state from a checkpoint, if there is one, and delete the later ones.
+        """Fill a state from a checkpoint as :meth:`read` does, and delete the later ones."""
+        if not self.read(state, from_step):
+            return False
+        self.ranks.first_does(lambda: self._forget_after(state.step))
+        return True
+
+    def read(self, state: TrainState, from_step: int | None = None) -> bool:
+        """Fill a state from a checkpoint, if there is one.
 
         Everything is verified before anything is loaded. A damaged checkpoint is an error, not a reason to take an
         older one: how much work to give up is for its owner to say.
@@ -209,7 +216,6 @@ class Checkpointer:
         reader = FileSystemReader(chosen)
         load(tensors, storage_reader=reader, process_group=self.ranks.saving, no_dist=self.ranks.alone)
         state.take_counters(tensors)
-        self.ranks.first_does(lambda: self._forget_after(state.step))
         return True
 
     def _verified(self, from_step: int | None) -> Path | None:

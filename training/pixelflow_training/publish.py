@@ -1,0 +1,51 @@
+"""A run's weights in the published form, to pass on or to go on from with the published code."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from pixelflow_engine.checkpoint import save_training_checkpoint
+from pixelflow_engine.errors import CheckpointError
+
+from .checkpoint import Checkpointer
+from .config import ComputeConfig, load_config
+from .loop import build_model
+from .state import TrainState
+
+
+def publish(run: Path, output: Path, from_step: int | None = None, overwrite: bool = False) -> Path:
+    """Write trained and averaged weights of a run as a training checkpoint of the published form.
+
+    The run is only read, and may go on meanwhile. **It must be your own**: loading its checkpoint runs whatever code
+    its author put there.
+
+    Args:
+        run: its directory.
+        output: folder to write ``config.yaml`` and ``model_STEP.pt`` into.
+        from_step: which checkpoint; the last one by default.
+        overwrite: replace what such a call has written there before.
+
+    Returns:
+        the path of the ``.pt`` file.
+
+    Raises:
+        CheckpointError: there is no run or no such checkpoint, or it is damaged; or ``output`` cannot be written.
+        ConfigError: its recipe is not one.
+    """
+    recipe = run / "recipe.yaml"
+    if not recipe.is_file():
+        raise CheckpointError(f"{recipe}: missing; expected the directory of a run")
+    # On this process alone, wherever it is trained.
+    config = replace(load_config(str(recipe)), compute=ComputeConfig())
+    state = TrainState(config, build_model(config))
+    if not Checkpointer(run / "checkpoints", config).read(state, from_step):
+        raise CheckpointError(f"{run}: holds no checkpoint")
+    return save_training_checkpoint(
+        output,
+        config.network,
+        state.model.state_dict(),
+        state.ema.model.state_dict(),
+        state.step,
+        overwrite,
+    )
