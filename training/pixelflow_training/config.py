@@ -159,7 +159,7 @@ class SamplesConfig:
             classes takes none.
         rows: images of each label, with seeds of their own, the same in every picture.
         steps: Euler steps of all stages, or of each.
-        guidance_scale: largest guidance weight.
+        guidance_scale: largest guidance weight; a model without classes has none.
         seed: of the first image; the others count up.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,8 +40,12 @@ def publish(run: Path, output: Path, from_step: int | None = None, overwrite: bo
     # On this process alone, wherever it is trained.
     config = replace(load_config(str(recipe)), compute=ComputeConfig())
     state = TrainState(config, build_model(config))
-    if not Checkpointer(run / "checkpoints", config).read(state, from_step):
-        raise CheckpointError(f"{run}: holds no checkpoint")
+    with warnings.catch_warnings():
+        # torch says that it takes the process to be alone, which it is.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        # Not entered, which would tidy up: the run may be going on.
+        if not Checkpointer(run / "checkpoints", config).read(state, from_step):
+            raise CheckpointError(f"{run}: holds no checkpoint")
     return save_training_checkpoint(
         output,
         config.network,

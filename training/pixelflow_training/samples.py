@@ -71,7 +71,7 @@ def sample_sheet(config: TrainConfig, weights: Mapping[str, Tensor], device: tor
         sampled = engine(
             labels,
             num_inference_steps=wanted.steps[0] if len(wanted.steps) == 1 else wanted.steps,
-            guidance_scale=wanted.guidance_scale,
+            guidance_scale=1.0 if labels is None else wanted.guidance_scale,
             seed=list(range(first, first + columns)),
             output_type="np",
             on_failure="report",
