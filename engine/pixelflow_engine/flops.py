@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from .config import SINUSOID_CHANNELS, ModelConfig
 
 PEAKS = {
-    r"NVIDIA A100.*": 312e12,
+    r"NVIDIA A100((?! MIG ).)*": 312e12,
     r"NVIDIA A10": 125e12,
     r"NVIDIA L4": 121e12,
     r"NVIDIA L40S": 362e12,
@@ -22,7 +22,7 @@ PEAKS = {
     r"NVIDIA H100 NVL": 835.5e12,
     r"NVIDIA H100 PCIe": 756e12,
     r"NVIDIA H200": 989.4e12,
-    r"NVIDIA GH200.*": 989.4e12,
+    r"NVIDIA GH200((?! MIG ).)*": 989.4e12,
     r"NVIDIA B200": 2250e12,
     r"NVIDIA GeForce RTX 4090": 165.2e12,
 }

@@ -70,6 +70,8 @@ def test_text_is_refused_because_its_length_is_not_known() -> None:
         ("NVIDIA H100 80GB HBM3", 989.4e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
         ("NVIDIA A10", 125e12),
         ("NVIDIA A10G", None),  # another chip
         ("NVIDIA L4", 121e12),
