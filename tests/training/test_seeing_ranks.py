@@ -1,4 +1,4 @@
-"""What two ranks make together is seen once: a log, a picture and event lines by the first, for held-out images too few."""
+"""What two ranks make together is seen once: a log and a picture by the first, with fewer held-out images than ranks."""
 
 from __future__ import annotations
 
