@@ -1,4 +1,4 @@
-"""What two ranks make together is seen once: a log and a picture by the first, with fewer held-out images than ranks."""
+"""What two ranks make is seen once: log and picture are the first one's; with fewer held-out images than ranks."""
 
 from __future__ import annotations
 
