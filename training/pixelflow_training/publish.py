@@ -6,13 +6,14 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from pixelflow_engine.checkpoint import save_training_checkpoint
 from pixelflow_engine.errors import CheckpointError
 
 from .checkpoint import Checkpointer
 from .config import ComputeConfig, load_config
 from .loop import build_model
-from .state import TrainState
 
 
 def publish(run: Path, output: Path, from_step: int | None = None, overwrite: bool = False) -> Path:
@@ -39,18 +40,21 @@ def publish(run: Path, output: Path, from_step: int | None = None, overwrite: bo
         raise CheckpointError(f"{recipe}: missing; expected the directory of a run")
     # On this process alone, wherever it is trained.
     config = replace(load_config(str(recipe)), compute=ComputeConfig())
-    state = TrainState(config, build_model(config))
+    weights = {key: build_model(config).requires_grad_(False).state_dict() for key in ("model", "ema")}
+    counters = {"step": torch.tensor(0)}
     with warnings.catch_warnings():
         # torch says that it takes the process to be alone, which it is.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         # Not entered, which would tidy up: the run may be going on.
-        if not Checkpointer(run / "checkpoints", config).read(state, from_step):
+        if not (run / "checkpoints").is_dir() or not Checkpointer(run / "checkpoints", config).read(
+            {**weights, "counters": counters}, from_step
+        ):
             raise CheckpointError(f"{run}: holds no checkpoint")
     return save_training_checkpoint(
         output,
         config.network,
-        state.model.state_dict(),
-        state.ema.model.state_dict(),
-        state.step,
+        weights["model"],
+        weights["ema"],
+        int(counters["step"]),
         overwrite,
     )
