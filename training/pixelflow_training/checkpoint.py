@@ -247,7 +247,7 @@ class Checkpointer:
             raise CheckpointError(
                 f"{error}; to go on from another checkpoint, pass --from-step (there is: {others})"
             ) from None
-        check_recipe(chosen, manifest.recipe, self.config)
+        check_recipe(chosen, manifest, self.config)
         return chosen
 
     def _latest(self) -> Path | None:

@@ -121,7 +121,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{path}: not in {MANIFEST}")
 
 
-def check_recipe(folder: Path, saved: Mapping[str, Any], config: TrainConfig) -> None:
+def check_recipe(folder: Path, manifest: Manifest, config: TrainConfig) -> None:
     """Refuse to go on with another recipe.
 
     Free are the keys that change no number: ``log_every``, ``eval_every``, ``loggers``, ``checkpoint``, ``guard``,
@@ -135,7 +135,7 @@ def check_recipe(folder: Path, saved: Mapping[str, Any], config: TrainConfig) ->
     """
     free = (*FREE, "steps") if config.optimizer.schedule == "constant" else FREE
     try:
-        before = _flat(plain(from_mapping(TrainConfig, saved, "recipe")))
+        before = _flat(plain(from_mapping(TrainConfig, manifest.recipe, "recipe")))
     except ConfigError as error:
         raise ConfigError(f"{folder}: written by another version: {error}") from None
     now = _flat(plain(config))
