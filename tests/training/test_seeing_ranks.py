@@ -12,12 +12,21 @@ from PIL import Image
 from pixelflow_engine import PixelFlowEngine, load_checkpoint
 from pixelflow_engine.output import to_uint8
 from pixelflow_training.publish import publish
-from support.ranks import in_ranks, said, train
+from support.ranks import FAILED, in_ranks, said, train
 from support.recipes import tiny_recipe
 from support.runs import digest
 
 OVERRIDES = ["steps=2", "checkpoint.every=2", "eval_every=2", "data.held_out=1", "compute.max_tokens=40"]
 PICTURES = ["samples.every=2", "samples.rows=1", "samples.labels=[4]", "samples.steps=[2]"]
+
+
+def test_first_weights_that_are_not_there_stop_both(tmp_path: Path) -> None:
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    assert in_ranks(2, tmp_path, train, ["init_from=nowhere"]) == [FAILED, FAILED]
+    for rank in (0, 1):
+        assert "CheckpointError: nowhere: no such file or folder" in said(tmp_path, rank)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("way", [[], ["compute.shard=2"]], ids=["copies", "sharded"])

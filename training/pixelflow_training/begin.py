@@ -10,15 +10,16 @@ from pixelflow_engine.model import PackedTransformer
 
 from .checkpoint import Checkpointer
 from .config import TrainConfig
+from .ranks import ALONE, Ranks
 from .run import RunDirectory
 from .state import TrainState
 
 
-def take_first_weights(model: PackedTransformer, config: TrainConfig) -> None:
+def take_first_weights(model: PackedTransformer, config: TrainConfig, ranks: Ranks = ALONE) -> None:
     """Replace fresh weights by those that the recipe's ``init_from`` names, if it names any.
 
     The model must be the same; stages, resolution and the type of the weights may be others. Of a checkpoint from
-    training the averaged weights are taken.
+    training the averaged weights are taken. All ranks read it, and the first one's errors are everybody's.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
@@ -26,7 +27,14 @@ def take_first_weights(model: PackedTransformer, config: TrainConfig) -> None:
     """
     if config.init_from is None:
         return
-    checkpoint = load_checkpoint(config.init_from)
+    source = config.init_from
+    ranks.first_does(lambda: _load(model, config, source))
+    if not ranks.first:
+        _load(model, config, source)
+
+
+def _load(model: PackedTransformer, config: TrainConfig, source: str) -> None:
+    checkpoint = load_checkpoint(source)
     theirs, ours = asdict(checkpoint.config.model), asdict(config.model)
     differing = [
         f"model.{key}: got {ours[key]}, the checkpoint has {theirs[key]}"

@@ -104,7 +104,7 @@ def train(
         run = RunDirectory(output, fresh)
         model = build_model(config)
         if not ranks.first_does(lambda: run.has_checkpoints):
-            take_first_weights(model, config)
+            take_first_weights(model, config, ranks)
         ranks.first_does(lambda: stack.enter_context(run) and None)
         state = TrainState(config, model.to(ranks.device), ranks)
         checkpoints = stack.enter_context(Checkpointer(run.checkpoints, config, ranks))
