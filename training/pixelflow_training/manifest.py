@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pixelflow_engine.config import from_mapping
+from pixelflow_engine.config import ModelConfig
 from pixelflow_engine.errors import CheckpointError, ConfigError
 
 from .config import TrainConfig
@@ -130,15 +130,11 @@ def check_recipe(folder: Path, manifest: Manifest, config: TrainConfig) -> None:
     has its default, which is what that version did.
 
     Raises:
-        ConfigError: naming every key that differs, with both values; or the checkpoint's recipe has a key that this
-            version does not know.
+        ConfigError: naming every key that differs, with both values, one that this version does not know too.
     """
     free = (*FREE, "steps") if config.optimizer.schedule == "constant" else FREE
-    try:
-        before = _flat(plain(from_mapping(TrainConfig, manifest.recipe, "recipe")))
-    except ConfigError as error:
-        raise ConfigError(f"{folder}: written by another version: {error}") from None
-    now = _flat(plain(config))
+    defaults = plain(TrainConfig(model=ModelConfig(num_attention_heads=1, attention_head_dim=8, depth=1)))
+    before, now = _flat(defaults) | _flat(manifest.recipe), _flat(plain(config))
     changed = [
         f"{key}: got {json.dumps(now.get(key))}, the checkpoint has {json.dumps(before.get(key))}"
         for key in sorted(before.keys() | now.keys())
