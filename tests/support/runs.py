@@ -21,7 +21,7 @@ from pixelflow_training.state import TrainState
 from support.disk import Disk
 from support.recipes import tiny_recipe
 
-TIMES = ("images_per_second", "tokens_per_second", "seconds")
+TIMES = ("images_per_second", "tokens_per_second", "flops_per_second", "seconds")
 
 
 def digest(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:

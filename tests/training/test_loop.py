@@ -22,7 +22,7 @@ from pixelflow_engine.layers import unpatchify
 from pixelflow_engine.model import PackedTransformer
 from pixelflow_engine.reference import PixelFlowTransformer
 from pixelflow_engine.reference.training import loss as reference_loss
-from pixelflow_training import loop
+from pixelflow_training import evaluation, loop, watch
 from pixelflow_training.collate import Batch
 from pixelflow_training.config import DataConfig, OptimizerConfig, TrainConfig, load_config
 from pixelflow_training.data import ImageSet, load_digits
@@ -86,7 +86,7 @@ def test_the_log_is_json_with_finite_losses(run: tuple[TrainConfig, Path]) -> No
     for line in trained:
         assert set(line) == {
             "event", "step", "loss", "stage_loss", "grad_norm", "lr",
-            "images_per_second", "tokens_per_second", "seconds",
+            "images_per_second", "tokens_per_second", "flops_per_second", "seconds",
         }  # fmt: skip
         assert math.isfinite(line["loss"])
         assert 0 < line["loss"] < 100
@@ -150,7 +150,7 @@ def test_quiet_is_quiet(recipe: Callable[..., TrainConfig], tmp_path: Path, capf
 
 
 def without_times(lines: list[Record]) -> list[Record]:
-    times = ("images_per_second", "tokens_per_second", "seconds")
+    times = ("images_per_second", "tokens_per_second", "flops_per_second", "seconds")
     return [{key: value for key, value in line.items() if key not in times} for line in lines]
 
 
@@ -396,7 +396,8 @@ def test_images_that_nothing_changes_stay_bytes(
         seen.append(images.dtype)
         return honest(images, *rest)
 
-    monkeypatch.setattr(loop, "make_batch", watching)
+    for module in (loop, evaluation):
+        monkeypatch.setattr(module, "make_batch", watching)
     config = recipe("data.augment={}")
     data, held_out = load_digits(config.data, config.resolution, config.model.in_channels)
     loop.training_batch(config, data, 0)
@@ -504,7 +505,7 @@ def test_speed_is_images_over_the_time_that_they_took(
 
     monkeypatch.setattr(loop, "training_batch", advancing(loop.training_batch, 1.0))
     monkeypatch.setattr(loop, "held_out_loss", advancing(loop.held_out_loss, 100.0))
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(watch, "time", SimpleNamespace(perf_counter=lambda: now))
     loop.train(recipe("log_every=4", "eval_every=3", "steps=8"), tmp_path / "run", quiet=True)
     speeds = [line["images_per_second"] for line in records(tmp_path / "run") if line["event"] == "train"]
     assert speeds == [8.0, 8.0]

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
@@ -186,13 +187,33 @@ class Checkpointer:
         return sorted(int(match[1]) for match in matches if match)
 
     def restore(self, state: TrainState, from_step: int | None = None) -> bool:
-        """Fill a state from a checkpoint, if there is one, and delete the later ones.
+        """Fill a state from a checkpoint as :meth:`read` does, and delete the later ones.
+
+        Args:
+            state: of the same recipe; half filled if this raises while loading.
+            from_step: as there.
+
+        Returns:
+            whether there was one.
+
+        Raises:
+            CheckpointError, ConfigError: as there.
+        """
+        tensors = state.tensors()
+        if not self.read(tensors, from_step):
+            return False
+        state.take_counters(tensors)
+        self.ranks.first_does(lambda: self._forget_after(state.step))
+        return True
+
+    def read(self, tensors: dict[str, dict[str, Tensor]], from_step: int | None = None) -> bool:
+        """Fill tensors from a checkpoint, if there is one; nothing on the disk is changed.
 
         Everything is verified before anything is loaded. A damaged checkpoint is an error, not a reason to take an
         older one: how much work to give up is for its owner to say.
 
         Args:
-            state: of the same recipe; half filled if this raises while loading.
+            tensors: those that are wanted, under the names of :meth:`TrainState.tensors`.
             from_step: which checkpoint; by default the one that ``latest`` names.
 
         Returns:
@@ -205,11 +226,8 @@ class Checkpointer:
         chosen = self.ranks.first_does(lambda: self._verified(from_step))
         if chosen is None:
             return False
-        tensors = state.tensors()
         reader = FileSystemReader(chosen)
         load(tensors, storage_reader=reader, process_group=self.ranks.saving, no_dist=self.ranks.alone)
-        state.take_counters(tensors)
-        self.ranks.first_does(lambda: self._forget_after(state.step))
         return True
 
     def _verified(self, from_step: int | None) -> Path | None:
@@ -229,7 +247,7 @@ class Checkpointer:
             raise CheckpointError(
                 f"{error}; to go on from another checkpoint, pass --from-step (there is: {others})"
             ) from None
-        check_recipe(chosen, manifest.recipe, self.config)
+        check_recipe(chosen, manifest, self.config)
         return chosen
 
     def _latest(self) -> Path | None:

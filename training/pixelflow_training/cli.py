@@ -21,12 +21,12 @@ class TrainGroup(TyperGroup):
         return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
 
 
-train = typer.Typer(cls=TrainGroup, help="Train a model from a recipe, or go on; draw what runs did.")
+train = typer.Typer(cls=TrainGroup, help="Train a model from a recipe, or go on; draw or publish what runs did.")
 
 
 @train.command()
 def run(
-    config: Annotated[str, typer.Option(help="YAML file, or the name of a recipe: digits, digits-two-minutes.")],
+    config: Annotated[str, typer.Option(help="YAML file, or a recipe: digits, digits-two-minutes, xl-imagenet256.")],
     output: Annotated[Path, typer.Option(help="Run directory: recipe, log, checkpoints, model. A run there goes on.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dotted: optimizer.lr=3e-4")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Refuse a run directory that holds anything.")] = False,
@@ -37,7 +37,8 @@ def run(
 ) -> None:
     """Train a model from a recipe, or go on; the result is a checkpoint that every other command takes.
 
-    The word `run` may be left out. `pixelflow train plot RUN` draws what a run did.
+    The word `run` may be left out. `pixelflow train plot RUN` draws what a run did; `pixelflow train publish RUN
+    FOLDER` writes its weights in the published form.
 
     SIGTERM and SIGINT (Ctrl-C) finish the step, save, and exit with code 75: the same command goes on. A second Ctrl-C
     stops at once, with code 130; the last checkpoint stays. Go on only from run directories of your own: loading a
@@ -77,3 +78,19 @@ def plot(
 
     save_plot([read_curves(run, name) for run, name in zip(runs, short_names(runs), strict=True)], output, smooth)
     console.print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+@train.command()
+def publish(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory; your own.")],
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.")],
+    from_step: Annotated[int | None, typer.Option(min=0, help="This checkpoint, not the last.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what was published there before.")] = False,
+) -> None:
+    """Write a run's trained and averaged weights in the published form: config.yaml, and model_STEP.pt with both.
+
+    Only for runs of your own: loading a checkpoint runs whatever code its author put there.
+    """
+    from .publish import publish as write
+
+    console.print(f"wrote {write(run, output, from_step, overwrite)}", highlight=False, soft_wrap=True)

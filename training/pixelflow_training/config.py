@@ -150,6 +150,36 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SamplesConfig:
+    """Pictures of what the averaged model samples, a class to a column. They change no number of the run.
+
+    Attributes:
+        every: steps between pictures, and one at the end; None for none.
+        labels: a column each, the null class included; None for up to ten classes, evenly apart. A model without
+            classes takes none.
+        rows: images of each label, with seeds of their own, the same in every picture.
+        steps: Euler steps of all stages, or of each.
+        guidance_scale: largest guidance weight; a model without classes has none.
+        seed: of the first image; the others count up.
+    """
+
+    every: int | None = None
+    labels: tuple[int, ...] | None = None
+    rows: int = 4
+    steps: tuple[int, ...] = (10,)
+    guidance_scale: float = 2.4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            _check("samples.every", self.every, 1, math.inf)
+        _check("samples.rows", self.rows, 1, 1024)
+        for steps in self.steps:
+            _check("samples.steps", steps, 1, math.inf)
+        _check("samples.seed", self.seed, 0, 2**63 - 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ComputeConfig:
     """How steps are computed: their speed, memory and rounding, not what is learned.
 
@@ -194,9 +224,12 @@ class TrainConfig:
         ema_decay: of the averaged weights, which are the result; the limit that ``(1 + step) / (10 + step)`` rises to.
         label_drop: probability that a label is replaced by the null class.
         seed: of everything that is drawn.
+        init_from: a checkpoint of the same model in any form, or a run directory, whose weights the run begins with;
+            None for fresh ones. Read once: a run that goes on has all that it needs.
         log_every: steps between lines of the log.
         eval_every: steps between losses on held-out images; the averaged model is saved then too.
-        checkpoint, guard, compute: see there.
+        loggers: who is told the log's lines as well: ``tensorboard`` writes event files into ``RUN/tensorboard``.
+        checkpoint, guard, samples, compute: see there.
     """
 
     model: ModelConfig
@@ -209,10 +242,13 @@ class TrainConfig:
     ema_decay: float = 0.9999
     label_drop: float = 0.1
     seed: int = 0
+    init_from: str | None = None
     log_every: int = 20
     eval_every: int = 500
+    loggers: tuple[Literal["tensorboard"], ...] = ()
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
@@ -231,12 +267,22 @@ class TrainConfig:
             raise ConfigError(f"compute.max_tokens: got {most}, expected at least {largest}: the largest image")
         if self.data.name != "digits" and self.model.in_channels not in (1, 3):
             raise ConfigError(f"model.in_channels: got {self.model.in_channels}, expected 1 or 3 for images from files")
+        self._check_samples()
         halvings = 2**self.scheduler.num_stages
         if self.network.resolution % halvings:
             raise ConfigError(
                 f"resolution: got {self.resolution}, expected a multiple of {halvings}: the first of "
                 f"{self.scheduler.num_stages} stages is trained from a still smaller image"
             )
+
+    def _check_samples(self) -> None:
+        labels, classes, stages = self.samples.labels, self.model.num_classes, self.scheduler.num_stages
+        if labels is not None and not classes:
+            raise ConfigError(f"samples.labels: got {list(labels)}, expected none for a model without classes")
+        if labels is not None and not (labels and all(0 <= label <= classes for label in labels)):
+            raise ConfigError(f"samples.labels: got {list(labels)}, expected numbers from 0 to {classes}, one or more")
+        if len(self.samples.steps) not in (1, stages):
+            raise ConfigError(f"samples.steps: got {len(self.samples.steps)} numbers, expected one, or {stages}")
 
     @property
     def network(self) -> PixelFlowConfig:

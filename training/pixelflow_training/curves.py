@@ -108,10 +108,13 @@ def read_curves(run: Path, name: str) -> RunCurves:
 
 
 def _of_stages(records: Sequence[dict[str, Any]], stages: int) -> tuple[Curve, ...]:
-    """A curve for each stage; a record of fewer stages has none for the others."""
-    return tuple(
-        Curve.of([(r["step"], r["stage_loss"][s]) for r in records if s < len(r["stage_loss"])]) for s in range(stages)
-    )
+    """A curve for each stage; a record of fewer stages has none for the others, and text is what is not finite."""
+
+    def points(stage: int) -> list[tuple[int, float | None]]:
+        losses = [(r["step"], r["stage_loss"][stage]) for r in records if stage < len(r["stage_loss"])]
+        return [(step, None if isinstance(loss, str) else loss) for step, loss in losses]
+
+    return tuple(Curve.of(points(stage)) for stage in range(stages))
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
-from pixelflow_engine.checkpoint import save_checkpoint
 from pixelflow_engine.model import PackedTransformer
 
+from .begin import begin_or_go_on, take_first_weights
 from .checkpoint import Checkpointer
 from .collate import Batch, make_batch
 from .config import OptimizerConfig, TrainConfig
 from .data import ImageSource, Loader, SkippedImages, TrainingImages, augment, open_data
 from .draws import Purpose, new_seed
-from .files import replace_text
-from .parallel import whole
-from .plan import parts_of_step, plan_held_out, plan_step
-from .ranks import ALONE, Ranks, join
+from .evaluation import evaluating_operations, export, held_out_batches, held_out_loss
+from .finite import Findings
+from .loggers import check_loggers, followers
+from .plan import parts_of_step, plan_step
+from .ranks import Ranks, join
 from .run import Log, RunDirectory, Silence
+from .samples import save_samples
 from .signals import StopRequests, TrainingStopped
 from .state import TrainState
-from .step import Stepped, TrainStep, batch_losses, check_step, stage_means, stage_sums
+from .step import TrainStep, check_step
+from .watch import Watch
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -58,25 +57,6 @@ def training_batch(config: TrainConfig, data: TrainingImages, step: int, rank: i
     return replace(make_batch(images, taken.labels, plan, config.network), skipped=taken.skipped)
 
 
-def held_out_batches(config: TrainConfig, data: TrainingImages, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """Every held-out image once, or a rank's share, in parts of a batch or less, with draws that never change."""
-    parts = math.ceil(len(data) / config.batch_size)
-    for part in range(parts):
-        plan = plan_held_out(config, len(data), part * world_size + rank, parts * world_size)
-        taken = data.take(plan)
-        yield replace(make_batch(taken.images, taken.labels, plan, config.network), skipped=taken.skipped)
-
-
-@torch.no_grad()
-def held_out_loss(
-    model: PackedTransformer, batches: list[Batch], num_stages: int, ranks: Ranks = ALONE
-) -> list[float | None]:
-    """Mean loss of each stage over held-out images, of which each rank has its share."""
-    losses = torch.cat([batch_losses(model, batch) for batch in batches]).tolist()
-    stages = torch.cat([batch.stage for batch in batches]).tolist()
-    return stage_means(ranks.total(stage_sums(losses, stages, num_stages)))
-
-
 def train(
     config: TrainConfig,
     output: Path,
@@ -90,6 +70,7 @@ def train(
 
     A run that goes on ends with the weights, averages, moments and log (but for its times) of one that never stopped,
     bit for bit, on the same machine with the same versions. Its recipe may differ only in keys that change no number.
+    Pictures and loggers change none either.
 
     Args:
         config: the recipe.
@@ -106,7 +87,8 @@ def train(
     Raises:
         FileExistsError: ``output`` holds a run that cannot go on, or another process trains there.
         CheckpointError: the checkpoint is damaged or missing; nothing is lost, and ``from_step`` chooses another one.
-        ConfigError: the checkpoint is of another recipe, or the images do not suit the model.
+        ConfigError: the checkpoint is of another recipe, or the images or ``init_from`` do not suit the model.
+        ImportError: what ``loggers`` names is not installed.
         ValueError: more than ``data.max_skipped`` images could not be read; the log has names and reasons.
         OSError: a checkpoint could not be saved; the one before it is as it was. Or the data cannot be read.
         ChildProcessError: a process that reads images has ended unexpectedly.
@@ -114,155 +96,76 @@ def train(
             ``output/nonfinite.json`` has their samples.
         TrainingStopped: a signal came; everything is saved.
     """
-    num_stages = config.scheduler.num_stages
     train_set, held_out = open_data(config, source)
     with ExitStack() as stack:
         ranks = stack.enter_context(join(config))
         check_step(config, ranks)  # before anything is written
+        check_loggers(config)
         run = RunDirectory(output, fresh)
+        model = build_model(config)
+        if not ranks.first_does(lambda: run.has_checkpoints):
+            take_first_weights(model, config, ranks)
         ranks.first_does(lambda: stack.enter_context(run) and None)
-        state = TrainState(config, build_model(config).to(ranks.device), ranks)
+        state = TrainState(config, model.to(ranks.device), ranks)
         checkpoints = stack.enter_context(Checkpointer(run.checkpoints, config, ranks))
         begin_or_go_on(run, checkpoints, state, config, from_step)
         train_step = TrainStep(state, config, ranks)
-        log: Log | Silence = run.open_log(state.step) if ranks.first else Silence()
+        state.ema.model.operations = evaluating_operations(config, ranks.device)
+        log = open_log(run, state, config, ranks)
         stack.enter_context(log)
         skipped = SkippedImages(log, config.data.max_skipped)
         evaluation = []
         for batch in held_out_batches(config, held_out, ranks.rank, ranks.world_size):
             note_skipped(batch, state.step, skipped, ranks)
             evaluation.append(batch.to(ranks.device))
+        findings = Findings(config, train_set, run, log, ranks)
         stop = stack.enter_context(StopRequests())
         data = stack.enter_context(
             Loader(train_set, config, state.step, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
         )
-        bar = stack.enter_context(
-            tqdm(total=config.steps, initial=state.step, disable=quiet or not ranks.first, unit="step")
-        )
-        lap = time.perf_counter()
-        began = lap - state.seconds
-        images = tokens = 0
+        watch = stack.enter_context(Watch(config, state, log, ranks, quiet))
         while state.step < config.steps:
             batch = training_batch(config, data, state.step, ranks.rank, ranks.world_size).to(ranks.device)
             note_skipped(batch, state.step + 1, skipped, ranks)
             lr = learning_rate(config.optimizer, state.step, config.steps)
             done = train_step(batch, lr, parts_of_step(config, state.step, ranks.world_size))
             state.step += 1
-            if done.finite:
-                state.skipped_in_row = 0
-                for spike in state.history.add(done.stage_loss):
-                    log.write({"event": "spike", "step": state.step, **spike._asdict()})
-            else:
-                state.skipped += 1
-                state.skipped_in_row += 1
-                log.write(skipped_record(config, data, state, done))
-            images, tokens = images + config.batch_size, tokens + done.tokens
-            bar.update()
-            if state.skipped_in_row > config.guard.max_skipped:
-                raise ranks.first_does(lambda: not_finite(run, config, data, state))
+            findings.add(state, done)
+            watch.step(done, lr)
 
-            last = state.step == config.steps
-            if done.finite and (state.step % config.log_every == 0 or last):
-                now = time.perf_counter()
-                record: dict[str, object] = {
-                    "event": "train",
-                    "step": state.step,
-                    "loss": done.loss,
-                    "stage_loss": done.stage_loss,
-                    "grad_norm": done.norm,
-                    "lr": lr,
-                    "images_per_second": images / (now - lap),
-                    "tokens_per_second": tokens / (now - lap),
-                    "seconds": now - began,
-                }
-                log.write(record)
-                bar.set_postfix_str(f"loss {done.loss:.4f}, {images / (now - lap):.0f} images/s", refresh=False)
-                lap, images, tokens = now, 0, 0
-            if state.step % config.eval_every == 0 or last:
-                paused = time.perf_counter()
-                losses_held_out = held_out_loss(state.ema.model, evaluation, num_stages, ranks)
-                log.write(
-                    {
-                        "event": "held_out",
-                        "step": state.step,
-                        "stage_loss": losses_held_out,
-                        "seconds": time.perf_counter() - began,
-                    }
-                )
-                export(run, state, config, ranks)
-                lap += time.perf_counter() - paused  # speed is that of training alone
+            if due(config.eval_every, state, config):
+                with watch.pause():
+                    watch.held_out(held_out_loss(state.ema.model, evaluation, config.scheduler.num_stages, ranks))
+                    export(run, state, config, ranks)
+            if due(config.samples.every, state, config):
+                with watch.pause():
+                    watch.samples(*save_samples(run, state, config, ranks))
             told, written = ranks.total([stop.received is not None, checkpoints.is_written()])
             if written == ranks.world_size:
                 checkpoints.wait()
-            if state.step % config.checkpoint.every == 0 or last or told:
-                log.sync()
-                state.seconds = time.perf_counter() - began
-                checkpoints.save(state)
-            if told and not last:
+            if told or due(config.checkpoint.every, state, config):
+                with watch.pause():
+                    log.sync()
+                    state.seconds = watch.seconds
+                    checkpoints.save(state)
+            if told and state.step < config.steps:
                 checkpoints.wait()
                 name = stop.received.name if stop.received else "signal to another rank"
                 raise TrainingStopped(f"{name}: stopped and saved after step {state.step}")
     return run.model
 
 
+def due(every: int | None, state: TrainState, config: TrainConfig) -> bool:
+    """Whether what happens every so many steps, and at the end, happens now; None for never."""
+    return every is not None and (state.step % every == 0 or state.step == config.steps)
+
+
+def open_log(run: RunDirectory, state: TrainState, config: TrainConfig, ranks: Ranks) -> Log | Silence:
+    """The run's log, cut where it goes on; for the first rank alone."""
+    return run.open_log(state.step, followers(config, run, state.seconds)) if ranks.first else Silence()
+
+
 def note_skipped(batch: Batch, step: int, skipped: SkippedImages, ranks: Ranks) -> None:
     """Count and log the images that any rank could not read on the way to a step."""
     if unread := ranks.together(batch.skipped):
         ranks.first_does(lambda: skipped.add(step, unread))
-
-
-def begin_or_go_on(
-    run: RunDirectory, checkpoints: Checkpointer, state: TrainState, config: TrainConfig, from_step: int | None
-) -> None:
-    """Fill the state from a checkpoint, or save its beginning: whatever has a log has a checkpoint."""
-    begins = not checkpoints.restore(state, from_step)
-
-    def prepare() -> None:
-        if begins:
-            run.check_unused()
-        run.write_recipe(config)
-
-    checkpoints.ranks.first_does(prepare)
-    if begins:
-        checkpoints.save(state)
-        checkpoints.wait()
-
-
-def export(run: RunDirectory, state: TrainState, config: TrainConfig, ranks: Ranks) -> None:
-    """Write the averaged model in the form that every command takes; all ranks take part."""
-    tensors = {name: whole(tensor) for name, tensor in state.ema.model.state_dict().items()}
-    ranks.first_does(lambda: save_checkpoint(run.model, config.network, tensors, overwrite=True))
-
-
-def skipped_record(
-    config: TrainConfig,
-    data: TrainingImages,
-    state: TrainState,
-    done: Stepped,
-) -> dict[str, object]:
-    """The log's line of a step that changed nothing. Its numbers are text, as JSON knows no NaN."""
-    return {
-        "event": "skipped",
-        "step": state.step,
-        "loss": str(done.loss),
-        "stage_loss": [None if value is None else str(value) for value in done.stage_loss],
-        "grad_norm": str(done.norm),
-        "samples": batch_samples(config, data, state.step - 1),
-        "skipped": state.skipped,
-    }
-
-
-def batch_samples(config: TrainConfig, data: TrainingImages, step: int) -> list[int]:
-    """Which samples the batch of a step (from 0) is made of, by number."""
-    return sorted(plan_step(config, step, len(data)).sample.tolist())
-
-
-def not_finite(run: RunDirectory, config: TrainConfig, data: TrainingImages, state: TrainState) -> FloatingPointError:
-    """Keep the samples of the steps that were skipped in a row, and say so."""
-    first = state.step - state.skipped_in_row  # from 0
-    batches = [{"step": s + 1, "samples": batch_samples(config, data, s)} for s in range(first, state.step)]
-    replace_text(run.nonfinite, json.dumps(batches) + "\n")
-    return FloatingPointError(
-        f"step {state.step}: the loss or the gradient was not finite for {state.skipped_in_row} steps in a row, and "
-        f"guard.max_skipped is {config.guard.max_skipped}; their samples are in {run.nonfinite}"
-    )

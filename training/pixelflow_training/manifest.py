@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pixelflow_engine.config import ModelConfig
 from pixelflow_engine.errors import CheckpointError, ConfigError
 
 from .config import TrainConfig
@@ -23,7 +24,10 @@ FORMAT = 1
 
 # Keys of a recipe that change what is logged, kept or tolerated, and no number of the run; and how it is computed,
 # which changes rounding, as another device does.
-FREE = ("log_every", "eval_every", "checkpoint", "guard", "compute", "data.workers", "data.max_skipped")
+FREE = (
+    "log_every", "eval_every", "loggers", "checkpoint", "guard", "samples", "compute",
+    "data.workers", "data.max_skipped",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,18 +121,20 @@ def verify(folder: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{path}: not in {MANIFEST}")
 
 
-def check_recipe(folder: Path, saved: Mapping[str, Any], config: TrainConfig) -> None:
+def check_recipe(folder: Path, manifest: Manifest, config: TrainConfig) -> None:
     """Refuse to go on with another recipe.
 
-    Free are the keys that change no number: ``log_every``, ``eval_every``, ``checkpoint``, ``guard``,
-    ``data.workers`` and ``data.max_skipped``; ``compute``, which changes rounding; and ``steps`` under a constant
-    learning rate, so that a finished run can be made longer.
+    Free are the keys that change no number: ``log_every``, ``eval_every``, ``loggers``, ``checkpoint``, ``guard``,
+    ``samples``, ``data.workers`` and ``data.max_skipped``; ``compute``, which changes rounding; and ``steps`` under a
+    constant learning rate, so that a finished run can be made longer. A key that an earlier version did not have yet
+    has its default, which is what that version did.
 
     Raises:
-        ConfigError: naming every key that differs, with both values.
+        ConfigError: naming every key that differs, with both values, one that this version does not know too.
     """
     free = (*FREE, "steps") if config.optimizer.schedule == "constant" else FREE
-    before, now = _flat(saved), _flat(plain(config))
+    defaults = plain(TrainConfig(model=ModelConfig(num_attention_heads=1, attention_head_dim=8, depth=1)))
+    before, now = _flat(defaults) | _flat(manifest.recipe), _flat(plain(config))
     changed = [
         f"{key}: got {json.dumps(now.get(key))}, the checkpoint has {json.dumps(before.get(key))}"
         for key in sorted(before.keys() | now.keys())

@@ -7,6 +7,7 @@ step. So neither the number of workers, nor that of ranks, nor an image's mates 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -104,23 +105,33 @@ def plan_step(config: TrainConfig, step: int, dataset_size: int, rank: int = 0, 
     )
 
 
+def token_lengths(config: TrainConfig, first: int, count: int) -> list[int]:
+    """Tokens of each image of the positions ``first`` to ``first + count - 1``, which share a step; descending."""
+    num_stages = config.scheduler.num_stages
+    stages = sorted((position % num_stages for position in range(first, first + count)), reverse=True)
+    return [((config.resolution >> (num_stages - 1 - stage)) // config.model.patch_size) ** 2 for stage in stages]
+
+
 def parts_of_step(config: TrainConfig, step: int, world_size: int = 1) -> int:
     """In how many parts each rank computes a step, so that no pack has more than ``compute.max_tokens`` tokens.
 
     Ranks exchange gradients part by part, so all have the same number, which may be more than some of them need.
     """
-    most = config.compute.max_tokens
-    if most is None:
-        return 1
-    num_stages = config.scheduler.num_stages
-    stages = sorted(
-        (position % num_stages for position in range(step * config.batch_size, (step + 1) * config.batch_size)),
-        reverse=True,
-    )
-    lengths = [((config.resolution >> (num_stages - 1 - stage)) // config.model.patch_size) ** 2 for stage in stages]
+    lengths = token_lengths(config, step * config.batch_size, config.batch_size)
+    return _parts_within(config.compute.max_tokens, lengths, 1, world_size)
+
+
+def parts_of_held_out(config: TrainConfig, dataset_size: int, world_size: int = 1) -> int:
+    """In how many parts each rank evaluates held-out images: packs of a batch and of ``compute.max_tokens`` at most."""
+    lengths = token_lengths(config, 0, dataset_size)
+    return _parts_within(config.compute.max_tokens, lengths, math.ceil(dataset_size / config.batch_size), world_size)
+
+
+def _parts_within(most: int | None, lengths: list[int], least: int, world_size: int) -> int:
+    """The smallest number of parts from ``least`` on that keeps packs of descending lengths within a budget."""
+    count = least
     # The first part of the first rank has the largest images: sizes descend, and images are dealt out one by one.
-    count = 1
-    while sum(lengths[:: count * world_size]) > most:
+    while most is not None and sum(lengths[:: count * world_size]) > most:
         count += 1
     return count
 

@@ -7,8 +7,10 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
 import yaml
 
@@ -25,6 +27,8 @@ class RunDirectory:
         log.jsonl        what happened, one JSON object a line
         checkpoints/     to go on from
         model/           the averaged model as of the last evaluation
+        samples/         pictures, if the recipe asks for them
+        tensorboard/     event files, likewise
         nonfinite.json   only if losses or gradients stopped the run: the batches
 
     Args:
@@ -81,9 +85,33 @@ class RunDirectory:
         """Keep the configuration as a recipe that can be trained again."""
         replace_text(self.path / "recipe.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
 
-    def open_log(self, step: int) -> Log:
-        """The log, without the lines after ``step``."""
-        return Log(self.log_path, step)
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether there is one to go on from."""
+        return any(self.checkpoints.glob("step-*"))
+
+    def sample_path(self, step: int) -> Path:
+        """Where the picture of a step belongs."""
+        return self.path / "samples" / f"step-{step:08d}.png"
+
+    def open_log(self, step: int, followers: Sequence[Follower] = ()) -> Log:
+        """The log, without the lines after ``step``; pictures of later steps are deleted."""
+        for picture in self.sample_path(0).parent.glob("step-*.png"):
+            if picture > self.sample_path(step):
+                picture.unlink()
+        return Log(self.log_path, step, followers)
+
+
+class Follower(Protocol):
+    """Who is told every line of a log, from the first one on."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take in a line."""
+        ...
+
+    def close(self) -> None:
+        """There are no more."""
+        ...
 
 
 class Log:
@@ -93,10 +121,12 @@ class Log:
         path: made if it is not there.
         step: the log is cut at its first line of a later step; also at one that is not whole, which can only be later,
             because a checkpoint waits for the log.
+        followers: told the lines that are kept, then every new one; closed with the log.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, followers: Sequence[Follower] = ()) -> None:
         self._path = path
+        self._followers = followers
         if path.exists():
             text = path.read_text(encoding="utf-8", errors="replace")
             kept = "".join(itertools.takewhile(lambda line: _is_within(line, step), text.splitlines(keepends=True)))
@@ -105,6 +135,9 @@ class Log:
         else:
             replace_text(path, "")
         self._file = path.open("a", encoding="utf-8")
+        if followers:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                self._tell(json.loads(line))
 
     def __enter__(self) -> Log:
         return self
@@ -113,6 +146,8 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        for follower in self._followers:
+            follower.close()
 
     def records(self, event: str) -> list[dict[str, object]]:
         """What it holds of an event, in order."""
@@ -123,6 +158,11 @@ class Log:
         """Append a line, seen by readers at once."""
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        self._tell(record)
+
+    def _tell(self, record: Mapping[str, Any]) -> None:
+        for follower in self._followers:
+            follower.write(record)
 
     def sync(self) -> None:
         """Bring the log to the disk: a checkpoint must not know of steps that the log has lost."""

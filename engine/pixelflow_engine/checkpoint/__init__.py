@@ -6,6 +6,7 @@ form                  files                            integrity, checked on eve
 ours                  config.json, model.safetensors   SHA-256 of every tensor and of config.json
 public                config.yaml, model.pt            CRC-32 of model.pt's records; config.yaml has none
 public, in training   config.yaml, any ``.pt``         the same
+a run directory       recipe.yaml, a folder ``model``  those of the folder, which is of one of these forms
 ====================  ===============================  ==================================================
 
 A file from elsewhere is data: no code in it runs, nothing that it names is imported, and what it claims
@@ -13,6 +14,13 @@ A file from elsewhere is data: no code in it runs, nothing that it names is impo
 ``CheckpointError`` that names the file, what was found and what was expected.
 """
 
-from .api import Checkpoint, bundled_models, convert, load_checkpoint, save_checkpoint
+from .api import Checkpoint, bundled_models, convert, load_checkpoint, save_checkpoint, save_training_checkpoint
 
-__all__ = ["Checkpoint", "bundled_models", "convert", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "bundled_models",
+    "convert",
+    "load_checkpoint",
+    "save_checkpoint",
+    "save_training_checkpoint",
+]

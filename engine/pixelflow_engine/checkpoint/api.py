@@ -25,6 +25,11 @@ Form = Literal["safetensors", "public"]
 
 FORMS = {"safetensors": native, "public": public}
 
+RUN_FILE, RUN_MODEL = "recipe.yaml", "model"
+"""What tells a run directory, and where it has its model."""
+PICKLED_FILE = ".metadata"
+"""Of torch.distributed.checkpoint."""
+
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
@@ -51,6 +56,8 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], weights: Weights = "au
             - a folder with ``config.json`` and ``model.safetensors``; they win if the next two are there too;
             - a folder with ``config.yaml`` and ``model.pt``;
             - a ``.pt`` file with a ``config.yaml`` beside it;
+            - a run directory of ``pixelflow train``: the averaged model as of its last evaluation. Its ``checkpoints``,
+              whose metadata is a pickle, are never read here;
             - the name of a bundled model. A path that exists wins over a name.
         weights: which weights of a training checkpoint (a ``.pt`` file with keys model, ema, opt, args):
             "ema", "model", or "auto", the moving average where there is one. Any other checkpoint has one set
@@ -96,6 +103,45 @@ def save_checkpoint(
         CheckpointError: the destination exists or cannot be written, or the weights are not the model's.
     """
     _save(path, config, state_dict, "safetensors", overwrite)
+
+
+def save_training_checkpoint(
+    path: str | os.PathLike[str],
+    config: PixelFlowConfig,
+    model: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor],
+    step: int,
+    overwrite: bool = False,
+) -> Path:
+    """Write trained and averaged weights in the published form of training, all or nothing.
+
+    That is ``config.yaml`` and ``model_STEP.pt``, a dict with the keys ``model`` and ``ema``. The published ``opt`` and
+    ``args``, its optimizer's state and command line, are left out.
+
+    Args:
+        path: the folder to make. Its parent exists.
+        config: the model.
+        model, ema: its weights, as in :func:`save_checkpoint`.
+        step: that they are of.
+        overwrite: replace an existing folder that holds such files alone.
+
+    Returns:
+        the path of the ``.pt`` file, which :func:`load_checkpoint` takes.
+
+    Raises:
+        CheckpointError: as :func:`save_checkpoint`.
+    """
+    with about(Path(path), OSError, RuntimeError, ValueError):
+        destination = Path(path).resolve()
+        sets = {key: _checked(config, weights, destination) for key, weights in (("model", model), ("ema", ema))}
+        older = [file.name for file in destination.glob("model_*.pt")]
+        replace_folder(
+            destination,
+            lambda folder: public.write_public_training(folder, config, sets, step),
+            overwrite=overwrite,
+            replaceable=[public.CONFIG_FILE, *older],
+        )
+        return Path(path) / public.training_file(step)
 
 
 def convert(
@@ -164,6 +210,16 @@ def _read_folder(folder: Path, weights: Weights) -> tuple[PixelFlowConfig, dict[
     if has_native or (folder / native.CONFIG_FILE).exists():
         public.refuse_choice(weights, folder)
         return native.read_native(folder)
+    if (folder / RUN_FILE).is_file():
+        if not (folder / RUN_MODEL).is_dir():
+            raise CheckpointError(f"{folder}: a run without a model yet: its first evaluation writes one")
+        return _read_folder(folder / RUN_MODEL, weights)
+    if (folder / PICKLED_FILE).exists():
+        raise CheckpointError(
+            f"{folder}: a checkpoint of torch.distributed.checkpoint, which is never read as a model: its metadata is "
+            "a pickle, and loading one runs whatever code its author put there (pixelflow train publish takes runs "
+            "of your own)"
+        )
     pairs = " nor ".join(f"{form.CONFIG_FILE} with {form.WEIGHTS_FILE}" for form in FORMS.values())
     raise CheckpointError(f"{folder}: holds neither {pairs}")
 

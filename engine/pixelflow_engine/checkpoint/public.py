@@ -97,14 +97,37 @@ def write_public(folder: Path, config: PixelFlowConfig, state_dict: Mapping[str,
         folder: exists; files of these names are replaced.
         config, state_dict: checked.
     """
+    _write_config(folder / CONFIG_FILE, config)
+    torch.save(_with_own_storage(state_dict), folder / WEIGHTS_FILE)
+
+
+def training_file(step: int) -> str:
+    """The name of a training checkpoint of some step."""
+    return f"model_{step}.pt"
+
+
+def write_public_training(
+    folder: Path, config: PixelFlowConfig, sets: Mapping[str, Mapping[str, Tensor]], step: int
+) -> None:
+    """Write ``config.yaml`` and a training checkpoint with the keys ``model`` and ``ema`` into a folder.
+
+    Args:
+        folder: exists; files of these names are replaced.
+        config, sets: checked.
+        step: for the file's name.
+    """
+    _write_config(folder / CONFIG_FILE, config)
+    torch.save({key: _with_own_storage(weights) for key, weights in sets.items()}, folder / training_file(step))
+
+
+def _write_config(path: Path, config: PixelFlowConfig) -> None:
     params = {key: value for key, value in config.to_dict()["model"].items() if value is not None}
     content = {
         "model": {"target": TARGET, "params": params},
         "scheduler": config.to_dict()["scheduler"],
         "data": {"resolution": config.resolution},
     }
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    torch.save(_with_own_storage(state_dict), folder / WEIGHTS_FILE)
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 def _read_config(path: Path) -> PixelFlowConfig:

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from pixelflow_engine import PixelFlowConfig
+from pixelflow_engine import PixelFlowConfig, flops
 from pixelflow_engine.guidance import stagewise_weights
 
 REFERENCE = "reference"
@@ -79,14 +79,13 @@ class StageProblem:
     @property
     def product_flops(self) -> int:
         """Of the blocks' products, the embedding of patches and the head."""
-        model, tokens = self.config.model, self.tokens
-        patch = model.patch_size**2 * model.in_channels
-        return self.sequences * tokens * (24 * model.depth * model.width**2 + 4 * model.width * patch)
+        model = self.config.model
+        return self.sequences * self.tokens * (flops.token_products(model) + flops.patch_products(model))
 
     @property
     def attention_flops(self) -> int:
         """Of queries with keys and of weights with values."""
-        return self.sequences * 4 * self.config.model.depth * self.tokens**2 * self.config.model.width
+        return flops.count(self.config.model, [self.tokens] * self.sequences).attention
 
     @property
     def pointwise_bytes(self) -> int:

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pixelflow_engine import PixelFlowConfig
-from pixelflow_engine.config import SINUSOID_CHANNELS, parameter_shapes
+from pixelflow_engine import PixelFlowConfig, flops
+from pixelflow_engine.config import parameter_shapes
 from pixelflow_training.collate import Batch
 from pixelflow_training.config import TrainConfig
 from pixelflow_training.data import ImageSet
@@ -103,37 +103,13 @@ class TrainingProblem:
 
     @property
     def forward_flops(self) -> int:
-        """Of the matrix products and the attention of a forward pass; a multiplication and an addition are two."""
-        return self._products + self._first_products + self._attention
+        """Of a forward pass; see :mod:`pixelflow_engine.flops`."""
+        return flops.count(self.config.model, self.lengths).forward
 
     @property
     def flops(self) -> int:
-        """Of forward and backward.
-
-        A product has two products backward, for its input's gradient and its weight's; one where the input needs
-        none. Attention has two products forward and five backward, one of them the scores again: 2.5 times as many.
-        """
-        return 3 * self._products + 2 * self._first_products + 7 * self._attention // 2
-
-    @property
-    def _products(self) -> int:
-        model = self.config.model
-        C, out = model.width, model.patch_size**2 * model.out_channels
-        per_token = 24 * C * C * model.depth + 2 * C * out
-        per_image = 2 * 2 * C * C + 12 * C * C * model.depth + 4 * C * C  # embeddings of two scalars, modulations
-        return self.tokens * per_token + self.batch * per_image
-
-    @property
-    def _first_products(self) -> int:
-        """Of patches and of sinusoids, which need no gradient."""
-        model = self.config.model
-        C, patch = model.width, model.patch_size**2 * model.in_channels
-        return 2 * self.tokens * patch * C + 2 * self.batch * 2 * SINUSOID_CHANNELS * C
-
-    @property
-    def _attention(self) -> int:
-        model = self.config.model
-        return 4 * model.width * model.depth * sum(length**2 for length in self.lengths)
+        """Of forward and backward."""
+        return flops.count(self.config.model, self.lengths).training
 
     @property
     def bytes_moved(self) -> int:

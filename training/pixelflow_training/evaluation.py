@@ -1,0 +1,72 @@
+"""Held-out images: their loss by the averaged model, which is written down with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from pixelflow_engine.backends import choose
+from pixelflow_engine.checkpoint import save_checkpoint
+from pixelflow_engine.errors import BackendUnavailableError
+from pixelflow_engine.model import PackedTransformer
+from pixelflow_engine.operations import Operations, PlainOperations
+
+from .collate import Batch, make_batch
+from .config import TrainConfig
+from .data import TrainingImages
+from .parallel import whole
+from .plan import parts_of_held_out, plan_held_out
+from .ranks import ALONE, Ranks
+from .run import RunDirectory
+from .state import TrainState
+from .step import batch_losses, stage_means, stage_sums
+
+NOT_COUNTED = -1
+"""The stage of an image that a rank computes only because the others do."""
+
+
+def held_out_batches(config: TrainConfig, data: TrainingImages, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    """Every held-out image once, or a rank's share, with draws that never change.
+
+    In parts of a batch or less, within ``compute.max_tokens``. All ranks have the same number of parts, because sharded
+    weights are gathered in each; a rank that is out of images takes part with one that is not counted.
+    """
+    parts = parts_of_held_out(config, len(data), world_size)
+    shares = min(parts * world_size, len(data))
+    for share in range(rank, parts * world_size, world_size):
+        plan = plan_held_out(config, len(data), min(share, shares - 1), shares)
+        taken = data.take(plan)
+        batch = replace(make_batch(taken.images, taken.labels, plan, config.network), skipped=taken.skipped)
+        yield batch if share < shares else replace(batch, stage=torch.full_like(batch.stage, NOT_COUNTED))
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: PackedTransformer, batches: Sequence[Batch], num_stages: int, ranks: Ranks = ALONE
+) -> list[float | None]:
+    """Mean loss of each stage over held-out images, of which each rank has its share."""
+    losses = torch.cat([batch_losses(model, batch) for batch in batches]).tolist()
+    stages = torch.cat([batch.stage for batch in batches]).tolist()
+    return stage_means(ranks.total(stage_sums(losses, stages, num_stages)))
+
+
+def evaluating_operations(config: TrainConfig, device: torch.device) -> Operations:
+    """The operations of the recipe's backend, uncompiled; plain ones where it takes no float32, the averages' type."""
+    try:
+        backend = choose(config.compute.backend, device, torch.float32, config.model.attention_head_dim)
+    except BackendUnavailableError:
+        return PlainOperations()
+    return backend.operations(compiled=False)
+
+
+def averaged_weights(state: TrainState) -> dict[str, torch.Tensor]:
+    """The averaged model in one piece, under the published names; all ranks must ask for it."""
+    return {name: whole(tensor) for name, tensor in state.ema.model.state_dict().items()}
+
+
+def export(run: RunDirectory, state: TrainState, config: TrainConfig, ranks: Ranks) -> None:
+    """Write the averaged model in the form that every command takes; all ranks take part."""
+    tensors = averaged_weights(state)
+    ranks.first_does(lambda: save_checkpoint(run.model, config.network, tensors, overwrite=True))

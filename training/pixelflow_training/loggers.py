@@ -1,0 +1,107 @@
+"""Who is told the lines of a run's log as well."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .config import TrainConfig
+from .run import Follower, RunDirectory
+
+SPEEDS = ("images_per_second", "tokens_per_second", "flops_per_second", "mfu")
+
+
+class TensorBoard:
+    """Event files for TensorBoard, made of the log's lines.
+
+    The log is what counts. Where a run goes on, the files of before are deleted and the log, which has been cut at the
+    checkpoint, is told again: so no step is there twice and none is lost, whatever a killed process had written.
+
+    Args:
+        run: the run directory; files go to its ``tensorboard``, pictures come from where the log says.
+        seconds: how long the run has taken until now: lines are dated by theirs.
+
+    Raises:
+        ImportError: there is no tensorboard.
+    """
+
+    def __init__(self, run: RunDirectory, seconds: float) -> None:
+        self._run = run
+        self._began = time.time() - seconds
+        self._last = 0.0
+        folder = run.path / "tensorboard"
+        writer = summary_writer()
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._writer = writer(str(folder))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take in a line of the log; an event that has no numbers or pictures is passed over."""
+        step = record["step"]
+        self._last = record.get("seconds", self._last)
+        when = self._began + self._last
+        if record["event"] == "samples":
+            if (picture := self._run.path / record["file"]).is_file():
+                with Image.open(picture) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+                self._writer.add_image("samples", pixels, step, walltime=when, dataformats="HWC")
+            return
+        for tag, value in scalars(record).items():
+            self._writer.add_scalar(tag, value, step, walltime=when)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line, by tag."""
+    match record["event"]:
+        case "train":
+            names = ("grad_norm", "lr", *(name for name in SPEEDS if name in record))
+            return {"loss": record["loss"], **_by_stage("loss", record), **{name: record[name] for name in names}}
+        case "held_out":
+            return _by_stage("held_out", record)
+        case "spike":
+            return {f"spike/stage {record['stage']}": record["loss"]}
+        case "skipped":
+            return {"skipped": record["skipped"]}
+    return {}
+
+
+def _by_stage(tag: str, record: Mapping[str, Any]) -> dict[str, float]:
+    # A loss that is not finite is text in the log.
+    losses = enumerate(record["stage_loss"])
+    return {f"{tag}/stage {stage}": float(loss) for stage, loss in losses if loss is not None}
+
+
+def summary_writer() -> Any:
+    """The class that writes event files.
+
+    Raises:
+        ImportError: there is no tensorboard.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("loggers: tensorboard is not installed: the extra `tensorboard` has it") from error
+    return SummaryWriter
+
+
+def check_loggers(config: TrainConfig) -> None:
+    """Refuse a recipe whose loggers cannot be had, before anything is written.
+
+    Raises:
+        ImportError: naming what is missing.
+    """
+    if "tensorboard" in config.loggers:
+        summary_writer()
+
+
+def followers(config: TrainConfig, run: RunDirectory, seconds: float) -> Sequence[Follower]:
+    """Those that the recipe names, ready for the first line."""
+    return [TensorBoard(run, seconds)] if "tensorboard" in config.loggers else []
