@@ -122,7 +122,7 @@ def train(
         run = RunDirectory(output, fresh)
         ranks.first_does(lambda: stack.enter_context(run) and None)
         state = TrainState(config, build_model(config).to(ranks.device), ranks)
-        checkpoints = stack.enter_context(Checkpointer(run.checkpoints, config, ranks))
+        checkpoints = stack.enter_context(Checkpointer(run.checkpoints, config, ranks, train_set.listing))
         begin_or_go_on(run, checkpoints, state, config, from_step)
         train_step = TrainStep(state, config, ranks)
         log: Log | Silence = run.open_log(state.step) if ranks.first else Silence()
