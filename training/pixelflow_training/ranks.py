@@ -27,7 +27,7 @@ ERRAND = timedelta(hours=2)
 Whoever ends meanwhile is missed at once, by the connections to it."""
 
 
-class RankLostError(RuntimeError):
+class RankLostError(ConnectionError):
     """Another rank has ended, or cannot be reached."""
 
 
@@ -120,7 +120,7 @@ def join(config: TrainConfig) -> Iterator[Ranks]:
         raise ConfigError(f"batch_size: got {config.batch_size}, expected at least {world_size}, an image a rank")
     if world_size % shard:
         raise ConfigError(f"compute.shard: got {shard}, expected a divisor of {world_size}, the number of ranks")
-    device = numbered(place(_of_this_rank(named)))
+    device = numbered(place(of_this_rank(named)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
@@ -144,7 +144,7 @@ def numbered(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
-def _of_this_rank(named: str) -> str:
+def of_this_rank(named: str) -> str:
     """The device of a rank: each has the GPU of its number on this machine."""
     if named == "cuda":
         return f"cuda:{os.environ['LOCAL_RANK']}"
