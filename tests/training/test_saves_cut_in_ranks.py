@@ -6,6 +6,7 @@ as it would without it.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -21,6 +22,7 @@ from pixelflow_training.config import TrainConfig
 from pixelflow_training.manifest import read_manifest, verify
 from pixelflow_training.ranks import Ranks, join
 from support.disk import Disk, PowerCut
+from support.packs import FUZZ
 from support.ranks import in_ranks, said
 from support.recipes import tiny_recipe
 
@@ -50,7 +52,7 @@ def save(folder: Path, config: TrainConfig, ranks: Ranks, *steps: int) -> None:
 
 
 def cut_everywhere(top: Path) -> None:
-    """For :func:`in_ranks`: each rank is cut at each of its operations in turn; what was seen is in ``cuts.txt``."""
+    """For :func:`in_ranks`: each rank is cut at each of its operations in turn; what was left is in ``seen.json``."""
     me = int(os.environ["RANK"])
     recipe = top / f"recipe-{me}"
     recipe.mkdir()
@@ -71,12 +73,14 @@ def cut_everywhere(top: Path) -> None:
         with Checkpointer(folder, config, ranks) as checkpoints, Disk(run) as disk:
             checkpoints.save(PairState(3))  # type: ignore[arg-type]
             checkpoints.wait()
-        counts = [Counter(dict(pairs)) for pairs in gathered(ranks, list(Counter(disk.names).items()))]
+        operations = gathered(ranks, disk.names)
         if ranks.first:
-            (top / "counts.txt").write_text(repr(counts))
+            (top / "operations.json").write_text(json.dumps(operations))
         seen: Counter[int] = Counter()
-        for victim, count in enumerate(counts):
-            for cut in range(count.total()):
+        for victim, names in enumerate(operations):
+            for cut, name in enumerate(names):
+                if name == "write" and cut % 3 and FUZZ == 1:  # most of them are alike
+                    continue
                 ranks.first_does(begin)
                 with (
                     Checkpointer(folder, config, ranks) as checkpoints,
@@ -98,21 +102,22 @@ def cut_everywhere(top: Path) -> None:
                 assert torch.equal(state.moment, PairState(state.step).moment)
                 assert (folder / "latest").read_text() == f"{name_of(state.step)}\n"
                 seen[state.step] += 1
+                dist.barrier(ranks.control)
         if ranks.first:
-            (top / "seen.txt").write_text(repr(dict(seen)))
+            (top / "seen.json").write_text(json.dumps(seen))
 
 
-def gathered(ranks: Ranks, mine: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
-    found: list[list[tuple[str, int]]] = [[] for _ in range(ranks.world_size)]
+def gathered(ranks: Ranks, mine: list[str]) -> list[list[str]]:
+    found: list[list[str]] = [[] for _ in range(ranks.world_size)]
     dist.all_gather_object(found, mine, group=ranks.control)
     return found
 
 
 def test_cut_at_any_operation_of_either_rank_a_valid_checkpoint_remains(tmp_path: Path) -> None:
     assert in_ranks(2, tmp_path, cut_everywhere) == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
-    first, second = eval((tmp_path / "counts.txt").read_text(), {"Counter": Counter})
+    first, second = json.loads((tmp_path / "operations.json").read_text())
     assert {"open", "write", "fsync", "rename", "replace", "unlink", "rmdir"} <= set(first)
     assert {"open", "write", "fsync"} <= set(second), "the second rank writes nothing"
-    seen = eval((tmp_path / "seen.txt").read_text())
-    assert sum(seen.values()) == first.total() + second.total()
-    assert set(seen) == {2, 3}
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert sum(seen.values()) >= (len(first) + len(second)) // 3
+    assert set(seen) == {"2", "3"}
