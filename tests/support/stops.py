@@ -49,7 +49,7 @@ from support.ranks import FAILED, LOST, in_ranks, said
 from support.recipes import tiny_recipe
 from support.runs import digest, outcome, send
 
-STEPS, EVERY = 24, 3
+STEPS, EVERY = 16, 3
 CALLS = 4000  # of Python functions, about as many as a step makes
 WRITES, OTHERS = 800, 60  # operations of a save, about
 KILLED = -signal.SIGKILL
@@ -264,6 +264,13 @@ def go_on(chain: Path, whole: Whole, recipe: list[str], ranks: int, stop: Stop) 
     for rank, code in enumerate(codes):
         assert code in expected(stop, rank), f"{stop}: rank {rank} ended with {code}: {said(chain, rank)}"
     nobody_left(chain)
+    hold(chain, whole, recipe, stop)
+    assert latest(chain) >= before, f"{stop}: step {before} was saved and is lost"
+    return codes
+
+
+def hold(chain: Path, whole: Whole, recipe: list[str], stop: Stop) -> None:
+    """Compare what there is of a run with the whole one."""
     for rank, batches in enumerate(whole.batches):
         if (chain / f"batches-{rank}.txt").exists():
             for step, sha in noted(chain, rank).items():
@@ -272,9 +279,7 @@ def go_on(chain: Path, whole: Whole, recipe: list[str], ranks: int, stop: Stop) 
         states = saved_states(chain / "run", tiny_recipe(chain, *recipe))
         for step, sha in states.items():
             assert sha == whole.states[step], f"{stop}: another state at step {step}"
-        assert before < 0 or latest(chain) in states, f"{stop}: latest names {latest(chain)}, there is {sorted(states)}"
-    assert latest(chain) >= before, f"{stop}: step {before} was saved and is lost"
-    return codes
+        assert latest(chain) in (-1, *states), f"{stop}: latest names {latest(chain)}, there is {sorted(states)}"
 
 
 def expected(stop: Stop, rank: int) -> set[int]:
