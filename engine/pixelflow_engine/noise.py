@@ -9,8 +9,9 @@ Block-correlated noise. Inside each 2x2 block of pixels the covariance is ``(1 -
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -117,16 +118,38 @@ class PublicNoise:
         batch, channels, height, width = shape
         blocks = (batch, channels, height // 2, width // 2, 4)
         count = math.prod(blocks)
-        z = torch.empty(2 * count)[::2].normal_(generator=self.generator).reshape(blocks)
-        identity, ones = torch.eye(4), torch.ones(4, 4)
-        factor = torch.linalg.cholesky(identity * (1 - GAMMA) + ones * GAMMA + BLOCK_JITTER * identity)
-        return from_blocks(torch.matmul(factor, z[..., None])[..., 0]).to(self.device)
+        z = torch.empty(2 * count)[::2].normal_(generator=self.generator).reshape(-1, 4)
+        return from_blocks(_block_product()(_block_factor(), z).reshape(blocks)).to(self.device)
 
     def enter(self, x: Tensor, stage: Stage) -> Tensor:
         """With the noise of :meth:`block`."""
         batch, channels, height, width = x.shape
         noise = self.block(stage.index, (batch, channels, 2 * height, 2 * width))
         return upsample_renoise(x, noise, stage.alpha, stage.beta)
+
+
+def _block_factor() -> Tensor:
+    """The Cholesky factor of a block's covariance, ``[4, 4]`` float32."""
+    identity, ones = torch.eye(4), torch.ones(4, 4)
+    return torch.linalg.cholesky(identity * (1 - GAMMA) + ones * GAMMA + BLOCK_JITTER * identity)
+
+
+def _one_by_one(factor: Tensor, z: Tensor) -> Tensor:
+    """Each four of ``z [n, 4]`` through a factor ``[4, 4]``, as the published loop does it."""
+    return torch.stack([torch.matmul(factor, four[:, None])[:, 0] for four in z])
+
+
+@functools.cache
+def _block_product() -> Callable[[Tensor, Tensor], Tensor]:
+    """What equals :func:`_one_by_one` in every bit on this processor.
+
+    The library multiplies one block fused or not by the processor, and many at once not always in the same way. So
+    both ways there are of multiplying many are tried on a few.
+    """
+    batched = (lambda factor, z: torch.matmul(factor, z[..., None])[..., 0], lambda factor, z: z @ factor.T)
+    factor, z = _block_factor(), torch.randn(512, 4, generator=torch.Generator().manual_seed(0))
+    want = _one_by_one(factor, z)
+    return next((product for product in batched if torch.equal(product(factor, z), want)), _one_by_one)
 
 
 def counter_normals(seeds: Sequence[int], stage: int, count: int, device: torch.device | str = "cpu") -> Tensor:
