@@ -69,7 +69,7 @@ $(DEV): $(PY) pyproject.toml constraints.txt
 
 # --- targets -----------------------------------------------------------------------------------------------
 
-.PHONY: help setup quickstart test fuzz mutants aot promises gate tables lint types check clean
+.PHONY: help setup quickstart test fuzz stops mutants aot promises gate tables lint types check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -100,6 +100,9 @@ fuzz: export PIXELFLOW_FUZZ ?= 20
 fuzz: $(DEV) ## run the kernels' tests on PIXELFLOW_FUZZ (20) times as many packs, drawn at random
 	$(PY) -m pytest tests/kernels -m "not interpret" $(ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels -m interpret $(ARGS)
+
+stops: $(DEV) ## stop training at random, 20 times for each of 0 and 2 workers, 1 and 2 ranks; ARGS="--seed 7" again
+	cd tests && ../$(PY) -m support.stops $(ARGS)
 
 mutants: $(DEV) ## break the kernels in every way that we thought of, and see that the tests notice
 	cd tests && ../$(PY) -m mutants $(ARGS)

@@ -31,10 +31,17 @@ class Disk:
         cut: None for never.
         how: ``cut`` raises PowerCut from there on; ``kill`` is SIGKILL; ``full`` lets all writes from there on find no
             room, and counts nothing else.
+        counted: which operations are counted, by name; by default all.
     """
 
-    def __init__(self, root: Path, cut: int | None = None, how: Literal["cut", "kill", "full"] = "cut") -> None:
-        self.root, self.cut, self.how = str(root), cut, how
+    def __init__(
+        self,
+        root: Path,
+        cut: int | None = None,
+        how: Literal["cut", "kill", "full"] = "cut",
+        counted: Callable[[str], bool] = lambda _: True,
+    ) -> None:
+        self.root, self.cut, self.how, self.counted = str(root), cut, how, counted
         self.count = 0
         self.names: list[str] = []  # what was counted
         self._durable: dict[int, int] = {}  # inode -> size that has reached the disk
@@ -68,6 +75,8 @@ class Disk:
                 return
         elif self.dead:
             raise PowerCut(f"after operation {self.cut}")
+        if not self.counted(name):
+            return
         self.count += 1
         self.names.append(name)
         if self.cut is not None and self.count > self.cut:

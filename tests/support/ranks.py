@@ -17,29 +17,34 @@ from pixelflow_training import loop
 from pixelflow_training.ranks import RankLostError
 from pixelflow_training.signals import EXIT_STOPPED, TrainingStopped
 from support.recipes import tiny_recipe
-from support.runs import at_step, send
+from support.runs import PRELOADED, at_step, send
 
 LOST, FAILED = 40, 41
 """What a rank leaves with: another was lost, and any other error, which is in ``rank-N.txt``."""
 
+PATIENCE = 300  # seconds until a rank counts as hanging
+
 
 def in_ranks(count: int, folder: Path, target: Callable[..., None], *arguments: Any) -> list[int | None]:
-    """Run ``target(folder, *arguments)`` in so many ranks; their exit codes, -9 for SIGKILL."""
+    """Run ``target(folder, *arguments)`` in so many ranks, one is a process alone; their exit codes, -9 for SIGKILL."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pixelflow_training.loop", "sklearn.datasets"])
+    context.set_forkserver_preload(PRELOADED)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
         context.Process(target=_as_rank, args=(rank, count, port, folder, target, arguments)) for rank in range(count)
     ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        if process.is_alive():
-            process.kill()
-            process.join()
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(PATIENCE)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
     return [process.exitcode for process in processes]
 
 
@@ -47,8 +52,9 @@ def _as_rank(
     rank: int, count: int, port: int, folder: Path, target: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in names.items()}
+    if count > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in names.items()}
     try:
         target(folder, *arguments)
     except TrainingStopped:

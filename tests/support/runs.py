@@ -21,6 +21,9 @@ from pixelflow_training.state import TrainState
 from support.disk import Disk
 from support.recipes import tiny_recipe
 
+# What a process that is forked off has imported already; the first step of a run asks for torch._dynamo.
+PRELOADED = ["pixelflow_training.loop", "sklearn.datasets", "torch._dynamo"]
+
 TIMES = ("images_per_second", "tokens_per_second", "flops_per_second", "seconds")
 
 
@@ -65,7 +68,7 @@ def outcome(run: Path, config: TrainConfig) -> dict[str, Any]:
 def in_process(target: Callable[..., None], *arguments: Any) -> int | None:
     """Run a function in a fresh process, forked off one that has imported torch; its exit code, -9 for SIGKILL."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pixelflow_training.loop", "sklearn.datasets"])
+    context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=target, args=arguments)
     process.start()
     process.join()

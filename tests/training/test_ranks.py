@@ -8,18 +8,22 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pixelflow_engine import load_checkpoint
 from pixelflow_engine.errors import ConfigError
 from pixelflow_training import loop
 from pixelflow_training.collate import Batch
 from pixelflow_training.config import TrainConfig
-from pixelflow_training.ranks import ALONE, join
+from pixelflow_training.ranks import ALONE, join, numbered, of_this_rank
 from pixelflow_training.signals import EXIT_STOPPED
 from support.ranks import FAILED, LOST, in_ranks, said, train, train_signalled
 from support.recipes import tiny_recipe
@@ -190,6 +194,17 @@ def test_what_ranks_tell_each_other_is_the_same_for_all(tmp_path: Path) -> None:
         assert found == {"together": ["a", "a", "b"], "nothing": [], "total": [3.0, 1.0], "first": 7}
 
 
+def run_an_errand(folder: Path) -> None:
+    """For :func:`in_ranks`: one that takes longer than ranks wait for each other in a step."""
+    with join(recipe(folder / os.environ["RANK"])) as ranks:
+        hasty = replace(ranks, control=dist.new_group(backend="gloo", timeout=timedelta(seconds=1)))
+        assert hasty.first_does(lambda: time.sleep(2.5) or ranks.rank + 7) == 7
+
+
+def test_what_the_first_rank_does_for_all_may_take_its_time(tmp_path: Path) -> None:
+    assert in_ranks(2, prepare(tmp_path), run_an_errand) == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
+
+
 def test_too_many_steps_that_are_not_finite_stop_all_ranks(tmp_path: Path) -> None:
     overrides = [*OVERRIDES, "guard.max_skipped=0"]
     assert in_ranks(2, prepare(tmp_path), poison_one, overrides, 1) == [FAILED, FAILED]
@@ -226,6 +241,32 @@ def test_what_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
         join(recipe(tmp_path, "batch_size=2")),
     ):
         pass
+
+
+@pytest.mark.parametrize(("here", "refused"), [("2", True), ("1", False), (None, True)])
+def test_one_gpu_is_not_for_several_ranks(monkeypatch: pytest.MonkeyPatch, here: str | None, refused: bool) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if here:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    assert of_this_rank("cuda") == "cuda:1"
+    assert of_this_rank("cpu") == "cpu"
+    if refused:
+        with pytest.raises(
+            ConfigError, match=r"^compute\.device: got cuda:0 for 2 ranks on this machine, expected cuda"
+        ):
+            of_this_rank("cuda:0")
+    else:
+        assert of_this_rank("cuda:0") == "cuda:0"
+
+
+def test_a_gpu_has_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what is there would be copied there, step by step: torch's two names of one device are not equal."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert numbered(torch.device("cuda")) == torch.device("cuda:3")
+    assert numbered(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert numbered(torch.device("cpu")) == torch.device("cpu")
 
 
 def test_alone_there_is_nobody_to_ask() -> None:

@@ -16,6 +16,7 @@ on are in ``RUN/model``, whose form is data alone.
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import warnings
@@ -25,22 +26,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as WriteFuture
 
 from pixelflow_engine.errors import CheckpointError
 
 from .config import TrainConfig
+from .data.listing import Listing
 from .files import remove_folder, replace_text, sync
-from .manifest import check_recipe, read_manifest, verify, write_manifest
+from .manifest import check_data, check_recipe, read_manifest, verify, write_manifest
 from .ranks import ALONE, Ranks
+from .staging import Stager, share
 from .state import TrainState
 
 LATEST = "latest"
@@ -56,8 +59,18 @@ class _Writer(FileSystemWriter):
     """torch's writer into a folder that does not exist yet. ``publish`` is called once all ranks have written."""
 
     def __init__(self, folder: Path, publish: Callable[[], None]) -> None:
-        super().__init__(folder, overwrite=False)
+        # What is written is on the CPU. Told to copy ahead, torch would wait for the GPU's training at every tensor.
+        super().__init__(folder, overwrite=False, per_thread_copy_ahead=0)
         self._publish = publish
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> WriteFuture[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            reason = _reason(error)
+            if reason is error:
+                raise
+            raise reason from None  # other ranks get what is raised, not what was behind it
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
@@ -72,16 +85,23 @@ class Checkpointer:
             short are removed.
         config: the recipe, which every checkpoint keeps and is held against.
         ranks: who writes and reads together, on one file system; the first one checks, publishes and deletes.
+        listing: tells what is trained on, if it is files; asked once, on the first rank.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        ranks: Ranks = ALONE,
+        listing: Callable[[], Listing | None] = lambda: None,
+    ) -> None:
         self.folder = folder
         self.config = config
         self.ranks = ranks
+        self._listing = functools.cache(listing)
         self._pending: Future[Any] | None = None
         self._saving = -1
-        # On CUDA the buffers are pinned, and kept: a save waits for the one before, which was written from them.
-        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
+        self._stager = Stager()
         self._warnings = warnings.catch_warnings()
 
     def __enter__(self) -> Checkpointer:
@@ -116,7 +136,7 @@ class Checkpointer:
     # --- writing ---
 
     def save(self, state: TrainState) -> None:
-        """Copy the state to the CPU and write the copy in the background, after the save before it.
+        """Copy this rank's share of the state to the CPU and write it in the background, after the save before it.
 
         Raises:
             OSError: the save before it has failed.
@@ -125,7 +145,7 @@ class Checkpointer:
         step = state.step
         self._saving = step
         pending = async_save(
-            state.tensors(),
+            share(state.tensors(), self.ranks),
             storage_writer=_Writer(self._partial(step), lambda: self._publish(step)),
             async_stager=self._stager,
             process_group=self.ranks.saving,
@@ -151,13 +171,15 @@ class Checkpointer:
             pending.result()
             return
         except CheckpointException as error:
-            cause = _reason(next(failure for failure, _ in error.failures.values()))
+            rank, (failure, _) = min(error.failures.items())
+            cause = _reason(failure)
+            where = "" if self.ranks.alone else f"rank {rank}: "
         except Exception as error:
-            cause = _reason(error)
+            cause, where = _reason(error), ""
         folder, kept = self.folder / name_of(self._saving), self._latest()
         if self.ranks.first:
             shutil.rmtree(self._partial(self._saving), ignore_errors=True)  # room on the disk, perhaps
-        message = f"{folder}: the checkpoint could not be saved: {cause}; "
+        message = f"{folder}: the checkpoint could not be saved: {where}{cause}; "
         message += f"the last one is {kept.name}" if kept else "there is none before it"
         raise (OSError if isinstance(cause, OSError) else RuntimeError)(message) from cause
 
@@ -166,7 +188,7 @@ class Checkpointer:
 
     def _publish(self, step: int) -> None:
         partial = self._partial(step)
-        write_manifest(partial, step, self.config)
+        write_manifest(partial, step, self.config, self._listing())
         partial.rename(self.folder / name_of(step))
         sync(self.folder)
         replace_text(self.folder / LATEST, f"{name_of(step)}\n")
@@ -221,7 +243,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: it is damaged or missing; the message names the file, and the checkpoints to choose from.
-            ConfigError: it is of another recipe; the message names the keys.
+            ConfigError: it is of another recipe or other images; the message names the keys, or the parts of the data.
         """
         chosen = self.ranks.first_does(lambda: self._verified(from_step))
         if chosen is None:
@@ -248,6 +270,7 @@ class Checkpointer:
                 f"{error}; to go on from another checkpoint, pass --from-step (there is: {others})"
             ) from None
         check_recipe(chosen, manifest, self.config)
+        check_data(chosen, manifest, self._listing(), self.config.data.changed)
         return chosen
 
     def _latest(self) -> Path | None:

@@ -59,7 +59,9 @@ class DataConfig:
             ``center``, out of its middle.
         max_pixels: a file whose image has more is not decoded, but skipped; at most what Pillow allows.
         max_skipped: different files that may be skipped because they cannot be read; one more stops the run.
-        workers: processes that read files ahead; 0 reads them between the steps.
+        workers: processes that read files ahead, for each rank; 0 reads them between the steps.
+        changed: what becomes of a run that goes on where files were added, changed or removed meanwhile: ``refuse``, or
+            ``accept`` them.
         augment: see there.
     """
 
@@ -71,6 +73,7 @@ class DataConfig:
     max_pixels: int = PILLOW_PIXELS
     max_skipped: int = 100
     workers: int = 0
+    changed: Literal["refuse", "accept"] = "refuse"
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:

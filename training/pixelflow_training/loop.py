@@ -107,7 +107,7 @@ def train(
             take_first_weights(model, config, ranks)
         ranks.first_does(lambda: stack.enter_context(run) and None)
         state = TrainState(config, model.to(ranks.device), ranks)
-        checkpoints = stack.enter_context(Checkpointer(run.checkpoints, config, ranks))
+        checkpoints = stack.enter_context(Checkpointer(run.checkpoints, config, ranks, train_set.listing))
         begin_or_go_on(run, checkpoints, state, config, from_step)
         train_step = TrainStep(state, config, ranks)
         state.ema.model.operations = evaluating_operations(config, ranks.device)

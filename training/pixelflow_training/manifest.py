@@ -17,6 +17,7 @@ from pixelflow_engine.config import ModelConfig
 from pixelflow_engine.errors import CheckpointError, ConfigError
 
 from .config import TrainConfig
+from .data.listing import Listing, differences
 from .files import sync
 
 MANIFEST = "manifest.json"
@@ -26,8 +27,10 @@ FORMAT = 1
 # which changes rounding, as another device does.
 FREE = (
     "log_every", "eval_every", "loggers", "checkpoint", "guard", "samples", "compute",
-    "data.workers", "data.max_skipped",
+    "data.workers", "data.max_skipped", "data.changed",
 )  # fmt: skip
+
+SHOWN = 5  # of the parts of the data that differ
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +43,8 @@ class Manifest:
         recipe: the configuration as plain data.
         versions: of this package, torch and Python, for whoever looks for the reason of different bits.
         files: SHA-256 of every other file of the folder.
+        data: the listing of what it was trained on; None where there are no files, and in checkpoints of versions that
+            kept none.
     """
 
     format: int
@@ -47,11 +52,15 @@ class Manifest:
     recipe: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, str]
+    data: Listing | None = None
 
     def render(self) -> str:
         """The file's text. It ends with its own digest, and there is one way to write it: any changed bit shows."""
-        body = json.dumps(asdict(self), sort_keys=True, allow_nan=False)
-        return json.dumps(asdict(self) | {"sha256": _digest(body.encode())}, indent=1, sort_keys=True) + "\n"
+        contents = asdict(self)
+        if self.data is None:  # what versions without listings have written stays what it was
+            del contents["data"]
+        body = json.dumps(contents, sort_keys=True, allow_nan=False)
+        return json.dumps(contents | {"sha256": _digest(body.encode())}, indent=1, sort_keys=True) + "\n"
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
@@ -60,7 +69,7 @@ def plain(config: TrainConfig) -> dict[str, Any]:
     return data
 
 
-def write_manifest(folder: Path, step: int, config: TrainConfig) -> None:
+def write_manifest(folder: Path, step: int, config: TrainConfig, data: Listing | None = None) -> None:
     """Digest every file of a folder, write the manifest beside them and bring all of it to the disk."""
     manifest = Manifest(
         format=FORMAT,
@@ -72,6 +81,7 @@ def write_manifest(folder: Path, step: int, config: TrainConfig) -> None:
             "python": platform.python_version(),
         },
         files={file.name: file_digest(file) for file in sorted(folder.iterdir())},
+        data=data,
     )
     (folder / MANIFEST).write_text(manifest.render(), encoding="utf-8")
     # All files, not the manifest alone: torch's writer synchronizes a file while its end is still buffered.
@@ -125,14 +135,19 @@ def check_recipe(folder: Path, manifest: Manifest, config: TrainConfig) -> None:
     """Refuse to go on with another recipe.
 
     Free are the keys that change no number: ``log_every``, ``eval_every``, ``loggers``, ``checkpoint``, ``guard``,
-    ``samples``, ``data.workers`` and ``data.max_skipped``; ``compute``, which changes rounding; and ``steps`` under a
-    constant learning rate, so that a finished run can be made longer. A key that an earlier version did not have yet
-    has its default, which is what that version did.
+    ``samples``, ``data.workers`` and ``data.max_skipped``; ``compute``, which changes rounding; ``steps`` under a
+    constant learning rate, so that a finished run can be made longer; and ``data.path`` where :func:`check_data` knows
+    better whether the images are the same. A key that an earlier version did not have yet has its default, which is
+    what that version did.
 
     Raises:
         ConfigError: naming every key that differs, with both values, one that this version does not know too.
     """
-    free = (*FREE, "steps") if config.optimizer.schedule == "constant" else FREE
+    free = [*FREE]
+    if config.optimizer.schedule == "constant":
+        free.append("steps")
+    if manifest.data is not None:
+        free.append("data.path")
     defaults = plain(TrainConfig(model=ModelConfig(num_attention_heads=1, attention_head_dim=8, depth=1)))
     before, now = _flat(defaults) | _flat(manifest.recipe), _flat(plain(config))
     changed = [
@@ -142,6 +157,27 @@ def check_recipe(folder: Path, manifest: Manifest, config: TrainConfig) -> None:
     ]
     if changed:
         raise ConfigError(f"{folder}: written by another recipe: {'; '.join(changed)}")
+
+
+def check_data(folder: Path, manifest: Manifest, data: Listing | None, changed: str) -> None:
+    """Refuse to go on with other images, which would make what comes depend on when the run was stopped.
+
+    Args:
+        folder, manifest: the checkpoint; one without a listing is held against nothing.
+        data: the listing of what there is.
+        changed: the recipe's ``data.changed``.
+
+    Raises:
+        ConfigError: naming the parts that were added, changed or removed.
+    """
+    if manifest.data is None or data is None or changed == "accept":
+        return
+    if found := differences(data, manifest.data):
+        more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise ConfigError(
+            f"{folder}: written with other images: {'; '.join(found[:SHOWN])}{more}; to go on with those that "
+            "are there now, pass data.changed=accept"
+        )
 
 
 def file_digest(path: Path) -> str:

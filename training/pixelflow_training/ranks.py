@@ -22,8 +22,12 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=10)
 """How long a rank waits for the others in one exchange before it gives up on them."""
 
+ERRAND = timedelta(hours=2)
+"""How long it waits while the first one does something for all, or a checkpoint is written: as long as the disk takes.
+Whoever ends meanwhile is missed at once, by the connections to it."""
 
-class RankLostError(RuntimeError):
+
+class RankLostError(ConnectionError):
     """Another rank has ended, or cannot be reached."""
 
 
@@ -36,6 +40,7 @@ class Ranks:
         world_size: how many there are.
         device: where this one computes.
         control: the group in which ranks agree with each other; None for a process alone.
+        errands: the group in which the first rank tells what it has done for all.
         saving: the group in which checkpoints are written meanwhile, by a thread of their own.
     """
 
@@ -43,6 +48,7 @@ class Ranks:
     world_size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    errands: dist.ProcessGroup | None = None
     saving: dist.ProcessGroup | None = None
 
     @property
@@ -81,7 +87,7 @@ class Ranks:
                 said[0] = what()
             except Exception as error:
                 said[1] = error
-        dist.broadcast_object_list(said, src=0, group=self.control)
+        dist.broadcast_object_list(said, src=0, group=self.errands)
         if said[1] is not None:
             raise said[1]
         found: T = said[0]
@@ -97,29 +103,31 @@ def join(config: TrainConfig) -> Iterator[Ranks]:
     """Meet the other ranks, if torchrun has started this process, and part from them at the end.
 
     Raises:
-        ConfigError: ``batch_size`` has not an image for every rank, or ``compute.shard`` does not divide their number.
+        ConfigError: ``batch_size`` has not an image for every rank, ``compute.shard`` does not divide their number, or
+            ``compute.device`` names one GPU for several ranks.
         ValueError: there is no such device.
         RankLostError: an exchange with the other ranks inside ``with`` has failed.
     """
     named, shard = config.compute.device, config.compute.shard
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if named == "auto" else named
+    named = ("cuda" if torch.cuda.is_available() else "cpu") if named == "auto" else named
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         if shard > 1:
             raise ConfigError(f"compute.shard: got {shard}, but there is one process; torchrun starts more")
-        yield Ranks(0, 1, place(kind))
+        yield Ranks(0, 1, numbered(place(named)))
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world_size > config.batch_size:
         raise ConfigError(f"batch_size: got {config.batch_size}, expected at least {world_size}, an image a rank")
     if world_size % shard:
         raise ConfigError(f"compute.shard: got {shard}, expected a divisor of {world_size}, the number of ranks")
-    device = place(f"cuda:{os.environ['LOCAL_RANK']}" if kind == "cuda" else kind)
+    device = numbered(place(of_this_rank(named)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        control, saving = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
-        yield Ranks(rank, world_size, device, control, saving)
+        waits = PATIENCE, ERRAND, ERRAND
+        control, errands, saving = (dist.new_group(backend="gloo", timeout=wait) for wait in waits)
+        yield Ranks(rank, world_size, device, control, errands, saving)
     except RuntimeError as error:
         if not _of_an_exchange(error):
             raise
@@ -129,6 +137,23 @@ def join(config: TrainConfig) -> Iterator[Ranks]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def numbered(device: torch.device) -> torch.device:
+    """A GPU by its number: tensors on ``cuda`` say that they are on ``cuda:0``, which is not equal to it."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def of_this_rank(named: str) -> str:
+    """The device of a rank: each has the GPU of its number on this machine."""
+    if named == "cuda":
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    here = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    if named.startswith("cuda") and int(here) > 1:
+        raise ConfigError(
+            f"compute.device: got {named} for {here} ranks on this machine, expected cuda: each takes a GPU of its own"
+        )
+    return named
 
 
 def _of_an_exchange(error: RuntimeError) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pixelflow_engine.errors import ConfigError
 
 from .decode import SUFFIXES, decode
+from .listing import Listing, describe, size_of
 from .names import Names
 from .source import UnreadableImageError
 
@@ -48,6 +49,7 @@ class FolderSource:
         counts = torch.tensor([len(images) for images in members])
         self.labels: Tensor = torch.arange(len(classes)).repeat_interleave(counts)
         self._names = Names(name for images in members for name in images)
+        self._classes = classes
 
     def name(self, sample: int) -> str:
         """Path below the root."""
@@ -60,6 +62,14 @@ class FolderSource:
                 return decode(file, self.channels, self.max_pixels)
         except OSError as error:
             raise UnreadableImageError(error.strerror or str(error)) from error
+
+    def listing(self) -> Listing:
+        """See :func:`~.listing.listing_of`; asks for the size of every file."""
+        ends = torch.bincount(self.labels).cumsum(0).tolist()
+        return {
+            name: describe((image, size_of(self.root / image)) for image in map(self.name, range(begin, end)))
+            for name, begin, end in zip(self._classes, [0, *ends], ends, strict=False)
+        }
 
 
 def _images_below(root: Path, name: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -74,6 +75,7 @@ class Loader:
             sampler=coming,
             num_workers=min(config.data.workers, len(coming)),
             collate_fn=_as_it_is,
+            worker_init_fn=_end_with_the_parent,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or the global one would move
             multiprocessing_context="spawn",
@@ -94,6 +96,10 @@ class Loader:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def listing(self) -> dict[str, str] | None:
+        """That of ``data``."""
+        return self.data.listing()
 
     def take(self, plan: Plan) -> Taken:
         """The images of a plan, which must be that of the next step.
@@ -141,6 +147,21 @@ def _undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, on_death)
+
+
+def _end_with_the_parent(_: int) -> None:
+    """End this worker as soon as its trainer has ended, however that was.
+
+    torch's own watch begins when a worker is up, and would take whoever has adopted it by then for its trainer.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a worker was started by somebody
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="trainer's end", daemon=True).start()
 
 
 def _as_it_is(taken: Any) -> Any:

@@ -9,6 +9,7 @@ from pixelflow_training.config import TrainConfig
 from pixelflow_training.plan import Plan
 
 from .crop import prepare
+from .listing import Listing, listing_of
 from .source import ImageSource, SkippedImage, Taken, UnreadableImageError
 
 
@@ -32,6 +33,10 @@ class PreparedImages:
 
     def __len__(self) -> int:
         return self.samples.shape[0]
+
+    def listing(self) -> Listing:
+        """What files the source has, used or not: which ones are used depends on all of them."""
+        return listing_of(self.source)
 
     def take(self, plan: Plan) -> Taken:
         """The images of a plan. Where more are skipped than ``data.max_skipped`` allows, the rest of them is black.

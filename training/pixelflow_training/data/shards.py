@@ -16,6 +16,7 @@ from torch import Tensor
 from pixelflow_engine.errors import ConfigError
 
 from .decode import SUFFIXES, decode
+from .listing import Listing, describe
 from .names import Names
 from .source import UnreadableImageError
 
@@ -82,6 +83,16 @@ class ShardSource:
         except OSError as error:
             raise UnreadableImageError(error.strerror or str(error)) from error
         return decode(io.BytesIO(content), self.channels, self.max_pixels)
+
+    def listing(self) -> Listing:
+        """See :func:`~.listing.listing_of`. An image's class counts as well: the tar says it, not the order."""
+        numbers = self._places[:, 0].contiguous()
+        found = {}
+        for number, shard in enumerate(self._shards):
+            begin, end = torch.searchsorted(numbers, torch.tensor([number, number + 1])).tolist()
+            images = ((f"{self._names[i]}\0{self.labels[i]}", int(self._places[i, 2])) for i in range(begin, end))
+            found[shard.name] = describe(images)
+        return found
 
 
 def _members(shard: Path, descriptor: int) -> Iterator[Member]:

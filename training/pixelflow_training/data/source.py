@@ -19,7 +19,8 @@ class UnreadableImageError(Exception):
 class ImageSource(Protocol):
     """Labelled images by number, of any size. Whoever implements it can be trained on: ``train(source=...)``.
 
-    With ``data.workers`` above 0 it is pickled, once for each worker.
+    With ``data.workers`` above 0 it is pickled, once for each worker. If it has a method ``listing()``, which says in a
+    ``dict[str, str]`` what there is, part by part, a run that goes on is held against it; else against the labels.
 
     Attributes:
         labels: ``[N]`` int64, from 0 to ``model.num_classes - 1``; their number is that of the images.
@@ -71,6 +72,9 @@ class TrainingImages(Protocol):
 
     def __len__(self) -> int: ...
 
+    def listing(self) -> dict[str, str] | None:
+        """What files there are, as in :mod:`.listing`; None for images that a version of this package makes."""
+
     def take(self, plan: Plan) -> Taken:
         """The images of a plan."""
 
@@ -89,6 +93,9 @@ class ImageSet:
 
     def __len__(self) -> int:
         return self.labels.shape[0]
+
+    def listing(self) -> None:
+        """There are no files."""
 
     def take(self, plan: Plan) -> Taken:
         """The images of a plan."""
