@@ -65,7 +65,7 @@ ON_CPU = (
     Suite(("training",), 60, 0.5, opponent=True),
     Suite(("memory",), 60, 0.5),
     Suite(("coldstart",), 75, 0.7),
-    Suite(("distance",), 75, budgeted=False),
+    Suite(("distance",), 90, budgeted=False),
     Suite(("blocks",), 30, budgeted=False, opponent=True),
 )
 

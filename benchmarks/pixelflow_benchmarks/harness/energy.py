@@ -19,7 +19,7 @@ from .timing import Call, wait_for
 WINDOW = 2.0
 """Seconds of running that a figure is taken over, at least."""
 PATIENCE = 2.0
-"""Seconds that are waited for a step of the counter, one long run beside: a counter that stands still says nothing."""
+"""Seconds beyond the window that are waited for a step of the counter: one that stands still says nothing."""
 
 
 def joules_of(run: Call, device: torch.device, window: float = WINDOW) -> dict[str, Any]:
