@@ -247,6 +247,36 @@ def test_a_step_moves_weights_as_adam_can() -> None:
         assert said in fault
 
 
+def test_variants_train_the_same_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by a model of its own, one of them in bf16; moments, averages and counts are everybody's."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    who = TrainingOpponents(TINY.config, WEIGHTS, torch.bfloat16, CPU, None)
+    problem = replace(TINY, dtype=torch.bfloat16)
+    one, other = (who.run(name, problem) for name in (PLAIN, "engine, compiled"))
+    assert isinstance(one, EngineRun)
+    assert isinstance(other, EngineRun)
+    assert one.model is not other.model
+    for each in (one, other):
+        each.step(UNTIMED)
+    assert one.train_step.state.ema.step == other.train_step.state.ema.step == 2
+    assert one.parameters.keys() == other.parameters.keys() == who.parameters.keys()
+    assert all(one.parameters[name] is other.parameters[name] is p for name, p in who.parameters.items())
+    who.reset()
+    one.gradients(problem.fixed_batch())
+    for name, p in one.model.named_parameters():
+        assert torch.equal(p, WEIGHTS[name].bfloat16()), "the copy computes with weights of before"
+    larger = who.run(PLAIN, replace(problem, batch=6))
+    assert isinstance(larger, EngineRun)
+    assert larger.model is one.model, "what was compiled and copied serves all sizes"
+    assert (larger.train_step.config.batch_size, one.train_step.config.batch_size) == (6, 4)
+
+
+def test_graphs_are_absent_where_there_are_none() -> None:
+    who = opponents()
+    assert who.run("engine, triton, graphs", TINY) is None
+    assert "backend: 'triton' cannot run" in who.absent["engine, triton, graphs"]
+
+
 def test_the_engines_step_is_that_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four steps here and four of ``pixelflow train`` on the same images end with the same averages, bit for bit."""
     recipe = replace(TINY.recipe, steps=4, eval_every=4)

@@ -298,6 +298,23 @@ def test_going_on_from_a_copy_of_its_tensors() -> None:
     assert one.counters.tolist() == other.counters.tolist()
 
 
+def test_moments_of_somebody_else() -> None:
+    """They are gone on with in place; their gradients' norm can be had before, wherever gradients lie by then."""
+    one = FusedAdamW(parameters(), lr=LR, **SETTINGS)
+    one.update(draw(0))
+    moments = [m.clone() for m in one.exp_avgs], [v.clone() for v in one.exp_avg_sqs]
+    other = FusedAdamW([p.clone() for p in one.parameters], moments=moments, lr=LR, **SETTINGS)
+    other.counters.copy_(one.counters)
+    for step in (1, 2):
+        gradients = draw(step)
+        norm = other.norm(gradients)
+        assert_same_bits(norm, gradient_norm(gradients))
+        assert_same_bits(other.update([g.clone() for g in gradients], norm), one.update(gradients))
+    assert_equal_state(one, other)
+    for mine, given in zip((*other.exp_avgs, *other.exp_avg_sqs), (*moments[0], *moments[1]), strict=True):
+        assert mine is given
+
+
 def test_a_parameter_of_a_model() -> None:
     """It requires grad, it is changed in place, and autograd is told so."""
     layer = nn.Linear(4, 3)
@@ -362,6 +379,8 @@ def changed(i: int, tensor: Any) -> list[Any]:
         (lambda: FusedAdamW(changed(0, torch.ones(6, 4).T)), r"parameters\[0\]: got strides \(1, 4\), expected a"),
         (lambda: FusedAdamW(changed(1, torch.ones(5, device="meta"))), r"parameters\[1\]: got device meta, expected"),
         (lambda: FusedAdamW(ONE, changed(1, torch.ones(6))), r"averages\[1\]: got shape \(6,\), expected \(5,\)"),
+        (lambda: FusedAdamW(ONE, moments=(ONE, ONE)), r"got memory that is also that of"),
+        (lambda: FusedAdamW(ONE, moments=(ONE[:1], ONE)), r"exp_avgs: got 1 tensors, expected 2, as many as p"),
         (lambda: FusedAdamW(ONE, ONE[:1]), r"averages: got 1 tensors, expected 2, as many as parameters"),
         (lambda: FusedAdamW(ONE, ONE), r"\[\d\]: got memory that is also that of \w+\[\d\]"),
         (lambda: FusedAdamW([ONE[0], ONE[0][1]]), r"parameters\[1\]: got memory that is also that of parameters\[0\]"),

@@ -79,6 +79,7 @@ class TrainingOpponents:
         self._reference = random_reference(config, weights, torch.float32).requires_grad_(True)
         self.parameters: dict[str, nn.Parameter] = dict(self._reference.named_parameters())
         self._steps: dict[str, TrainStep] = {}
+        self._shared: TrainState | None = None
         self._process: PublicProcess | None = None
 
     def run(self, name: str, problem: TrainingProblem) -> TrainingRun | None:
@@ -110,22 +111,24 @@ class TrainingOpponents:
         """A variant's step for batches of this size. What it has compiled and copied serves those of all sizes."""
         dtype: Literal["float32", "bfloat16"] = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
         recipe = replace(problem.recipe, compute=replace(ENGINES[name], device=str(self.device), dtype=dtype))
-        if name not in self._steps:
-            check_step(recipe, Ranks(0, 1, self.device))
-            self._steps[name] = TrainStep(self._state(recipe), recipe)
-        step = self._steps[name]
-        return TrainStep(step.state, recipe) if step.graphs is not None else step.for_recipe(recipe)
+        if name in self._steps:
+            return self._steps[name].for_recipe(recipe)
+        check_step(recipe, Ranks(0, 1, self.device))
+        step = TrainStep(self._state(recipe), recipe)
+        if step.graphs is None:  # which are of one size
+            self._steps[name] = step
+        return step
 
     def _state(self, recipe: TrainConfig) -> TrainState:
         """A state whose model is a variant's own; its tensors, the moments and the averages are everybody's."""
         with torch.device("meta"):
             model = PackedTransformer(self.config.model)
         model.load_state_dict(self.parameters, strict=True, assign=True)
-        for step in self._steps.values():
-            state = copy.copy(step.state)
-            state.model = model
-            return state
-        return TrainState(recipe, model)
+        if self._shared is None:
+            self._shared = TrainState(recipe, model)
+        state = copy.copy(self._shared)
+        state.model = model
+        return state
 
     def _public(self) -> PublicProcess:
         if self.public is None:
