@@ -113,10 +113,10 @@ class ProgramStore:
         if self._borrower == threading.get_ident():
             raise RuntimeError("close: got a call from a callback, whose steps are replayed; expected it afterwards")
         with self._lock:
+            if self.capture is not None:
+                self.capture.close()  # before their tensors are given up: what replays them may still run
             self.programs.clear()
             self.prompts.clear()
-            if self.capture is not None:
-                self.capture.close()
 
 
 class PackedStages:

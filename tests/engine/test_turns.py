@@ -87,6 +87,22 @@ def test_a_turn_that_fails_is_followed_too() -> None:
     assert len(capture.turns) == 1 + 2 * STAGES
 
 
+def test_tensors_outlive_what_replays_them() -> None:
+    """Closing a capture waits for all streams; until then nothing is given up that they may read."""
+    engine = packed_engine(capture := RecordingCapture())
+    sampled(engine, CALLS[0])
+    held, close = [], capture.close
+
+    def closing() -> None:
+        held.append(len(engine._programs.programs))
+        close()
+
+    capture.close = closing  # type: ignore[method-assign]
+    engine.close()
+    assert held == [STAGES]
+    assert not engine._programs.programs
+
+
 @pytest.mark.parametrize("turns", [[("left", 1, 0), ("followed", 2, 5), ("left", 2, 2)], [("left", 1, 0)] * 2])
 def test_the_check_can_fail(turns: list[tuple[str, int, int]]) -> None:
     with pytest.raises(AssertionError):
