@@ -18,14 +18,15 @@ from torch.library import custom_op
 from .operations import Linear, SideBySide
 
 ONEDNN = torch.backends.mkldnn.is_available()
+PROCESSORS = Path("/proc/cpuinfo")
+"""Where Linux says who made them."""
 
 
 def ahead() -> bool:
-    """Whether oneDNN is to be preferred to MKL on this machine's processors: they are not MKL's maker's, or unknown."""
-    if not ONEDNN:
-        return False
-    known = Path("/proc/cpuinfo")  # where there is none, as on a Mac, there is no MKL in general
-    return not (torch.backends.mkl.is_available() and known.exists() and "GenuineIntel" in known.read_text())
+    """Whether oneDNN is to be preferred to MKL: on processors of another maker than MKL's, or of an unknown one."""
+    if not ONEDNN or not torch.backends.mkl.is_available():
+        return ONEDNN
+    return not (PROCESSORS.exists() and "GenuineIntel" in PROCESSORS.read_text())
 
 
 def multiplies(x: Tensor, layer: Linear) -> bool:

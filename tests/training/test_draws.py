@@ -43,6 +43,16 @@ def test_fewer_words_are_the_first_of_more(count: int) -> None:
     assert torch.equal(words(7, Purpose.AFFINE, places(3, 4), count), more[:, :count])
 
 
+def test_purposes_drawn_together_have_the_words_that_they_have_apart() -> None:
+    counts = {Purpose.NOISE: 2, Purpose.AFFINE: 9, Purpose.TIME: 1, Purpose.CROP: 4}
+    at = places(*PLACES)
+    together = draws.words_for(SEEDS[-1], counts, at)
+    assert list(together) == list(counts)
+    for purpose, count in counts.items():
+        assert torch.equal(together[purpose], words(SEEDS[-1], purpose, at, count))
+    assert {p: w.shape for p, w in draws.words_for(1, counts, at[:0]).items()} == {p: (0, n) for p, n in counts.items()}
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_numbers_are_their_words_in_whole_arithmetic(seed: int) -> None:
     for position in PLACES:
