@@ -72,6 +72,11 @@ def fill_disk_late(folder: Path) -> None:
     at_step(3, full.__enter__)
 
 
+def fill_disk_for_the_log(folder: Path) -> None:
+    """Room for three lines of it."""
+    Disk(folder / "run" / "log.jsonl", 3, "full").__enter__()
+
+
 def poison(folder: Path) -> None:
     """Batches from step 3 on have a target that is not finite."""
     honest = loop.training_batch
@@ -133,6 +138,15 @@ def test_no_room_for_the_manifest_is_told_by_all(tmp_path: Path) -> None:
     for rank in (0, 1):
         assert said(tmp_path, rank).endswith(NO_ROOM)
     assert saved(tmp_path / "run") == "step-00000002"
+
+
+def test_no_room_for_the_log(tmp_path: Path) -> None:
+    tiny_recipe(tmp_path)
+    assert in_ranks(1, tmp_path, command, OVERRIDES, fill_disk_for_the_log) == [2]
+    log = tmp_path / "run" / "log.jsonl"
+    assert said(tmp_path) == f"pixelflow: [Errno 28] No space left on device: '{log}'\n"
+    assert saved(tmp_path / "run") == "step-00000002"
+    assert len(lines(tmp_path / "run")) == 3
 
 
 def test_batches_that_are_not_finite_on_one_rank(tmp_path: Path) -> None:

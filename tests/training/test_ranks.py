@@ -97,6 +97,7 @@ def test_groups_that_share_a_copy_train_as_one_and_so_do_parts(alone: Path, tmp_
         rounding = 1e-6 * 10 ** min(one["step"] - 1, 3)
         assert one["loss"] == pytest.approx(two["loss"], rel=rounding), one["step"]
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=10 * rounding), one["step"]
+    assert saved(tmp_path), "of every tensor, one of those who have it has written its part"
 
 
 def test_the_same_again_gives_the_same_bits(whole: Path, way: list[str], tmp_path: Path) -> None:

@@ -155,9 +155,16 @@ class Log:
             return [record for record in map(json.loads, file) if record.get("event") == event]
 
     def write(self, record: dict[str, object]) -> None:
-        """Append a line, seen by readers at once."""
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        """Append a line, seen by readers at once.
+
+        Raises:
+            OSError: with the file's name, which Python does not say of a disk that is full.
+        """
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         self._tell(record)
 
     def _tell(self, record: Mapping[str, Any]) -> None:
