@@ -144,7 +144,7 @@ class PackedStages:
         self.condition = condition
         self.store = store
         self._projected: ProjectedPrompts | None = None
-        self._prompts: dict[int, Prompts | None] = {}
+        self._prompts: dict[int, Prompts] = {}
 
     def run(self, states: States, stage: StagePlan, on_step: OnStep) -> StageOutcome:
         """All groups of images in one pack."""
@@ -158,9 +158,13 @@ class PackedStages:
 
     def _prompts_of(self, guided: int) -> Prompts | None:
         """Those of a pack with so many null halves; each is projected in the first stage of a call."""
+        text, null = self.condition.text, self.condition.null_text
+        if text is None:
+            return None
         if guided not in self._prompts:
-            projected = self._projected or ProjectedPrompts.of(self.model, self.condition)
-            self._prompts[guided] = None if projected is None else projected.pack(guided)
+            with named("text"):
+                projected = self._projected or ProjectedPrompts(self.model, text, null)
+                self._prompts[guided] = projected.pack(guided)
             if any(stage.guided != guided for stage in self.plan.stages):  # another stage will want other packs of them
                 self._projected = projected
         return self._prompts[guided]

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from .model import PackedTransformer, Prompts
 from .operations import Text
-from .plan import Condition
-from .ranges import named
 from .uploads import numbers
 
 
@@ -40,14 +38,8 @@ class ProjectedPrompts:
         self.mask = whole.mask
         self.shape = whole.states.shape[:2]
         tokens = _Tokens(whole.states.flatten(0, 1))
-        with named("text"):
-            attentions = [block.attn2 for block in model.blocks if block.attn2 is not None]
-            self.keys = tuple(attention.text_keys(tokens, self.operations) for attention in attentions)
-
-    @classmethod
-    def of(cls, model: PackedTransformer, condition: Condition) -> ProjectedPrompts | None:
-        """Those of a condition; None for one without text."""
-        return None if condition.text is None else cls(model, condition.text, condition.null_text)
+        attentions = [block.attn2 for block in model.blocks if block.attn2 is not None]
+        self.keys = tuple(attention.text_keys(tokens, self.operations) for attention in attentions)
 
     def pack(self, guided: int) -> Prompts:
         """Those of a pack: the empty prompt of each guided image, then every image's own."""
