@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +29,7 @@ from pixelflow_benchmarks.commands.everything import (
     run_suites,
     run_within,
 )
+from support.packs import draws
 
 
 class Clock:
@@ -84,6 +87,7 @@ def test_something_comes_of_every_suite_in_ten_minutes(
     assert clock.now <= 600 + lost
 
 
+@draws(100)
 @given(
     leasts=st.lists(st.floats(0, 100), min_size=1, max_size=8),
     shares=st.lists(st.floats(0, 1), min_size=8, max_size=8),
@@ -134,9 +138,23 @@ def test_a_command_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
     reader.start()  # it waits for the child to open the pipe, then for its end
 
-    assert run_within(["sh", "-c", f"sleep 600 > {shlex.quote(str(pipe))} & wait"], 5) is None
+    assert run_within(["sh", "-c", f"sleep 600 > {shlex.quote(str(pipe))} & wait"], 30) is None
     reader.join(60)
     assert read == [""]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_who_is_told_to_end_ends_what_it_runs(number: signal.Signals, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    line = ["sh", "-c", f"sleep 600 > {shlex.quote(str(pipe))} & wait"]
+    code = f"from pixelflow_benchmarks.commands.everything import run_within; run_within({line!r}, 600)"
+    # The pipe opens once the command has it open, and ends with its last holder.
+    with subprocess.Popen([sys.executable, "-c", code]) as process, pipe.open() as held:
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+        assert select.select([held], [], [], 60)[0]
+        assert held.read() == ""
 
 
 def test_a_command_that_ends_says_how() -> None:

@@ -115,6 +115,28 @@ def test_who_cannot_run_is_named_once() -> None:
     assert [r["kind"] for r in second] == ["measurement"]
 
 
+def test_who_lacks_memory_in_one_case_is_asked_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    who = tiny_opponents()
+    made = ImageOpponents.call
+
+    def call(self: ImageOpponents, name: str, problem: ImageProblem) -> Any:
+        if name == EXACT and problem.batch == 2:
+            raise RuntimeError("out of memory")
+        return made(self, name, problem)
+
+    monkeypatch.setattr(ImageOpponents, "call", call)
+    first, second = (
+        list(measure_images(replace(PROBLEM, batch=batch), who, (EXACT,), CEILINGS, repeats=1)) for batch in (2, 1)
+    )
+    assert first[0] == {
+        "kind": "absent",
+        "variant": EXACT,
+        "reason": "RuntimeError: out of memory",
+        "case": replace(PROBLEM, batch=2).case,
+    }
+    assert [(r["kind"], r["variant"]) for r in second] == [("measurement", REFERENCE), ("measurement", EXACT)]
+
+
 def test_the_published_code_makes_images_in_its_own_process() -> None:
     """Of which the first are fetched, to be compared."""
 

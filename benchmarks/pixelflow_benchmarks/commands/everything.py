@@ -11,9 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -129,8 +130,12 @@ def parts_of(left: float, suite: Suite, later: Sequence[Suite]) -> tuple[float, 
 
 
 def run_within(line: Sequence[str], limit: float) -> int | None:
-    """Run a command; its exit status, or None where it was ended, with all that it had started, after ``limit``."""
-    with subprocess.Popen(line, start_new_session=True) as process:
+    """Run a command; its exit status, or None where it was ended, with all that it had started, after ``limit``.
+
+    Raises:
+        SystemExit: this process was told to end; so was the command.
+    """
+    with _signals_raise(), subprocess.Popen(line, start_new_session=True) as process:
         try:
             return process.wait(limit)
         except BaseException as error:
@@ -140,6 +145,21 @@ def run_within(line: Sequence[str], limit: float) -> int | None:
             if isinstance(error, subprocess.TimeoutExpired):
                 return None
             raise
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """A session of its own hears of no signal to this process's group: it must be ended by who is left."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def line_of(suite: Suite, device: str, output: Path, seconds: float, public: Path | None) -> list[str]:

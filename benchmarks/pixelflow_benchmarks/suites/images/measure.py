@@ -53,8 +53,12 @@ def measure_images(
         try:
             calls[name] = opponents.call(name, problem)
         except (BackendUnavailableError, RuntimeError, ValueError) as error:
-            opponents.absent[name] = first_line(error)
-            yield {"kind": "absent", "variant": name, "reason": opponents.absent[name]}
+            record: Record = {"kind": "absent", "variant": name, "reason": first_line(error)}
+            if isinstance(error, BackendUnavailableError) or name == PUBLIC:  # nowhere, not in this case alone
+                opponents.absent[name] = record["reason"]
+            else:
+                record["case"] = problem.case
+            yield record
     yield from check_and_time(problem, calls, partial(opponents.truth, problem), ceilings, repeats, deadline)
 
 
