@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pixelflow_engine.flops import PEAKS
+
 from .results import Record
 from .tables import TextTable
 
-WHOSE = "H100"
-PEAK_FLOPS = 989e12
-"""Operations a second that an H100's data sheet has for dense bfloat16 products: training's share is of these."""
+WHOSE, DEVICE = "H100", "NVIDIA H100 80GB HBM3"
+PEAK_FLOPS = PEAKS[DEVICE]
+"""Operations a second that its data sheet has for dense bfloat16 products: training's share is of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ TRAINING_TIMES_PUBLIC = Target(3.0)
 
 def is_whose(head: Mapping[str, object]) -> bool:
     """Whether a run was on the GPU that the budget is of."""
-    return WHOSE in str(head.get("gpu", "")) and "HBM3" in str(head["gpu"])
+    return head.get("gpu") == DEVICE
 
 
 def applies(head: Mapping[str, object]) -> bool:
