@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pixelflow_kernels import philox
@@ -137,6 +138,9 @@ class PublicNoise:
         return upsample_renoise(x, noise, stage.alpha, stage.beta)
 
 
+_ROWS = 256
+
+
 def _block_factor() -> Tensor:
     """The Cholesky factor of a block's covariance, ``[4, 4]`` float32."""
     identity, ones = torch.eye(4), torch.ones(4, 4)
@@ -155,10 +159,20 @@ def _block_product() -> Callable[[Tensor, Tensor], Tensor]:
     The library multiplies one block fused or not by the processor, and many at once not always in the same way. So
     both ways there are of multiplying many are tried on a few.
     """
-    batched = (lambda factor, z: torch.matmul(factor, z[..., None])[..., 0], lambda factor, z: z @ factor.T)
-    factor, z = _block_factor(), torch.randn(512, 4, generator=torch.Generator().manual_seed(0))
+    factor, z = _block_factor(), torch.randn(3 * _ROWS - 7, 4, generator=torch.Generator().manual_seed(0))
     want = _one_by_one(factor, z)
-    return next((product for product in batched if torch.equal(product(factor, z), want)), _one_by_one)
+    return next((product for product in (_apart, _in_rows) if torch.equal(product(factor, z), want)), _one_by_one)
+
+
+def _apart(factor: Tensor, z: Tensor) -> Tensor:
+    """A product for each block, of a batch of them."""
+    return torch.matmul(factor, z[..., None])[..., 0]
+
+
+def _in_rows(factor: Tensor, z: Tensor) -> Tensor:
+    """One product for so many blocks, always as many: the library may take another routine for other numbers."""
+    parts = F.pad(z, (0, 0, 0, -len(z) % _ROWS)).split(_ROWS)
+    return torch.cat([part @ factor.T for part in parts])[: len(z)]
 
 
 def counter_normals(seeds: Sequence[int], stage: int, count: int, device: torch.device | str = "cpu") -> Tensor:
