@@ -148,6 +148,15 @@ def prompt(value: object, model: ModelConfig) -> Tensor:
     return value
 
 
+def same_device(name: str, values: Sequence[Tensor]) -> None:
+    """Refuse requests' tensors on several devices: they become one, and none is moved before all is checked."""
+    for i, value in enumerate(values):
+        if value.device != values[0].device:
+            raise ValueError(
+                f"requests[{i}]: {name}: got a tensor on {value.device}, expected {values[0].device}, as of requests[0]"
+            )
+
+
 def text(prefix: str, states: object, mask: object, model: ModelConfig) -> Text:
     """``<prefix>encoder_hidden_states [B, L, E]`` and ``<prefix>encoder_attention_mask [B, L]`` or None, as they came.
 

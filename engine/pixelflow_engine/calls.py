@@ -245,6 +245,7 @@ def _requested(call: Call, config: PixelFlowConfig) -> Asked:
         beside = {"hidden_states": call.encoder_hidden_states, "attention_mask": call.encoder_attention_mask}
         for name in (name for name, value in beside.items() if value is not None):
             raise ValueError(f"encoder_{name}: got one beside requests that have prompts, expected None")
+        arguments.same_device("encoder_hidden_states", prompts)
         states, mask = padded(prompts)
         plain = replace(plain, encoder_hidden_states=states, encoder_attention_mask=mask)
     condition, count = _condition(plain, config, [w for several in weights for w in several])

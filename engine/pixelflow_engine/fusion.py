@@ -29,7 +29,9 @@ def fuse(model: PackedTransformer) -> None:
     linears = [block.norm1.linear for block in model.blocks]
     model.all_modulations = side_by_side(*linears, model.proj_out_1)
     patch = model.patch_embed.proj
-    model.patch_embed.by_pixel = SideBySide(_by_pixel(patch.weight).contiguous(), patch.bias)
+    with torch.inference_mode(False):  # it is written to later, by whoever samples
+        by_pixel = _by_pixel(patch.weight).clone(memory_format=torch.contiguous_format)
+    model.patch_embed.by_pixel = SideBySide(by_pixel, patch.bias)
 
 
 @torch.no_grad()

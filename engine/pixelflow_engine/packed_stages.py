@@ -269,7 +269,7 @@ class Glance:
         now = torch.stack([state.status.double(), state.tau, state.step])
         self.seen[slot].copy_(now, non_blocking=True)
         if self.events:
-            self.events[slot].record()
+            self.events[slot].record(torch.cuda.current_stream(state.x.device))
         self.taken += 1
 
     def _answer(self, number: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -96,7 +96,8 @@ def sample(
         ConvergenceError: Dopri5 could not meet its tolerance.
     """
     status = torch.full((len(order),), ARRIVED, dtype=torch.int32, device=states[0].device)
-    watched = watched or callbacks.on_stage_end is not None or not clock.ahead
+    told = callbacks.on_step_end is not None or callbacks.on_stage_end is not None
+    watched = watched or told or not clock.ahead
     unread: list[_Passed] = []
     for number, stage in enumerate(plan.stages):
         began = clock.mark()

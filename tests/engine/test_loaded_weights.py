@@ -31,6 +31,13 @@ def test_weights_loaded_into_an_engine_that_has_run(graphs: bool, patch_size: in
     assert not torch.equal(engine(**CALL).images, found)
 
 
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_an_engine_made_without_autograd_is_called_with_it(patch_size: int) -> None:
+    with torch.inference_mode():
+        engine = packed_engine(seed=1, patch_size=patch_size)
+    assert_same_bits(engine(**CALL).images, packed_engine(seed=1, patch_size=patch_size)(**CALL).images)
+
+
 @pytest.mark.parametrize("to", ["checkpoint", "load"])
 def test_a_model_side_by_side_is_saved_and_loaded(to: str, tmp_path: Path) -> None:
     config = tiny_config(depth=2)

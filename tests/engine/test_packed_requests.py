@@ -231,6 +231,12 @@ REFUSED: dict[str, tuple[str, list[Any], dict[str, Any], str]] = {
     "empty prompt": ("text", [Request(encoder_hidden_states=torch.zeros(0, 12))], {}, r"requests\[0\]: encoder_hidden"),
     "integers": ("text", [Request(encoder_hidden_states=torch.zeros(2, 12).int())], {}, r"requests\[0\]: encoder"),
     "array": ("text", [Request(encoder_hidden_states=np.zeros((2, 12)))], {}, r"requests\[0\]: encoder"),
+    "prompts apart": (
+        "text",
+        [PROMPT, Request(encoder_hidden_states=torch.zeros(2, 12, device="meta"))],
+        {},
+        r"requests\[1\]: encoder_hidden_states: got a tensor on meta, expected cpu",
+    ),
     "two prompts": (
         "text",
         [PROMPT],

@@ -206,3 +206,7 @@ def test_a_failure_is_told_of_the_stage_where_it_happened(ahead: bool, clock: Ah
         with pytest.raises(FloatingPointError, match=r"^stage 0: images \[1\]"):
             next(engine.stream([2, 4, 1], num_inference_steps=1, seed=1))
         assert len(runs) == 1, "who looks at every stage is told at once"
+        runs.clear()
+        with pytest.raises(FloatingPointError, match=r"^stage 0: images \[1\]"):
+            engine([2, 4, 1], num_inference_steps=1, seed=1, callback_on_step_end=lambda event: None)
+        assert len(runs) == 1, "who looks at every step too: no step of his is of a stage after it"
