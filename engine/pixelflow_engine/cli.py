@@ -43,12 +43,12 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        from .errors import BackendUnavailableError, ConvergenceError
+        from .errors import BackendUnavailableError, CaptureError, ConvergenceError
 
-        mendable = (ValueError, OSError, ImportError, BackendUnavailableError, ConvergenceError, FloatingPointError)
-        if not isinstance(error, mendable):
+        ours = (BackendUnavailableError, CaptureError, ConvergenceError)
+        if not isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, *ours)):
             raise
-        print(f"pixelflow: {error}", file=sys.stderr)
+        print("\n".join([f"pixelflow: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,8 +1,8 @@
 """Floating-point operations of the model, from shapes, and what devices could do at most.
 
 A multiplication and an addition are two operations. Counted are matrix products and attention, which are all but a
-thousandth; of what is computed a second time to save memory, nothing: these are the operations that a step needs, not
-those that it takes.
+thousandth. Of what blocks compute a second time to save memory, nothing is counted; of attention's backward pass the
+scores are, as they are where FlashAttention's speed is told, because no implementation that one would use keeps them.
 """
 
 from __future__ import annotations

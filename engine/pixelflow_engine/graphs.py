@@ -64,10 +64,12 @@ class CudaCapture:
         with reported(), torch.cuda.device(self.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(2):
-                    launch()
-            torch.cuda.current_stream().wait_stream(side)
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(2):
+                        launch()
+            finally:  # whoever mends what a failure left must come after what was launched before it
+                torch.cuda.current_stream().wait_stream(side)
             try:
                 # Other threads may go on using the device: their calls do not end this capture.
                 with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):

@@ -19,6 +19,7 @@ from PIL import Image
 
 import pixelflow_engine
 from pixelflow_engine import PixelFlowEngine, StepEvent, cli, load_checkpoint, save_checkpoint
+from pixelflow_engine.errors import CaptureError
 from support.engines import tiny_engine
 
 LABELS = [4, 4, 0, 0]
@@ -495,6 +496,22 @@ def test_help_imports_no_torch(asked: str) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False"
     assert len(done.stdout.splitlines()) > 1
+
+
+def test_notes_of_an_error_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What went wrong on the way out, a checkpoint that could not be saved, say."""
+
+    def fail() -> None:
+        error = CaptureError("no graph")
+        error.add_note("and no checkpoint")
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(cli.metadata, "entry_points", lambda **_: ())
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "pixelflow: no graph\nand no checkpoint\n"
 
 
 def test_public_names_are_imported_when_they_are_asked_for() -> None:

@@ -19,6 +19,7 @@ from pixelflow_engine.cli import main
 from pixelflow_training import loop
 from pixelflow_training.collate import Batch
 from pixelflow_training.config import TrainConfig
+from pixelflow_training.run import Log
 from support.disk import Disk
 from support.pictures import photograph_tiles
 from support.ranks import in_ranks
@@ -147,6 +148,15 @@ def test_no_room_for_the_log(tmp_path: Path) -> None:
     assert said(tmp_path) == f"pixelflow: [Errno 28] No space left on device: '{log}'\n"
     assert saved(tmp_path / "run") == "step-00000002"
     assert len(lines(tmp_path / "run")) == 3
+
+
+def test_a_log_that_finds_no_room_is_named_though_it_is_closed_too(tmp_path: Path) -> None:
+    """By the device that is always full, which refuses what was kept for it once more when it is closed."""
+    log = Log(tmp_path / "log.jsonl", 0)
+    log._file.close()
+    log._file = Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115 - the log closes it
+    with pytest.raises(OSError, match=r"log\.jsonl"), log:
+        log.write({"event": "train", "step": 1})
 
 
 def test_batches_that_are_not_finite_on_one_rank(tmp_path: Path) -> None:

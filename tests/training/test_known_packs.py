@@ -49,6 +49,7 @@ SHAPES: dict[str, tuple[dict[str, Any], list[tuple[int, int]]]] = {
 @pytest.fixture(autouse=True)
 def no_graphs_of_other_tests() -> Iterator[None]:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 

@@ -15,7 +15,7 @@ from PIL import Image
 from pixelflow_engine import PixelFlowEngine
 from pixelflow_engine.errors import ConfigError
 from pixelflow_engine.output import to_uint8
-from pixelflow_training import loop
+from pixelflow_training import loop, samples
 from pixelflow_training.config import TrainConfig
 from pixelflow_training.samples import columns_of, sample_sheet
 from support.recipes import tiny_recipe
@@ -106,6 +106,20 @@ def test_weights_are_left_alone_and_images_that_fail_are_counted(tmp_path: Path)
     picture, failed = sample_sheet(config, weights, torch.device("cpu"))
     assert failed == 1
     assert np.asarray(picture).ndim == 2
+
+
+def test_a_picture_without_memory_does_not_end_the_training(
+    run: tuple[TrainConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config, never = run
+    monkeypatch.setattr(samples, "sample_sheet", full)
+    loop.train(config, tmp_path / "run", quiet=True)
+    told = [line for line in lines(tmp_path / "run") if line["event"] == "samples"]
+    assert told == [{"event": "samples", "step": step, "reason": "CUDA out of memory"} for step in (4, 6)]
+    assert digest(state_of(tmp_path / "run", config).tensors()) == digest(state_of(never, config).tensors())
 
 
 def test_a_model_without_classes_fills_its_columns(tmp_path: Path) -> None:

@@ -128,9 +128,10 @@ def test_what_is_static_stays_where_it_is_and_nothing_grows(recipe: Callable[...
         tensors = sum(issubclass(type(x), Tensor) for x in gc.get_objects())
         return [x.data_ptr() for x in (*step.model.parameters(), *state.model.parameters(), *gradients)], tensors
 
-    before = found()
+    addresses, tensors = found()
     go(step, config, *range(4, 8))
-    assert found() == before
+    assert found()[0] == addresses
+    assert found()[1] <= tensors  # fewer: what another test left behind has gone meanwhile
     assert (capture.captured, capture.replayed) == (3, 8)
     assert not flat(gradients).any(), "they are zeros between steps"
     assert {x.dtype for x in gradients} == {torch.bfloat16}, "of one part they are taken as they were computed"

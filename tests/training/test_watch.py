@@ -125,7 +125,7 @@ def test_saves_evaluations_and_pictures_are_not_training(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(loop, "training_batch", advancing(loop.training_batch, 1.0))
     monkeypatch.setattr(loop, "held_out_loss", advancing(loop.held_out_loss, 100.0))
-    monkeypatch.setattr(loop, "save_samples", advancing(lambda *_: ("samples/none.png", 0), 100.0))
+    monkeypatch.setattr(loop, "save_samples", advancing(lambda *_: {"file": "samples/none.png", "failed": 0}, 100.0))
     monkeypatch.setattr(Checkpointer, "save", advancing(Checkpointer.save, 100.0))
     monkeypatch.setattr(watch, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
     overrides = ["log_every=4", "eval_every=3", "steps=8", "checkpoint.every=2", "samples.every=5"]

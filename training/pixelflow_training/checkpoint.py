@@ -17,7 +17,6 @@ on are in ``RUN/model``, whose form is data alone.
 from __future__ import annotations
 
 import functools
-import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -43,11 +42,11 @@ from .data.listing import Listing
 from .files import remove_folder, replace_text, sync
 from .manifest import check_data, check_recipe, read_manifest, verify, write_manifest
 from .ranks import ALONE, Ranks
+from .run import STEP
 from .staging import Stager, share
 from .state import TrainState
 
 LATEST = "latest"
-NAME = re.compile(r"step-(\d{8,})")
 
 
 def name_of(step: int) -> str:
@@ -125,6 +124,7 @@ class Checkpointer:
                 except (OSError, RuntimeError) as failure:
                     error.add_note(str(failure))
         finally:
+            self._stager.close()
             self._warnings.__exit__(None, None, None)
 
     def _tidy(self) -> None:
@@ -205,7 +205,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, ascending."""
-        matches = [NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir()]
+        matches = [STEP.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir()]
         return sorted(int(match[1]) for match in matches if match)
 
     def restore(self, state: TrainState, from_step: int | None = None) -> bool:
@@ -279,7 +279,7 @@ class Checkpointer:
         if not pointer.exists():
             return self.folder / name_of(steps[-1]) if steps else None
         name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-        if not NAME.fullmatch(name):
+        if not STEP.fullmatch(name):
             raise CheckpointError(
                 f"{pointer}: got {name[:40]!r}, expected a checkpoint's name; choose one with --from-step "
                 f"(there is: {', '.join(map(str, steps)) or 'none'})"

@@ -44,7 +44,7 @@ class TensorBoard:
         step = record["step"]
         self._last = record.get("seconds", self._last)
         when = self._began + self._last
-        if record["event"] == "samples":
+        if record["event"] == "samples" and "file" in record:
             if (picture := self._run.path / record["file"]).is_file():
                 with Image.open(picture) as image:
                     pixels = np.asarray(image.convert("RGB"))

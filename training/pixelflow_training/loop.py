@@ -139,7 +139,7 @@ def train(
                     export(run, state, config, ranks)
             if due(config.samples.every, state, config):
                 with watch.pause():
-                    watch.samples(*save_samples(run, state, config, ranks))
+                    watch.samples(save_samples(run, state, config, ranks))
             told, written = ranks.total([stop.received is not None, checkpoints.is_written()])
             if written == ranks.world_size:
                 checkpoints.wait()

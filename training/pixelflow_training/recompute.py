@@ -37,5 +37,5 @@ def _keeping_products() -> Any:
 def _policy(_: object, operation: Any, *args: object, **kwargs: object) -> CheckpointPolicy:
     # By name: there is an attention operation for each backend and device, torch's among them.
     name = operation.name()
-    product = name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "pixelflow::onednn_linear")
+    product = name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
     return CheckpointPolicy.MUST_SAVE if product or "attention" in name else CheckpointPolicy.PREFER_RECOMPUTE

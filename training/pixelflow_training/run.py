@@ -6,6 +6,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ import yaml
 
 from .config import TrainConfig
 from .files import replace_text, sync
+
+STEP = re.compile(r"step-(\d{8,})")
+"""The name of a checkpoint's folder."""
 
 
 class RunDirectory:
@@ -88,7 +92,7 @@ class RunDirectory:
     @property
     def has_checkpoints(self) -> bool:
         """Whether there is one to go on from."""
-        return any(self.checkpoints.glob("step-*"))
+        return any(STEP.fullmatch(folder.name) for folder in self.checkpoints.glob("*"))
 
     def sample_path(self, step: int) -> Path:
         """Where the picture of a step belongs."""
@@ -145,9 +149,14 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        for follower in self._followers:
-            follower.close()
+        try:
+            self._file.close()
+        except OSError:  # a line that found no room is tried again, and would hide what is known of it
+            if error is None:
+                raise
+        finally:
+            for follower in self._followers:
+                follower.close()
 
     def records(self, event: str) -> list[dict[str, object]]:
         """What it holds of an event, in order."""

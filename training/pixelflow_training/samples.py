@@ -27,20 +27,24 @@ SMALLEST = 64
 """Pixels that an image of the picture has at least."""
 
 
-def save_samples(run: RunDirectory, state: TrainState, config: TrainConfig, ranks: Ranks) -> tuple[str, int]:
+def save_samples(run: RunDirectory, state: TrainState, config: TrainConfig, ranks: Ranks) -> dict[str, object]:
     """Sample the recipe's picture on the first rank and write it; all ranks take part.
 
     Returns:
-        its path inside the run directory, and how many of its images are not finite.
+        for the log: ``file``, its path inside the run directory, and how many of its images ``failed``; or the
+        ``reason`` why there is none: a picture that finds no memory beside the training does not end it.
     """
     weights = averaged_weights(state)
 
-    def draw() -> tuple[str, int]:
-        picture, failed = sample_sheet(config, weights, ranks.device)
+    def draw() -> dict[str, object]:
+        try:
+            picture, failed = sample_sheet(config, weights, ranks.device)
+        except torch.OutOfMemoryError as error:
+            return {"reason": str(error)}
         path = run.sample_path(state.step)
         path.parent.mkdir(exist_ok=True)
         save_png(picture, path)
-        return str(path.relative_to(run.path)), failed
+        return {"file": str(path.relative_to(run.path)), "failed": failed}
 
     return ranks.first_does(draw)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -100,9 +100,9 @@ class Watch:
         told = [loss if loss is None or math.isfinite(loss) else str(loss) for loss in losses]
         self._log.write({"event": "held_out", "step": self._state.step, "stage_loss": told, "seconds": self.seconds})
 
-    def samples(self, file: str, failed: int) -> None:
-        """Tell of a picture: its path in the run directory, and how many of its images are not finite."""
-        self._log.write({"event": "samples", "step": self._state.step, "file": file, "failed": failed})
+    def samples(self, found: Mapping[str, object]) -> None:
+        """Tell of a picture, see :func:`~.samples.save_samples`."""
+        self._log.write({"event": "samples", "step": self._state.step, **found})
 
     def _speed(self) -> dict[str, float]:
         """Of all ranks together since the last line."""
