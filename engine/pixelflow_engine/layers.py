@@ -86,20 +86,25 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor, layout: PackedLayout) -> Tenso
 
 def _by_runs(rows: Tensor, layout: PackedLayout) -> list[Tensor]:
     """Rows ``[n, C]`` of the images of each run, ``[count, 1, C]``."""
-    return [part[:, None] for part in rows.split([run.count for run in layout.runs])]
+    return [part[:, None] for part in rows.split([count for count, _ in _shapes(layout)])]
 
 
 def _tokens(x: Tensor, layout: PackedLayout) -> list[Tensor]:
     """Tokens ``[T, ...]`` of each run, ``[count, N, ...]``."""
-    runs = layout.runs
-    parts = x.split([run.count * run.grid[0] * run.grid[1] for run in runs])
-    return [part.unflatten(0, (run.count, -1)) for part, run in zip(parts, runs, strict=True)]
+    shapes = _shapes(layout)
+    parts = x.split([count * length for count, length in shapes])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     """``[count, N, ...]`` of each run as ``[T, ...]``."""
     flat = [part.flatten(0, 1) for part in parts]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _shapes(layout: PackedLayout) -> list[tuple[int, int]]:
+    """Images of each run and the tokens of one; a pack without images is a run of none."""
+    return [(run.count, run.grid[0] * run.grid[1]) for run in layout.runs] or [(0, 0)]
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:

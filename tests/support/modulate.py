@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from pixelflow_kernels.modulate import (
     add_rms_norm_modulate,
     layer_norm_modulate,
 )
+from pixelflow_kernels.packing import Run
 
 from .kernels import assert_level_d, surrounded
 
@@ -76,13 +78,18 @@ def layout_of(lengths: Sequence[int], device: str = "cpu") -> PackedLayout:
     sizes = torch.tensor(lengths, dtype=torch.int64)
     index = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(sizes)
     columns = [torch.arange(n, dtype=torch.int32) for n in lengths]
+    runs, image, token = [], 0, 0
+    for length, group in groupby(lengths):
+        count = len(list(group))
+        runs.append(Run(slice(image, image + count), slice(token, token + count * length), count, (1, length)))
+        image, token = image + count, token + count * length
     return PackedLayout(
         grids=tuple((1, n) for n in lengths),
         cu_seqlens=torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(torch.int32).to(device),
         image_index=index.to(device),
         row=torch.zeros_like(index).to(device),
         column=torch.cat([index[:0], *columns]).to(device),
-        runs=(),
+        runs=tuple(runs),
     )
 
 

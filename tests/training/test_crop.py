@@ -64,9 +64,7 @@ def test_the_smallest_and_largest_draws_are_places(
     drawn: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Too rare to be met by chance."""
-    monkeypatch.setattr(
-        plan_module, "uniforms", lambda seed, purpose, at, n: torch.full((len(at), n), drawn, dtype=torch.float64)
-    )
+    monkeypatch.setattr(plan_module, "as_uniforms", lambda words: words[:, ::2].double().fill_(drawn))
     places = plan_step(tiny_recipe(tmp_path), 0, 20).crop
     assert places.shape == (8, 2)
     assert {offset(32, place) for place in places.flatten().tolist()} <= {0, 32}
