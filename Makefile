@@ -87,7 +87,7 @@ ifeq ($(strip $(ARGS)),)
 	@mkdir -p build; export OMP_NUM_THREADS=1; \
 	TRITON_INTERPRET=1 $(PY) -m pytest -p no:cacheprovider -m interpret >build/interpret.log 2>&1 & interpreted=$$!; \
 	trap 'kill $$interpreted 2>/dev/null' EXIT; \
-	others=0; $(PY) -m pytest -m "not interpret" || others=$$?; \
+	others=0; $(PY) -m pytest -m "not interpret" --durations=15 || others=$$?; \
 	code=0; wait $$interpreted || code=$$?; \
 	cat build/interpret.log; \
 	exit $$((others ? others : code))
