@@ -138,7 +138,7 @@ def test_a_command_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
     reader.start()  # it waits for the child to open the pipe, then for its end
 
-    assert run_within(["sh", "-c", f"sleep 600 > {shlex.quote(str(pipe))} & wait"], 30) is None
+    assert run_within(["sh", "-c", f"sleep 600 > {shlex.quote(str(pipe))} & wait"], 10) is None
     reader.join(60)
     assert read == [""]
 
