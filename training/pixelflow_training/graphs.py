@@ -20,7 +20,7 @@ from pixelflow_engine.ranges import named
 
 from .collate import Batch
 from .config import TrainConfig
-from .plan import parts_of_step
+from .plan import parts_of_step, token_sides
 from .ranks import Ranks
 from .update import FusedUpdate, Update
 
@@ -35,15 +35,11 @@ LOADED = ("tokens", "targets", "t_model", "labels", "latent_size")
 
 
 def shapes_of_steps(config: TrainConfig) -> list[Shape]:
-    """Every shape that a step of one process may have: steps take them in turn.
-
-    A step has as many images of each stage as its positions have remainders modulo the number of stages.
-    """
+    """Every shape that a step of one process may have: steps take them in turn."""
     count, num_stages = config.batch_size, config.scheduler.num_stages
     shapes = []
     for step in range(num_stages // math.gcd(count, num_stages)):
-        stages = sorted((position % num_stages for position in range(step * count, (step + 1) * count)), reverse=True)
-        sides = [(config.resolution >> (num_stages - 1 - stage)) // config.model.patch_size for stage in stages]
+        sides = token_sides(config, step * count, count)
         parts = parts_of_step(config, step)
         shapes.append(tuple(tuple((side, side) for side in sides[part::parts]) for part in range(parts)))
     return shapes

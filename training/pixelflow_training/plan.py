@@ -105,11 +105,19 @@ def plan_step(config: TrainConfig, step: int, dataset_size: int, rank: int = 0, 
     )
 
 
-def token_lengths(config: TrainConfig, first: int, count: int) -> list[int]:
-    """Tokens of each image of the positions ``first`` to ``first + count - 1``, which share a step; descending."""
+def token_sides(config: TrainConfig, first: int, count: int) -> list[int]:
+    """Rows of tokens, and columns, of each image of the positions ``first`` to ``first + count - 1``; descending.
+
+    Positions that share a step have as many images of each stage as they have remainders modulo the number of stages.
+    """
     num_stages = config.scheduler.num_stages
     stages = sorted((position % num_stages for position in range(first, first + count)), reverse=True)
-    return [((config.resolution >> (num_stages - 1 - stage)) // config.model.patch_size) ** 2 for stage in stages]
+    return [(config.resolution >> (num_stages - 1 - stage)) // config.model.patch_size for stage in stages]
+
+
+def token_lengths(config: TrainConfig, first: int, count: int) -> list[int]:
+    """Tokens of each image of the positions ``first`` to ``first + count - 1``, which share a step; descending."""
+    return [side * side for side in token_sides(config, first, count)]
 
 
 def parts_of_step(config: TrainConfig, step: int, world_size: int = 1) -> int:
