@@ -58,3 +58,8 @@ def exchanging(model: PackedTransformer, ranks: Ranks) -> nn.Module:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor in one piece; all ranks must ask for it."""
     return cast("Tensor", tensor.full_tensor()) if isinstance(tensor, DTensor) else tensor  # type: ignore[redundant-cast]
+
+
+def mine(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, in the memory where it lies."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

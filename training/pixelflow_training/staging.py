@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor, Replicate
 
+from .parallel import mine
 from .ranks import Ranks
 
 Tensors = dict[str, dict[str, Tensor]]
@@ -89,10 +90,5 @@ class Stager(AsyncStager):
             copy = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu, requires_grad=False)
             if on_gpu:
                 self._pinned[key] = copy
-        _local(copy).copy_(_local(tensor), non_blocking=on_gpu)
+        mine(copy).copy_(mine(tensor), non_blocking=on_gpu)
         return copy
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -20,7 +20,7 @@ from pixelflow_engine.ranges import named
 from pixelflow_kernels.adamw import FusedAdamW
 
 from .config import TrainConfig
-from .parallel import whole
+from .parallel import mine, whole
 from .ranks import ALONE, Ranks
 from .state import TrainState
 
@@ -207,11 +207,7 @@ class FusedUpdate:
 @torch.no_grad()
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This rank's part of each, in the memory where it lies."""
-    return [_local(tensor) for tensor in tensors]
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return [mine(tensor) for tensor in tensors]
 
 
 def _sharing_group(parameter: Any) -> dist.ProcessGroup | None:
