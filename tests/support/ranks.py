@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import traceback
@@ -22,6 +24,7 @@ from support.runs import PRELOADED, at_step, send
 LOST, FAILED = 40, 41
 """What a rank leaves with: another was lost, and any other error, which is in ``rank-N.txt``."""
 
+PORTS = range(20000, 32768)  # below those that Linux gives out by itself
 PATIENCE = 300  # seconds until a rank counts as hanging
 
 
@@ -29,9 +32,7 @@ def in_ranks(count: int, folder: Path, target: Callable[..., None], *arguments: 
     """Run ``target(folder, *arguments)`` in so many ranks, one is a process alone; their exit codes, -9 for SIGKILL."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [
         context.Process(target=_as_rank, args=(rank, count, port, folder, target, arguments)) for rank in range(count)
     ]
@@ -46,6 +47,15 @@ def in_ranks(count: int, folder: Path, target: Callable[..., None], *arguments: 
                 process.kill()
                 process.join()
     return [process.exitcode for process in processes]
+
+
+def free_port() -> int:
+    """A port that nobody has, and that the system gives to nobody else before the first rank has taken it."""
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"none of 100 ports in {PORTS} is free")
 
 
 def _as_rank(

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from pixelflow_engine.errors import ConfigError
+from pixelflow_training.cli import train
 from pixelflow_training.config import DataConfig, TrainConfig, load_config, recipe_path
 from support.recipes import TINY_RECIPE, tiny_recipe
 
@@ -35,6 +37,11 @@ def written(folder: Path, text: str | bytes) -> str:
 
 def test_the_documented_recipes_ship() -> None:
     assert RECIPES == ["digits", "digits-two-minutes", "smoke", "xl-imagenet256"]
+
+
+def test_help_names_them() -> None:
+    output = re.sub(r"[│\s]+", " ", CliRunner().invoke(train, ["--help"]).output)
+    assert f"or a recipe: {', '.join(RECIPES)}." in output
 
 
 @pytest.mark.parametrize("name", RECIPES)

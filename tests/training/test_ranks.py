@@ -17,17 +17,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from pixelflow_engine import load_checkpoint
 from pixelflow_engine.errors import ConfigError
 from pixelflow_training import loop
 from pixelflow_training.collate import Batch
 from pixelflow_training.config import TrainConfig
+from pixelflow_training.evaluation import averaged_weights
 from pixelflow_training.ranks import ALONE, join, numbered, of_this_rank
 from pixelflow_training.signals import EXIT_STOPPED
 from support.ranks import FAILED, LOST, in_ranks, said, train, train_signalled
 from support.recipes import tiny_recipe
 from support.runs import digest, lines, outcome, state_of
+from support.steps import random_state
 
 OVERRIDES = ["steps=6", "log_every=1", "eval_every=3", "checkpoint.every=2", "batch_size=9"]
 WAYS = {"copies": [], "sharded": ["compute.shard=2"]}
@@ -193,6 +196,23 @@ def test_what_ranks_tell_each_other_is_the_same_for_all(tmp_path: Path) -> None:
     for rank in (0, 1):
         found = json.loads((tmp_path / f"found-{rank}.json").read_text())
         assert found == {"together": ["a", "a", "b"], "nothing": [], "total": [3.0, 1.0], "first": 7}
+
+
+def gather_the_average(folder: Path) -> None:
+    """For :func:`in_ranks`: the average of sharded weights, and the digest of what each rank has of it."""
+    config = recipe(folder / os.environ["RANK"], "compute.shard=2")
+    with join(config) as ranks:
+        state = random_state(config, ranks)
+        assert all(isinstance(tensor, DTensor) for tensor in state.ema.model.state_dict().values())
+        gathered = averaged_weights(state, ranks)
+    (folder / f"found-{ranks.rank}.json").write_text(json.dumps([len(gathered), digest({"ema": gathered})]))
+
+
+def test_the_average_is_gathered_where_it_is_used_and_nowhere_else(tmp_path: Path) -> None:
+    assert in_ranks(2, prepare(tmp_path), gather_the_average) == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
+    found = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in (0, 1)]
+    whole = random_state(recipe(tmp_path)).ema.model.state_dict()
+    assert found == [[len(whole), digest({"ema": whole})], [0, digest({})]]
 
 
 def run_an_errand(folder: Path) -> None:

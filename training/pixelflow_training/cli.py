@@ -26,7 +26,9 @@ train = typer.Typer(cls=TrainGroup, help="Train a model from a recipe, or go on;
 
 @train.command()
 def run(
-    config: Annotated[str, typer.Option(help="YAML file, or a recipe: digits, digits-two-minutes, xl-imagenet256.")],
+    config: Annotated[
+        str, typer.Option(help="YAML file, or a recipe: digits, digits-two-minutes, smoke, xl-imagenet256.")
+    ],
     output: Annotated[Path, typer.Option(help="Run directory: recipe, log, checkpoints, model. A run there goes on.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dotted: optimizer.lr=3e-4")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Refuse a run directory that holds anything.")] = False,

@@ -61,12 +61,17 @@ def evaluating_operations(config: TrainConfig, device: torch.device) -> Operatio
     return backend.operations(compiled=False)
 
 
-def averaged_weights(state: TrainState) -> dict[str, torch.Tensor]:
-    """The averaged model in one piece, under the published names; all ranks must ask for it."""
-    return {name: whole(tensor) for name, tensor in state.ema.model.state_dict().items()}
+def averaged_weights(state: TrainState, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The averaged model in one piece, under the published names, in the first rank's memory beside the device.
+
+    All ranks must ask for it. A device that has room for its part of a model alone gathers one tensor at a time; the
+    other ranks keep none.
+    """
+    gathered = ((name, whole(tensor)) for name, tensor in state.ema.model.state_dict().items())
+    return {name: tensor.cpu() for name, tensor in gathered if ranks.first}
 
 
 def export(run: RunDirectory, state: TrainState, config: TrainConfig, ranks: Ranks) -> None:
     """Write the averaged model in the form that every command takes; all ranks take part."""
-    tensors = averaged_weights(state)
+    tensors = averaged_weights(state, ranks)
     ranks.first_does(lambda: save_checkpoint(run.model, config.network, tensors, overwrite=True))

@@ -34,7 +34,7 @@ def save_samples(run: RunDirectory, state: TrainState, config: TrainConfig, rank
         for the log: ``file``, its path inside the run directory, and how many of its images ``failed``; or the
         ``reason`` why there is none: a picture that finds no memory beside the training does not end it.
     """
-    weights = averaged_weights(state)
+    weights = averaged_weights(state, ranks)
 
     def draw() -> dict[str, object]:
         try:
