@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from .config import ModelConfig, PixelFlowConfig, SchedulerConfig
     from .engine import PixelFlowEngine
     from .errors import BackendUnavailableError, CaptureError, CheckpointError, ConfigError, ConvergenceError
-    from .events import StageEvent, StageReport, StepEvent
-    from .output import SamplingOutput
+    from .events import SamplingOutput, StageEvent, StageReport, StepEvent
     from .requests import Request
 
 _NAMES = {
@@ -23,8 +22,7 @@ _NAMES = {
     "config": ("ModelConfig", "PixelFlowConfig", "SchedulerConfig"),
     "engine": ("PixelFlowEngine",),
     "errors": ("BackendUnavailableError", "CaptureError", "CheckpointError", "ConfigError", "ConvergenceError"),
-    "events": ("StageEvent", "StageReport", "StepEvent"),
-    "output": ("SamplingOutput",),
+    "events": ("SamplingOutput", "StageEvent", "StageReport", "StepEvent"),
     "requests": ("Request",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}

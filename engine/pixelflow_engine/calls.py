@@ -11,10 +11,10 @@ from torch import Tensor
 
 from . import arguments
 from .config import PixelFlowConfig
-from .events import Callbacks, Latents, StageEvent, StepEvent
+from .events import Callbacks, StageEvent, StepEvent
 from .image_to_image import taken_up
 from .noise import CounterNoise, NoiseSource, PublicNoise
-from .output import OutputType, from_images
+from .output import Latents, OutputType, from_images
 from .plan import SOLVERS, Condition, SamplingPlan, Solver, plan_stages
 from .requests import Lot, Request, padded, sort_into_lots
 from .schedule import step_times

@@ -17,12 +17,12 @@ from .checkpoint import Checkpoint, load_checkpoint
 from .clocks import clock_of
 from .compilation import compile_blocks
 from .config import PixelFlowConfig
-from .events import Latents, StageEvent, StageReport, Status, StepEvent
+from .events import SamplingOutput, StageEvent, StageReport, Status, StepEvent
 from .fusion import fuse
 from .graphs import CudaCapture
 from .layers import patchify, unpatchify
 from .model import PackedTransformer
-from .output import OutputType, SamplingOutput, to_output
+from .output import Latents, OutputType, to_output
 from .packed_stages import PackedStages, ProgramStore
 from .plain_stages import PlainStages
 from .plan import Condition, Solver

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from .output import Images, OutputType
-
-Latents = Tensor | list[Tensor]
-"""The state of every image: ``[B, c, h, w]``, or, where sizes differ, a list of ``[c, h, w]``."""
+from .output import Images, Latents, OutputType, to_output
 
 Status = Literal["ok", "max_steps", "underflow", "nonfinite"]
 """What became of an image: ``max_steps``: Dopri5 used up its attempts; ``underflow``: its step became too small to be
@@ -83,9 +77,27 @@ class StageEvent:
 
     def images(self, output_type: OutputType = "pil") -> Images:
         """Pictures of the state, as :class:`pixelflow_engine.SamplingOutput` has them."""
-        from .output import to_output
-
         return to_output(self.latents, output_type)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SamplingOutput:
+    """What a call made.
+
+    Attributes:
+        images: ``pil``: a list of images; ``np``: ``[B, H, W, c]`` float32 in [0, 1]; ``pt``: ``[B, c, H, W]`` float32
+            in [0, 1] on the engine's device. Where sizes differ, ``np`` and ``pt`` are lists of ``[H, W, c]`` and ``[c,
+            H, W]``.
+        stages: a report per stage, smallest first.
+        seeds: the seed of each image, whose noise it draws again, bit for bit, in any batch (``noise="counter"``); the
+            stream's one seed, or nothing for torch's global generator (``noise="public"``).
+        statuses: what became of each image; all ``ok`` unless ``on_failure="report"``.
+    """
+
+    images: Images
+    stages: tuple[StageReport, ...]
+    seeds: tuple[int, ...]
+    statuses: tuple[Status, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,8 @@
-"""What a call returns, and images in the forms that it takes and gives."""
+"""Images in the forms that a call takes and gives."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -12,30 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from .events import Latents, StageReport, Status
+Latents = Tensor | list[Tensor]
+"""The state of every image: ``[B, c, h, w]``, or, where sizes differ, a list of ``[c, h, w]``."""
 
 OutputType = Literal["pil", "np", "pt"]
 Images = list[Image.Image] | NDArray[np.float32] | Tensor | list[NDArray[np.float32]] | list[Tensor]
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class SamplingOutput:
-    """What a call made.
-
-    Attributes:
-        images: ``pil``: a list of images; ``np``: ``[B, H, W, c]`` float32 in [0, 1]; ``pt``: ``[B, c, H, W]`` float32
-            in [0, 1] on the engine's device. Where sizes differ, ``np`` and ``pt`` are lists of ``[H, W, c]`` and ``[c,
-            H, W]``.
-        stages: a report per stage, smallest first.
-        seeds: the seed of each image, whose noise it draws again, bit for bit, in any batch (``noise="counter"``); the
-            stream's one seed, or nothing for torch's global generator (``noise="public"``).
-        statuses: what became of each image; all ``ok`` unless ``on_failure="report"``.
-    """
-
-    images: Images
-    stages: tuple[StageReport, ...]
-    seeds: tuple[int, ...]
-    statuses: tuple[Status, ...]
 
 
 def to_output(x: Latents, output_type: OutputType) -> Images:

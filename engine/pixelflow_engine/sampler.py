@@ -13,8 +13,9 @@ from pixelflow_kernels.ode_step import ARRIVED, MAX_ATTEMPTS, NONFINITE, UNDERFL
 
 from .clocks import Clock
 from .errors import ConvergenceError
-from .events import Callbacks, Latents, StageEvent, StageReport, Status, StepEvent
+from .events import Callbacks, StageEvent, StageReport, Status, StepEvent
 from .noise import NoiseSource
+from .output import Latents
 from .plan import SamplingPlan, StagePlan
 from .ranges import named
 from .stages import Stages, States

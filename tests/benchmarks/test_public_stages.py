@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from pixelflow_benchmarks.harness.ceilings import Ceilings
-from pixelflow_benchmarks.opponents.public_code import Server
 from pixelflow_benchmarks.opponents.public_process import PublicProcess
+from pixelflow_benchmarks.opponents.public_sampling import SamplingServer
 from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
 from pixelflow_benchmarks.suites.stages import opponents as opponents_module
 from pixelflow_benchmarks.suites.stages.measure import measure_task
@@ -105,7 +105,7 @@ class InThisProcess(PublicProcess):
     """Answers as the other process does, without one."""
 
     def __init__(self, path: Path, config: Any, dtype: torch.dtype, device: torch.device) -> None:
-        self.server = Server(path, "tiny", "float32", "cpu")
+        self.server = SamplingServer(path, "tiny", "float32", "cpu")
         self.folder = SimpleNamespace(name=str(path))  # type: ignore[assignment]
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:

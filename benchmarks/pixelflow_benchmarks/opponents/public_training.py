@@ -23,7 +23,7 @@ from pixelflow_benchmarks.suites.training.problem import PROBE, SEED, TrainingPr
 from pixelflow_kernels.varlen_attention import flash
 from pixelflow_training.draws import sample_ids
 
-from .public_code import import_published, published_model, rotary_places
+from .published import import_published, published_model, rotary_places
 from .random_models import SHAPES, random_weights
 
 
