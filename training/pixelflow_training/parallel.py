@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -13,8 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pixelflow_engine.model import PackedTransformer
+from pixelflow_kernels import PackedLayout
 
-from .config import ComputeConfig
+from .config import ComputeConfig, TrainConfig
 from .ranks import Ranks
 
 
@@ -47,12 +49,41 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def exchanging(model: PackedTransformer, ranks: Ranks) -> nn.Module:
-    """A model whose backward pass leaves the mean over ranks of the gradients, exchanged while it goes on."""
+def exchanging(model: PackedTransformer, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    """A model whose backward pass leaves the mean over ranks of the gradients, exchanged while it goes on.
+
+    The order in which ranks' gradients add up is that of every step to come, in any process that trains by the recipe.
+    """
     if ranks.alone or is_sharded(model):
         return model
     ids = [ranks.device] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    exchanged = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    _rehearse(exchanged, config, ranks.device)
+    return exchanged
+
+
+def _rehearse(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    """One backward pass of an image that is always the same, of which nothing is kept.
+
+    PyTorch lays its buckets of gradients out anew after the first backward pass, in the order in which gradients came.
+    Three ranks or more add up an element in an order that depends on its place in a bucket, so the first step of a
+    process would round otherwise than the same step of a run that was not stopped before it.
+    """
+    network = config.network
+    side = (network.resolution >> (network.scheduler.num_stages - 1)) // network.model.patch_size
+    tokens = torch.zeros(side * side, network.model.in_channels * network.model.patch_size**2, device=device)
+    number = torch.zeros(1, dtype=torch.int64, device=device)
+    # Uncompiled: no step has this pack, and a graph of it would serve nothing.
+    with torch.compiler.set_stance("force_eager") if config.compute.compile else nullcontext():
+        velocities = model(
+            tokens,
+            torch.zeros(1, device=device),
+            PackedLayout.from_grids([(side, side)], device),
+            number + side,
+            number if network.model.num_classes else None,
+        )
+        velocities.sum().backward()
+    model.zero_grad(set_to_none=True)
 
 
 def whole(tensor: Tensor) -> Tensor:

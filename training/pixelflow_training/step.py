@@ -77,7 +77,7 @@ class TrainStep:
     ) -> None:
         self.state, self.config, self.ranks = state, config, ranks
         self.model = computing_model(state.model, config)
-        self._velocities = exchanging(self.model, ranks)
+        self._velocities = exchanging(self.model, config, ranks)
         self.update = update_of(state, self.model, config, ranks)
         self.graphs: StepGraphs | None = None
         if config.compute.graphs:
