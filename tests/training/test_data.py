@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from sklearn.datasets import load_digits as load_scans
 from torch import Tensor
 
 from pixelflow_training.config import AugmentConfig, DataConfig
-from pixelflow_training.data import ImageSet, augment, enlarge, load_digits, to_signed
+from pixelflow_training.data import ImageSet, augment, enlarge, load_digits, open_data, to_signed
+from support.recipes import tiny_recipe
 from support.reference_models import seeded
 
 TOTAL = 1797
@@ -112,6 +114,16 @@ def test_a_scan_is_enlarged_by_cubic_interpolation() -> None:
 def test_a_split_with_an_empty_side_is_refused(held_out: int) -> None:
     with pytest.raises(ValueError, match=rf"^data\.held_out: got {held_out}, expected 1 to 1796"):
         load_digits(DataConfig(held_out=held_out), 8, 1)
+
+
+@pytest.mark.parametrize("classes", [9, 8, 1])
+def test_a_model_of_fewer_classes_than_there_are_digits_is_refused(classes: int, tmp_path: Path) -> None:
+    """Of nine, the digit 9 would be taken for the null class."""
+    with pytest.raises(
+        ValueError, match=f"^labels: got 0 to 9, expected 0 to {classes - 1}: model.num_classes is {classes}$"
+    ):
+        open_data(tiny_recipe(tmp_path, f"model.num_classes={classes}"))
+    assert len(open_data(tiny_recipe(tmp_path, "model.num_classes=0"))) == 2, "labels are nothing to it"
 
 
 def test_without_scikit_learn_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

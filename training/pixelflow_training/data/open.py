@@ -32,7 +32,9 @@ def open_data(config: TrainConfig, source: ImageSource | None = None) -> tuple[T
     """
     data, model = config.data, config.model
     if source is None and data.name == "digits":
-        return load_digits(data, config.resolution, model.in_channels)
+        digits = load_digits(data, config.resolution, model.in_channels)
+        _check_labels(torch.cat([part.labels for part in digits]), model.num_classes)
+        return digits
     if source is None:
         if data.path is None:
             raise ConfigError(f"data.path: missing, expected where the images of data.name={data.name} are")
