@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pixelflow_engine.errors import CheckpointError
+from pixelflow_engine.errors import CheckpointError, ConfigError
 from pixelflow_training import loop
 from pixelflow_training.cli import train
 from pixelflow_training.config import TrainConfig
@@ -213,6 +213,26 @@ def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
     ours, theirs = (state_of(tmp_path / name, long) for name in ("run", "at once"))
     assert digest(ours.tensors()) == digest(theirs.tensors())
     assert "steps: 7" in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
+def test_a_run_that_was_stopped_can_be_ended_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the shorter run then, its model and picture too; and no run ends before it has come to."""
+    constant = ["optimizer.schedule=constant", "eval_every=5", "samples.every=5", "samples.rows=1", "samples.steps=[1]"]
+    long, short, shorter = (tiny_recipe(tmp_path, *constant, f"steps={n}") for n in (9, 4, 3))
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, lambda: send(signal.SIGTERM))
+        with pytest.raises(TrainingStopped, match="after step 4"):
+            loop.train(long, run, quiet=True)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(
+        ConfigError, match=r"^steps: got 3, expected at least 4: .*step-00000004 is .*\(there is: 0, 4\)"
+    ):
+        loop.train(shorter, run, quiet=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert loop.train(short, run, quiet=True) == run / "model"
+    loop.train(short, tmp_path / "at once", quiet=True)
+    assert outcome(run, short) == outcome(tmp_path / "at once", short)
 
 
 def test_going_back_to_an_earlier_step(tmp_path: Path, config: TrainConfig, whole: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as WriteFuture
 
-from pixelflow_engine.errors import CheckpointError
+from pixelflow_engine.errors import CheckpointError, ConfigError
 
 from .config import TrainConfig
 from .data.listing import Listing
@@ -219,11 +219,16 @@ class Checkpointer:
             whether there was one.
 
         Raises:
-            CheckpointError, ConfigError: as there.
+            CheckpointError, ConfigError: as there; or the recipe ends before the checkpoint's step.
         """
         tensors = state.tensors()
         if not self.read(tensors, from_step):
             return False
+        if (step := int(tensors["counters"]["step"])) > self.config.steps:
+            raise ConfigError(
+                f"steps: got {self.config.steps}, expected at least {step}: {self.folder / name_of(step)} is of that "
+                f"step; to go on from an earlier one, pass --from-step (there is: {', '.join(map(str, self.steps()))})"
+            )
         state.take_counters(tensors)
         self.ranks.first_does(lambda: self._forget_after(state.step))
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +88,8 @@ def train(
     Raises:
         FileExistsError: ``output`` holds a run that cannot go on, or another process trains there.
         CheckpointError: the checkpoint is damaged or missing; nothing is lost, and ``from_step`` chooses another one.
-        ConfigError: the checkpoint is of another recipe, or the images or ``init_from`` do not suit the model.
+        ConfigError: the checkpoint is of another recipe or a later step than ``steps``, or the images or ``init_from``
+            do not suit the model.
         ImportError: what ``loggers`` names is not installed.
         ValueError: more than ``data.max_skipped`` images could not be read; the log has names and reasons.
         OSError: a checkpoint could not be saved; the one before it is as it was. Or the data cannot be read.
@@ -124,6 +126,20 @@ def train(
             Loader(train_set, config, state.step, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
         )
         watch = stack.enter_context(Watch(config, state, log, ranks, quiet))
+
+        def look(seen: Collection[str] = ()) -> None:
+            """Evaluate and draw where that is due and not seen yet. The log has the line once all is written."""
+            if due(config.eval_every, state, config) and "held_out" not in seen:
+                with watch.pause():
+                    losses = held_out_loss(state.ema.model, evaluation, config.scheduler.num_stages, ranks)
+                    export(run, state, config, ranks)
+                    watch.held_out(losses)
+            if due(config.samples.every, state, config) and "samples" not in seen:
+                with watch.pause():
+                    watch.samples(save_samples(run, state, config, ranks))
+
+        # A step may have been saved before it was looked at, or be the last one now and not when it was done.
+        look(ranks.first_does(lambda: log.events(state.step)))
         while state.step < config.steps:
             batch = training_batch(config, data, state.step, ranks.rank, ranks.world_size).to(ranks.device)
             note_skipped(batch, state.step + 1, skipped, ranks)
@@ -133,13 +149,7 @@ def train(
             findings.add(state, done)
             watch.step(done, lr)
 
-            if due(config.eval_every, state, config):
-                with watch.pause():
-                    watch.held_out(held_out_loss(state.ema.model, evaluation, config.scheduler.num_stages, ranks))
-                    export(run, state, config, ranks)
-            if due(config.samples.every, state, config):
-                with watch.pause():
-                    watch.samples(save_samples(run, state, config, ranks))
+            look()
             told, written = ranks.total([stop.received is not None, checkpoints.is_written()])
             if written == ranks.world_size:
                 checkpoints.wait()
@@ -157,7 +167,7 @@ def train(
 
 def due(every: int | None, state: TrainState, config: TrainConfig) -> bool:
     """Whether what happens every so many steps, and at the end, happens now; None for never."""
-    return every is not None and (state.step % every == 0 or state.step == config.steps)
+    return every is not None and state.step > 0 and (state.step % every == 0 or state.step == config.steps)
 
 
 def open_log(run: RunDirectory, state: TrainState, config: TrainConfig, ranks: Ranks) -> Log | Silence:

@@ -163,6 +163,11 @@ class Log:
         with self._path.open(encoding="utf-8") as file:
             return [record for record in map(json.loads, file) if record.get("event") == event]
 
+    def events(self, step: int) -> set[str]:
+        """What has happened after a step."""
+        with self._path.open(encoding="utf-8") as file:
+            return {record["event"] for record in map(json.loads, file) if record["step"] == step}
+
     def write(self, record: dict[str, object]) -> None:
         """Append a line, seen by readers at once.
 
@@ -197,6 +202,10 @@ class Silence:
     def records(self, event: str) -> list[dict[str, object]]:
         """None."""
         return []
+
+    def events(self, step: int) -> set[str]:
+        """None."""
+        return set()
 
     def write(self, record: dict[str, object]) -> None:
         """Nothing."""
