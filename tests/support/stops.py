@@ -263,6 +263,8 @@ def go_on(chain: Path, whole: Whole, recipe: list[str], ranks: int, stop: Stop) 
     codes = in_ranks(ranks, chain, attempt, recipe, stop)
     for rank, code in enumerate(codes):
         assert code in expected(stop, rank), f"{stop}: rank {rank} ended with {code}: {said(chain, rank)}"
+    if stop.kind == "told" and not {*codes} <= {0, EXIT_STOPPED}:
+        assert latest(chain) == STEPS, f"{stop}: ended with {codes} at step {latest(chain)}"
     nobody_left(chain)
     hold(chain, whole, recipe, stop)
     assert latest(chain) >= before, f"{stop}: step {before} was saved and is lost"
@@ -283,7 +285,9 @@ def hold(chain: Path, whole: Whole, recipe: list[str], stop: Stop) -> None:
 
 
 def expected(stop: Stop, rank: int) -> set[int]:
-    """The codes that a rank may end with. Where the run ends first, 0; and handlers are not there to its very end."""
+    """The codes that a rank may end with. Where the run ends first, 0; and handlers are not there to its very end,
+    when all is saved.
+    """
     mine = rank == stop.rank
     return {
         "none": {0},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from pixelflow_engine.errors import CheckpointError, ConfigError
-from pixelflow_training import loop
+from pixelflow_training import checkpoint, loop
 from pixelflow_training.cli import train
 from pixelflow_training.config import TrainConfig
 from pixelflow_training.run import Log, RunDirectory
@@ -166,6 +167,51 @@ def test_signals_finish_the_step_and_save(
     # A second Ctrl-C does not wait for the save under way, so that of step 3 may or may not have been complete.
     assert state.step == saved or (code == EXIT_AT_ONCE and state.step == 0)
     loop.train(config, tmp_path / "run", quiet=True)
+    assert outcome(tmp_path / "run", config) == whole
+
+
+def test_a_stop_is_saved_before_an_evaluation_that_is_due(
+    tmp_path: Path, config: TrainConfig, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has told us to stop may not wait for it; it is made up for."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, lambda: send(signal.SIGTERM))
+        patch.setattr(loop, "held_out_loss", lambda *_: pytest.fail("evaluated"))
+        with pytest.raises(TrainingStopped, match="after step 5"):
+            loop.train(config, tmp_path / "run", quiet=True)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10, lambda: send(signal.SIGTERM))  # the last step, after which there is but the evaluation
+        honest = loop.export
+        patch.setattr(
+            loop, "export", lambda run, state, *rest: fail() if state.step == 11 else honest(run, state, *rest)
+        )
+        with pytest.raises(StopError):
+            loop.train(config, tmp_path / "run", quiet=True)
+    assert state_of(tmp_path / "run", config).step == 11
+    loop.train(config, tmp_path / "run", quiet=True)
+    assert outcome(tmp_path / "run", config) == whole
+
+
+def train_signalled_in_the_last_save(folder: Path, overrides: list[str], number: signal.Signals) -> None:
+    """For :func:`in_process`: training is over, and waits for its writer."""
+    honest = checkpoint._Writer.write_data
+
+    def write(self: Any, *arguments: Any) -> Any:
+        if "step-00000011" in str(self.path):
+            time.sleep(0.5)
+            send(number)
+            time.sleep(0.5)
+        return honest(self, *arguments)
+
+    checkpoint._Writer.write_data = write  # type: ignore[method-assign]
+    train_by_command(folder, overrides, 99, [])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_last_save_does_not_lose_it(
+    tmp_path: Path, config: TrainConfig, whole: dict[str, Any], number: signal.Signals
+) -> None:
+    assert in_process(train_signalled_in_the_last_save, tmp_path, OVERRIDES, number) == 0
     assert outcome(tmp_path / "run", config) == whole
 
 

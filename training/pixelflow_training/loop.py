@@ -138,6 +138,12 @@ def train(
                 with watch.pause():
                     watch.samples(save_samples(run, state, config, ranks))
 
+        def save() -> None:
+            with watch.pause():
+                log.sync()
+                state.seconds = watch.seconds
+                checkpoints.save(state)
+
         # A step may have been saved before it was looked at, or be the last one now and not when it was done.
         look(ranks.first_does(lambda: log.events(state.step)))
         while state.step < config.steps:
@@ -149,19 +155,19 @@ def train(
             findings.add(state, done)
             watch.step(done, lr)
 
-            look()
             told, written = ranks.total([stop.received is not None, checkpoints.is_written()])
             if written == ranks.world_size:
                 checkpoints.wait()
-            if told or due(config.checkpoint.every, state, config):
-                with watch.pause():
-                    log.sync()
-                    state.seconds = watch.seconds
-                    checkpoints.save(state)
-            if told and state.step < config.steps:
-                checkpoints.wait()
-                name = stop.received.name if stop.received else "signal to another rank"
-                raise TrainingStopped(f"{name}: stopped and saved after step {state.step}")
+            if told:
+                save()  # before all else, which may take longer than they wait who have told us
+                if state.step < config.steps:
+                    checkpoints.wait()
+                    name = stop.received.name if stop.received else "signal to another rank"
+                    raise TrainingStopped(f"{name}: stopped and saved after step {state.step}")
+            look()
+            if due(config.checkpoint.every, state, config) and not told:
+                save()
+        checkpoints.wait()  # here, where a signal is a request: later it would end the process
     return run.model
 
 
