@@ -7,17 +7,20 @@ import math
 import random
 import statistics
 from collections.abc import Container
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sklearn.datasets import load_digits as load_scans
+from torch import Tensor
 
 from pixelflow_engine import PixelFlowEngine
 from pixelflow_training import loop
 from pixelflow_training.collate import Batch
 from pixelflow_training.config import TrainConfig
-from pixelflow_training.data import ImageSet, load_digits
+from pixelflow_training.data import ImageSet, enlarge, load_digits
 from pixelflow_training.draws import sample_ids
 from pixelflow_training.guard import ENOUGH, WINDOW, LossHistory, Spike
 from support.recipes import tiny_recipe
@@ -37,11 +40,18 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: Container[int], value: float 
     monkeypatch.setattr(loop, "training_batch", poisoned)
 
 
-def samples(config: TrainConfig, step: int) -> list[int]:
-    """Of a step from 1, by number."""
+@cache
+def scans_by_pixels(resolution: int) -> dict[bytes, int]:
+    """The number of each scan, for whom its picture is known."""
+    return {enlarge(scan, resolution).tobytes(): number for number, scan in enumerate(load_scans().images)}
+
+
+def samples(config: TrainConfig, step: int) -> list[str]:
+    """Of a step from 1, the names, by what the pictures show."""
     data, _ = load_digits(config.data, config.resolution, config.model.in_channels)
     positions = torch.arange((step - 1) * config.batch_size, step * config.batch_size)
-    return sorted(sample_ids(config.seed, positions, len(data)).tolist())
+    ids = sample_ids(config.seed, positions, len(data))
+    return sorted(f"scan {scans_by_pixels(config.resolution)[image.numpy().tobytes()]}" for image in data.images[ids])
 
 
 # --- not finite --------------------------------------------------------------------------------------------
@@ -73,6 +83,41 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step(
     # Full resolution first: the poisoned token is of the last stage.
     assert line["stage_loss"][1] == str(value)
     assert math.isfinite(float(line["stage_loss"][0]))
+
+
+class Asked:
+    """Images that note who was asked for."""
+
+    def __init__(self) -> None:
+        self.labels = torch.arange(40) % 10
+        self.numbers: list[int] = []
+
+    def name(self, sample: int) -> str:
+        return f"image {sample:02d}"
+
+    def load(self, sample: int) -> Tensor:
+        self.numbers.append(sample)
+        return torch.full((1, 18, 18), sample, dtype=torch.uint8)
+
+
+def test_images_of_a_source_are_named_as_it_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by their place in a part of it that nobody can look up."""
+    source, honest, named = Asked(), loop.training_batch, []
+
+    def poisoned(config: TrainConfig, data: Any, step: int, *share: int) -> Batch:
+        source.numbers.clear()
+        batch = honest(config, data, step, *share)
+        named.append(sorted(map(source.name, source.numbers)))
+        batch.targets[0, 0] = math.nan
+        return batch
+
+    monkeypatch.setattr(loop, "training_batch", poisoned)
+    config = tiny_recipe(tmp_path, "data.held_out=4", "guard.max_skipped=1")
+    with pytest.raises(FloatingPointError):
+        loop.train(config, tmp_path / "run", quiet=True, source=source)
+    batches = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert [batch["samples"] for batch in batches] == [line["samples"] for line in lines(tmp_path / "run")] == named
+    assert len(named) == 2
 
 
 def test_a_gradient_that_is_not_finite_counts_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,9 +59,12 @@ class Findings:
             "skipped": state.skipped,
         }
 
-    def _samples(self, step: int) -> list[int]:
-        """Which samples the batch of a step (from 0) is made of, by number."""
-        return sorted(plan_step(self._config, step, len(self._data)).sample.tolist())
+    def _samples(self, step: int) -> list[str]:
+        """The names of the images that the batch of a step (from 0) is made of.
+
+        Others may stand in for some of them: those that cannot be read, whose names the log has too.
+        """
+        return sorted(map(self._data.name, plan_step(self._config, step, len(self._data)).sample.tolist()))
 
     def _too_many(self, state: TrainState) -> FloatingPointError:
         """Keep the samples of the steps that were skipped in a row, and say so."""

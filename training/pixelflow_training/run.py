@@ -33,7 +33,7 @@ class RunDirectory:
         model/           the averaged model as of the last evaluation
         samples/         pictures, if the recipe asks for them
         tensorboard/     event files, likewise
-        nonfinite.json   only if losses or gradients stopped the run: the batches
+        nonfinite.json   only if losses or gradients stopped the run: the images of their batches
 
     Args:
         path: made if it is not there.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pixelflow_training.config import DataConfig
 
@@ -12,7 +13,7 @@ from .source import ImageSet, split
 
 
 def load_digits(config: DataConfig, resolution: int, channels: int) -> tuple[ImageSet, ImageSet]:
-    """Training and held-out parts of the 1,797 real 8x8 scans (E. Alpaydin, C. Kaynak, UCI 1998).
+    """Training and held-out parts of the 1,797 real 8x8 scans (E. Alpaydin, C. Kaynak, UCI 1998), named by number.
 
     Args:
         config: how many are held out, and which.
@@ -32,7 +33,11 @@ def load_digits(config: DataConfig, resolution: int, channels: int) -> tuple[Ima
     grey = np.stack([enlarge(scan, resolution) for scan in scans.images])
     images = torch.from_numpy(grey)[:, None].expand(-1, channels, -1, -1).contiguous()
     labels = torch.from_numpy(scans.target.astype(np.int64))
-    return ImageSet(images[kept], labels[kept]), ImageSet(images[held_out], labels[held_out])
+
+    def part(chosen: Tensor) -> ImageSet:
+        return ImageSet(images[chosen], labels[chosen], [f"scan {number}" for number in chosen.tolist()])
+
+    return part(kept), part(held_out)
 
 
 def enlarge(scan: np.ndarray, resolution: int) -> np.ndarray:

@@ -101,6 +101,10 @@ class Loader:
         """That of ``data``."""
         return self.data.listing()
 
+    def name(self, sample: int) -> str:
+        """That of ``data``."""
+        return self.data.name(sample)
+
     def take(self, plan: Plan) -> Taken:
         """The images of a plan, which must be that of the next step.
 

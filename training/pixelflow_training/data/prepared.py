@@ -38,6 +38,10 @@ class PreparedImages:
         """What files the source has, used or not: which ones are used depends on all of them."""
         return listing_of(self.source)
 
+    def name(self, sample: int) -> str:
+        """That of the source."""
+        return self.source.name(int(self.samples[sample]))
+
     def take(self, plan: Plan) -> Taken:
         """The images of a plan. Where more are skipped than ``data.max_skipped`` allows, the rest of them is black.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -75,6 +76,9 @@ class TrainingImages(Protocol):
     def listing(self) -> dict[str, str] | None:
         """What files there are, as in :mod:`.listing`; None for images that a version of this package makes."""
 
+    def name(self, sample: int) -> str:
+        """What a user would look for, of a sample's number in plans."""
+
     def take(self, plan: Plan) -> Taken:
         """The images of a plan."""
 
@@ -86,16 +90,22 @@ class ImageSet:
     Attributes:
         images: ``[N, c, R, R]`` uint8.
         labels: ``[N]`` int64.
+        names: where they come from; by default their numbers.
     """
 
     images: Tensor
     labels: Tensor
+    names: Sequence[str] = ()
 
     def __len__(self) -> int:
         return self.labels.shape[0]
 
     def listing(self) -> None:
         """There are no files."""
+
+    def name(self, sample: int) -> str:
+        """As it was given."""
+        return self.names[sample] if self.names else str(sample)
 
     def take(self, plan: Plan) -> Taken:
         """The images of a plan."""
