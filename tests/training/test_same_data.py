@@ -23,6 +23,7 @@ from pixelflow_training.data.listing import Listing, differences, listing_of
 from pixelflow_training.manifest import Manifest, check_data, check_recipe, read_manifest
 from support.pictures import photograph_tiles
 from support.recipes import tiny_recipe
+from support.runs import lines
 
 FOLDER = [
     "model.in_channels=3",
@@ -157,7 +158,13 @@ def test_a_run_refuses_other_images_unless_it_is_told_to_accept_them(tree: Path,
     moved = tree.rename(tmp_path / "elsewhere")  # the same images in another place are the same images
     loop.train(recipe(f"data.path={moved}", "steps=2"), run, quiet=True)
     shutil.copy(moved / "class 0/000.JPEG", moved / "class 1/new.JPEG")
-    loop.train(recipe(f"data.path={moved}", "steps=3", "data.changed=accept"), run, quiet=True)
+    accepting = recipe(f"data.path={moved}", "steps=3", "data.changed=accept")
+    loop.train(accepting, run, quiet=True)
+    loop.train(accepting, run, quiet=True, from_step=2)  # which is no other change
+    told = [(line["step"], line["parts"]) for line in lines(run) if line["event"] == "data_changed"]
+    ((step, (part,)),) = told
+    assert step == 2
+    assert part.startswith("class 1: got 4 images, ")
     loop.train(recipe(f"data.path={moved}", "steps=4"), run, quiet=True)  # which is then what it goes on with
     assert read_manifest(run / "checkpoints" / name_of(4)).data == listing(moved)
 

@@ -85,6 +85,10 @@ class Checkpointer:
         config: the recipe, which every checkpoint keeps and is held against.
         ranks: who writes and reads together, on one file system; the first one checks, publishes and deletes.
         listing: tells what is trained on, if it is files; asked once, on the first rank.
+
+    Attributes:
+        accepted: what was read was written with other images, and ``data.changed`` accepts that: the parts that differ.
+            Known to the first rank.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Checkpointer:
         self.config = config
         self.ranks = ranks
         self._listing = functools.cache(listing)
+        self.accepted: list[str] = []
         self._pending: Future[Any] | None = None
         self._saving = -1
         self._stager = Stager()
@@ -275,7 +280,7 @@ class Checkpointer:
                 f"{error}; to go on from another checkpoint, pass --from-step (there is: {others})"
             ) from None
         check_recipe(chosen, manifest, self.config)
-        check_data(chosen, manifest, self._listing(), self.config.data.changed)
+        self.accepted = check_data(chosen, manifest, self._listing(), self.config.data.changed)
         return chosen
 
     def _latest(self) -> Path | None:

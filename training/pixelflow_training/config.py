@@ -61,7 +61,8 @@ class DataConfig:
         max_skipped: different files that may be skipped because they cannot be read; one more stops the run.
         workers: processes that read files ahead, for each rank; 0 reads them between the steps.
         changed: what becomes of a run that goes on where files were added, changed or removed meanwhile: ``refuse``, or
-            ``accept`` them.
+            ``accept`` them. Which images are held out depends on how many there are: of those after a change most have
+            been trained on.
         augment: see there.
     """
 

@@ -115,6 +115,7 @@ def train(
         state.ema.model.operations = evaluating_operations(config, ranks.device)
         log = open_log(run, state, config, ranks)
         stack.enter_context(log)
+        note_changed(checkpoints.accepted, state.step, log)
         skipped = SkippedImages(log, config.data.max_skipped)
         evaluation = []
         for batch in held_out_batches(config, held_out, ranks.rank, ranks.world_size):
@@ -179,6 +180,13 @@ def due(every: int | None, state: TrainState, config: TrainConfig) -> bool:
 def open_log(run: RunDirectory, state: TrainState, config: TrainConfig, ranks: Ranks) -> Log | Silence:
     """The run's log, cut where it goes on; for the first rank alone."""
     return run.open_log(state.step, followers(config, run, state.seconds)) if ranks.first else Silence()
+
+
+def note_changed(parts: list[str], step: int, log: Log | Silence) -> None:
+    """Log that a run goes on with other images, once: what is held out now may have been trained on."""
+    line: dict[str, object] = {"event": "data_changed", "step": step, "parts": parts}
+    if parts and line not in log.records("data_changed"):
+        log.write(line)
 
 
 def note_skipped(batch: Batch, step: int, skipped: SkippedImages, ranks: Ranks) -> None:

@@ -159,7 +159,7 @@ def check_recipe(folder: Path, manifest: Manifest, config: TrainConfig) -> None:
         raise ConfigError(f"{folder}: written by another recipe: {'; '.join(changed)}")
 
 
-def check_data(folder: Path, manifest: Manifest, data: Listing | None, changed: str) -> None:
+def check_data(folder: Path, manifest: Manifest, data: Listing | None, changed: str) -> list[str]:
     """Refuse to go on with other images, which would make what comes depend on when the run was stopped.
 
     Args:
@@ -167,17 +167,22 @@ def check_data(folder: Path, manifest: Manifest, data: Listing | None, changed: 
         data: the listing of what there is.
         changed: the recipe's ``data.changed``.
 
+    Returns:
+        what differs and is accepted: the parts that were added, changed or removed, the first ones a line each.
+
     Raises:
         ConfigError: naming the parts that were added, changed or removed.
     """
-    if manifest.data is None or data is None or changed == "accept":
-        return
-    if found := differences(data, manifest.data):
-        more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    if manifest.data is None or data is None:
+        return []
+    found = differences(data, manifest.data)
+    shown = found[:SHOWN] + ([f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else [])
+    if found and changed != "accept":
         raise ConfigError(
-            f"{folder}: written with other images: {'; '.join(found[:SHOWN])}{more}; to go on with those that "
-            "are there now, pass data.changed=accept"
+            f"{folder}: written with other images: {'; '.join(shown)}; to go on with those that are there now, pass "
+            "data.changed=accept"
         )
+    return shown
 
 
 def file_digest(path: Path) -> str:
