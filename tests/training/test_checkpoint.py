@@ -19,7 +19,7 @@ from pixelflow_training import checkpoint as module
 from pixelflow_training import loop
 from pixelflow_training.checkpoint import Checkpointer, name_of
 from pixelflow_training.config import TrainConfig
-from pixelflow_training.manifest import read_manifest, verify
+from pixelflow_training.manifest import Manifest, read_manifest, verify
 from pixelflow_training.state import TrainState
 from support.disk import Disk, PowerCut
 from support.packs import FUZZ
@@ -327,6 +327,23 @@ def test_missing_and_unknown_files_are_refused(folder: Path, config: TrainConfig
         path.write_bytes(data)
     (chosen / "more").touch()
     with pytest.raises(CheckpointError, match="more: not in manifest"):
+        restored(folder, config)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_a_checkpoint_that_goes_away_while_it_is_read_is_named(
+    folder: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A run that goes on deletes old ones while they are published, say; another machine may not see the files."""
+    save(folder, config, 2)
+    honest = module.verify
+
+    def verify(chosen: Path, manifest: Manifest) -> None:
+        honest(chosen, manifest)
+        (chosen / name).unlink()
+
+    monkeypatch.setattr(module, "verify", verify)
+    with pytest.raises(CheckpointError, match=rf"step-00000002: was whole, .* loaded: .*No such file .*{name}"):
         restored(folder, config)
 
 

@@ -176,9 +176,7 @@ class Checkpointer:
             pending.result()
             return
         except CheckpointException as error:
-            rank, (failure, _) = min(error.failures.items())
-            cause = _reason(failure)
-            where = "" if self.ranks.alone else f"rank {rank}: "
+            cause, where = self._failed(error)
         except Exception as error:
             cause, where = _reason(error), ""
         folder, kept = self.folder / name_of(self._saving), self._latest()
@@ -187,6 +185,11 @@ class Checkpointer:
         message = f"{folder}: the checkpoint could not be saved: {where}{cause}; "
         message += f"the last one is {kept.name}" if kept else "there is none before it"
         raise (OSError if isinstance(cause, OSError) else RuntimeError)(message) from cause
+
+    def _failed(self, error: CheckpointException) -> tuple[BaseException, str]:
+        """The reason, and which rank has met it. torch's error is no ``Exception``, which nobody would catch."""
+        rank, (failure, _) = min(error.failures.items())
+        return _reason(failure), "" if self.ranks.alone else f"rank {rank}: "
 
     def _partial(self, step: int) -> Path:
         return self.folder / f".{name_of(step)}.partial"
@@ -253,13 +256,23 @@ class Checkpointer:
 
         Raises:
             CheckpointError: it is damaged or missing; the message names the file, and the checkpoints to choose from.
+                Or it went away while it was read.
             ConfigError: it is of another recipe or other images; the message names the keys, or the parts of the data.
         """
         chosen = self.ranks.first_does(lambda: self._verified(from_step))
         if chosen is None:
             return False
         reader = FileSystemReader(chosen)
-        load(tensors, storage_reader=reader, process_group=self.ranks.saving, no_dist=self.ranks.alone)
+        try:
+            load(tensors, storage_reader=reader, process_group=self.ranks.saving, no_dist=self.ranks.alone)
+        except CheckpointException as error:
+            cause, where = self._failed(error)
+            if not isinstance(cause, Exception):  # Ctrl-C
+                raise cause from None
+            raise CheckpointError(
+                f"{chosen}: was whole, and could not be loaded: {where}{cause}; a run that goes on there may have "
+                "deleted it, or not all ranks see its files"
+            ) from cause
         return True
 
     def _verified(self, from_step: int | None) -> Path | None:
