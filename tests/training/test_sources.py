@@ -103,6 +103,24 @@ def test_a_class_may_be_a_link_and_a_name_no_unicode(tmp_path: Path) -> None:
     assert contents(folder_source(tmp_path / "tree", 2)) == [("a/1.png", 0, 0), (odd, 0, 2), ("b/2.png", 1, 1)]
 
 
+def test_images_behind_links_are_there(tmp_path: Path) -> None:
+    """Deeper down as well, twice where two links lead to them."""
+    write_tree(tmp_path, ["tree/a/1.png", "elsewhere/2.png", "elsewhere/deep/3.png"])
+    (tmp_path / "tree" / "a" / "one").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "tree" / "a" / "two").symlink_to(tmp_path / "elsewhere" / "deep")
+    assert contents(folder_source(tmp_path / "tree", 1)) == [
+        ("a/1.png", 0, 0), ("a/one/2.png", 0, 1), ("a/one/deep/3.png", 0, 2), ("a/two/3.png", 0, 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("to", "at"), [("tree/a", ""), ("tree/a/deep", ""), ("tree", ""), (".", "/tree")])
+def test_a_link_that_leads_back_is_refused(to: str, at: str, tmp_path: Path) -> None:
+    write_tree(tmp_path, ["tree/a/deep/1.png"])
+    (tmp_path / "tree" / "a" / "deep" / "again").symlink_to(tmp_path / to)
+    with pytest.raises(ConfigError, match=rf"^data\.path: .*/again{at} lies in itself: a link on the way leads back$"):
+        folder_source(tmp_path / "tree", 1)
+
+
 def test_a_grey_model_gets_grey_images(tmp_path: Path) -> None:
     write_tree(tmp_path, ["a/1.png"])
     assert folder_source(tmp_path, 0, channels=1).load(0).shape == (1, 5, 7)

@@ -20,8 +20,8 @@ from .source import UnreadableImageError
 class FolderSource:
     """The images below a folder; the class is the number of the first folder on the way, in the order of names.
 
-    Images are in the order of their paths' bytes, whatever the file system says. Files and folders whose names begin
-    with a dot are left out, and so is what does not end like an image.
+    Images are in the order of their paths' bytes, whatever the file system says. Links are followed. Files and folders
+    whose names begin with a dot are left out, and so is what does not end like an image.
 
     Args:
         root: the folder.
@@ -29,7 +29,7 @@ class FolderSource:
         channels, max_pixels: as in :func:`~.decode.decode`.
 
     Raises:
-        ConfigError: there are not as many folders as classes, or one has no image.
+        ConfigError: there are not as many folders as classes, one has no image, or a link leads back to where it lies.
         OSError: a folder cannot be read.
     """
 
@@ -75,11 +75,23 @@ class FolderSource:
 def _images_below(root: Path, name: str) -> list[str]:
     """Paths of a class's images below the root, sorted."""
     found = []
-    for folder, folders, files in os.walk(root / name, onerror=_raise):
+    ways = {root: {_identity(root)}}  # to a folder: what it is and what it lies in
+    for folder, folders, files in os.walk(root / name, onerror=_raise, followlinks=True):
+        path = Path(folder)
+        itself, above = _identity(path), ways[path.parent]
+        if itself in above:
+            raise ConfigError(f"data.path: {folder} lies in itself: a link on the way leads back")
+        ways[path] = {*above, itself}
         folders[:] = [inner for inner in folders if inner[0] != "."]
         below = os.path.relpath(folder, root)
         found += [f"{below}/{file}" for file in files if file[0] != "." and file.lower().endswith(SUFFIXES)]
     return sorted(found, key=os.fsencode)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """The same for whatever leads there."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _raise(error: OSError) -> NoReturn:
