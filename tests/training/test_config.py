@@ -264,6 +264,8 @@ def test_a_recipe_that_is_not_found_lists_those_that_are(name: str) -> None:
         (["model.depth=0"], "model.depth", "0"),
         (["data.augment.scale=1.0"], "data.augment.scale", "1.0"),  # would shrink an image to nothing
         (["data.workers=-1"], "data.workers", "-1"),
+        (["data.split_seed=99999999999999999999"], "data.split_seed", "99999999999999999999"),
+        ([f"data.split_seed={-(2**63) - 1}"], "data.split_seed", str(-(2**63) - 1)),
         (["data.max_pixels=0"], "data.max_pixels", "0"),
         (["data.max_pixels=89478486"], "data.max_pixels", "89478486"),  # Pillow would refuse it by itself
         (["data.max_skipped=-1"], "data.max_skipped", "-1"),

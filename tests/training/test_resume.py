@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import random
 import signal
 import time
@@ -15,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from pixelflow_engine.errors import CheckpointError, ConfigError
-from pixelflow_training import checkpoint, loop
+from pixelflow_training import checkpoint, files, loop
 from pixelflow_training.cli import train
 from pixelflow_training.config import TrainConfig
 from pixelflow_training.run import Log, RunDirectory
@@ -339,6 +342,25 @@ def test_two_processes_cannot_train_in_one_directory(tmp_path: Path, config: Tra
         loop.train(config, run, quiet=True)
     with RunDirectory(run):
         pass
+
+
+def test_a_folder_that_cannot_be_locked_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that another process trains there, for which a user would look in vain."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match=rf"{os.strerror(errno.ENOLCK)} \(to lock it\): '{tmp_path / 'run'}'"):
+        RunDirectory(tmp_path / "run").__enter__()
+
+
+def test_all_folders_on_the_way_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, synced = files.sync, []
+    monkeypatch.setattr(files, "sync", lambda path: synced.append(path) or honest(path))
+    (tmp_path / "a").mkdir()
+    with RunDirectory(tmp_path / "a" / "b" / "c" / "run"):
+        assert set(synced) >= {tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "c"}
 
 
 def test_leftovers_of_an_export_are_removed(tmp_path: Path) -> None:

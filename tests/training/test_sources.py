@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -188,6 +189,53 @@ def test_a_file_that_cannot_be_opened_is_an_unreadable_image(tmp_path: Path) -> 
         source.load(0)
     with pytest.raises(UnreadableImageError, match=r"^not a JPEG"):
         source.load(1)
+
+
+def fail_to_answer(*_: object) -> NoReturn:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+class FailingFile(io.BytesIO):
+    """Whose disk does not answer after some bytes."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(size) if self.tell() <= 40 else fail_to_answer()
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+@pytest.mark.parametrize(("number", "passes"), [(errno.EMFILE, True), (errno.ESTALE, True), (errno.EACCES, False)])
+def test_an_error_that_passes_is_none_of_the_image(
+    kind: str, number: int, passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another image would stand in for it, and not the next time."""
+    write_tree(tmp_path, ["a/1.png"])
+    write_tar(tmp_path / "1.tar", [("1.png", PICTURES[0]), ("1.cls", b"0")])
+    source = folder_source(tmp_path, 1) if kind == "folder" else shard_source(tmp_path, 1)
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(OSError if passes else UnreadableImageError) as caught:
+            source.load(0)
+    assert os.strerror(number) in str(caught.value)
+    assert not passes or ("1.png" if kind == "folder" else "1.tar") in str(caught.value)
+
+
+def test_nor_is_one_that_comes_while_an_image_is_read_or_asked_for_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tree(tmp_path, ["a/1.png"])
+    source, passing = folder_source(tmp_path, 1), os.strerror(errno.EIO)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *_: FailingFile(PICTURES[0]))
+        with pytest.raises(OSError, match=rf"{passing}.*1\.png"):
+            source.load(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", fail_to_answer)
+        with pytest.raises(OSError, match=passing):
+            source.listing()
 
 
 # --- shards ------------------------------------------------------------------------------------------------

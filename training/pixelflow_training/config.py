@@ -80,6 +80,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.name == "digits" and self.path is not None:
             raise ConfigError(f"data.path: got {self.path!r}, expected none for data.name=digits")
+        _check("data.split_seed", self.split_seed, -(2**63), 2**64 - 1)  # what torch takes
         _check("data.max_pixels", self.max_pixels, 1, PILLOW_PIXELS)
         _check("data.max_skipped", self.max_skipped, 0, math.inf)
         _check("data.workers", self.workers, 0, 1024)

@@ -16,6 +16,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it lies in, whose names are on the disk; one that is there stays as it is."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in absent or [folder]:
+        sync(path.parent)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file whole: into a hidden one beside it, brought to the disk, renamed over it."""
     partial = path.with_name(f".{path.name}.partial")

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import yaml
 
 from .config import TrainConfig
-from .files import replace_text, sync
+from .files import make_folder, replace_text
 
 STEP = re.compile(r"step-(\d{8,})")
 """The name of a checkpoint's folder."""
@@ -41,6 +41,7 @@ class RunDirectory:
 
     Raises:
         FileExistsError: it holds something and ``fresh`` was asked for, or another process trains there.
+        OSError: it cannot be made or locked.
     """
 
     def __init__(self, path: Path, fresh: bool = False) -> None:
@@ -55,15 +56,17 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         if self.fresh and self.path.exists() and any(self.path.iterdir()):
             raise FileExistsError(f"output: {self.path} is not empty; a fresh run needs another directory")
-        self.path.mkdir(parents=True, exist_ok=True)
-        sync(self.path.parent)
+        make_folder(self.path)
         # A lock on the folder itself: it leaves no file, and goes with the process however that ends.
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(self._lock)
             raise FileExistsError(f"output: another process trains in {self.path}") from error
+        except OSError as error:
+            os.close(self._lock)
+            raise OSError(error.errno, f"{error.strerror} (to lock it)", str(self.path)) from error
         if self.model.exists():
             for leftover in self.path.glob(".model.*"):  # of an export that was cut short
                 shutil.rmtree(leftover)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .source import UnreadableImageError
+from .source import PASSING, UnreadableImageError
 
 FORMATS = ("BMP", "JPEG", "PNG", "WEBP")  # by content; no other decoder of Pillow sees the bytes
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -30,6 +30,7 @@ def decode(file: BinaryIO, channels: int, max_pixels: int) -> Tensor:
 
     Raises:
         UnreadableImageError: the bytes are no such image, or not all of one.
+        OSError: they cannot be read now, and may be another time.
     """
     try:
         with warnings.catch_warnings():
@@ -41,9 +42,11 @@ def decode(file: BinaryIO, channels: int, max_pixels: int) -> Tensor:
                 return _pixels(_upright(image), channels)
     except (UnreadableImageError, MemoryError):
         raise
-    except UnidentifiedImageError:
+    except UnidentifiedImageError:  # an OSError, of the bytes
         raise UnreadableImageError("not a JPEG, PNG, WebP or BMP image") from None
     except Exception as error:  # decoders meet bytes from anywhere, and have no error type in common
+        if isinstance(error, OSError) and error.errno in PASSING:
+            raise
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
 
 

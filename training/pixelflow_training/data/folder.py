@@ -14,7 +14,7 @@ from pixelflow_engine.errors import ConfigError
 from .decode import SUFFIXES, decode
 from .listing import Listing, describe, size_of
 from .names import Names
-from .source import UnreadableImageError
+from .source import unreadable
 
 
 class FolderSource:
@@ -57,11 +57,12 @@ class FolderSource:
 
     def load(self, sample: int) -> Tensor:
         """See :class:`~.source.ImageSource`."""
+        path = self.root / self._names[sample]
         try:
-            with (self.root / self._names[sample]).open("rb") as file:
+            with path.open("rb") as file:
                 return decode(file, self.channels, self.max_pixels)
         except OSError as error:
-            raise UnreadableImageError(error.strerror or str(error)) from error
+            raise unreadable(error, path) from error
 
     def listing(self) -> Listing:
         """See :func:`~.listing.listing_of`; asks for the size of every file."""

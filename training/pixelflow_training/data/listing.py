@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from .source import ImageSource
+from .source import PASSING, ImageSource
 
 Listing = dict[str, str]
 """Each part of the data, a class folder or a tar, by name: how many images it has, their bytes, and a digest of the
@@ -39,10 +39,16 @@ def describe(images: Iterable[tuple[str, int]]) -> str:
 
 
 def size_of(path: Path) -> int:
-    """A file's size in bytes; 0 if it cannot be told, of an image that will be skipped."""
+    """A file's size in bytes; 0 if it cannot be told, of an image that will be skipped.
+
+    Raises:
+        OSError: it may be told another time.
+    """
     try:
         return path.stat().st_size
-    except OSError:
+    except OSError as error:
+        if error.errno in PASSING:
+            raise
         return 0
 
 

@@ -18,7 +18,7 @@ from pixelflow_engine.errors import ConfigError
 from .decode import SUFFIXES, decode
 from .listing import Listing, describe
 from .names import Names
-from .source import UnreadableImageError
+from .source import unreadable
 
 LABELS = (".cls", ".json")
 LABEL_BYTES = 1 << 20  # a label that claims to be longer is none
@@ -81,7 +81,7 @@ class ShardSource:
             with self._shards[number].open("rb") as file:
                 content = os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise UnreadableImageError(error.strerror or str(error)) from error
+            raise unreadable(error, self._shards[number]) from error
         return decode(io.BytesIO(content), self.channels, self.max_pixels)
 
     def listing(self) -> Listing:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,6 +17,26 @@ from pixelflow_training.plan import Plan
 
 class UnreadableImageError(Exception):
     """An image cannot be read, or is not one; the message is the reason, and the same every time."""
+
+
+PASSING = frozenset(
+    {
+        errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENODEV,
+        errno.ESTALE, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED,
+        errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+    }
+)  # fmt: skip
+"""Errors of a disk, a server or this process, not of a file: it may be read another time."""
+
+
+def unreadable(error: OSError, path: Path) -> Exception:
+    """What to raise where a file cannot be read.
+
+    An image that another stands in for is to be the same one every time, so an error that passes ends the run instead.
+    """
+    if error.errno in PASSING:
+        return OSError(error.errno, error.strerror, str(path))
+    return UnreadableImageError(error.strerror or str(error))
 
 
 class ImageSource(Protocol):
