@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,17 +23,20 @@ from torch.distributed.tensor import DTensor
 from pixelflow_engine import load_checkpoint
 from pixelflow_engine.errors import ConfigError
 from pixelflow_training import loop
+from pixelflow_training.checkpoint import Checkpointer
 from pixelflow_training.collate import Batch
 from pixelflow_training.config import TrainConfig
 from pixelflow_training.evaluation import averaged_weights
 from pixelflow_training.ranks import ALONE, join, numbered, of_this_rank
 from pixelflow_training.signals import EXIT_STOPPED
+from pixelflow_training.state import TrainState
 from support.ranks import FAILED, LOST, in_ranks, said, train, train_signalled
 from support.recipes import tiny_recipe
-from support.runs import digest, lines, outcome, state_of
-from support.steps import random_state
+from support.runs import digest, lines, state_of
+from support.steps import flat, random_state
 
 OVERRIDES = ["steps=6", "log_every=1", "eval_every=3", "checkpoint.every=2", "batch_size=9"]
+KEEP_ALL = ["checkpoint.every=1", "checkpoint.keep=9"]
 WAYS = {"copies": [], "sharded": ["compute.shard=2"]}
 
 
@@ -54,7 +58,7 @@ def whole(way: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    loop.train(tiny_recipe(folder, *OVERRIDES), folder / "run", quiet=True)
+    loop.train(tiny_recipe(folder, *OVERRIDES, *KEEP_ALL), folder / "run", quiet=True)
     return folder
 
 
@@ -94,13 +98,15 @@ def test_two_ranks_train_as_one(whole: Path, alone: Path) -> None:
 def test_groups_that_share_a_copy_train_as_one_and_so_do_parts(alone: Path, tmp_path: Path) -> None:
     """Four ranks, two copies of the weights, and packs of two images or less."""
     prepare(tmp_path)
-    overrides = [*OVERRIDES, "compute.shard=2", "compute.max_tokens=16"]
+    overrides = [*OVERRIDES, *KEEP_ALL, "compute.shard=2", "compute.max_tokens=16"]
     assert in_ranks(4, tmp_path, train, overrides) == [0, 0, 0, 0], said(tmp_path, 0) + said(tmp_path, 1)
     for one, two in zip(trained(tmp_path), trained(alone), strict=True):
         rounding = 1e-6 * 10 ** min(one["step"] - 1, 3)
         assert one["loss"] == pytest.approx(two["loss"], rel=rounding), one["step"]
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=10 * rounding), one["step"]
-    assert saved(tmp_path), "of every tensor, one of those who have it has written its part"
+    first = [state_after(folder, 1, recipe(folder)) for folder in (tmp_path, alone)]
+    assert_a_step_apart_by_rounding(*first, TrainState(recipe(alone), loop.build_model(recipe(alone))), recipe(alone))
+    assert_the_average_is_exported(tmp_path)
 
 
 def test_the_same_again_gives_the_same_bits(whole: Path, way: list[str], tmp_path: Path) -> None:
@@ -143,18 +149,87 @@ def saved(folder: Path) -> str:
     return digest(state_of(folder / "run", recipe(folder)).tensors())
 
 
-def test_another_number_of_ranks_goes_on_from_the_same_state(whole: Path, tmp_path: Path, alone: Path) -> None:
-    """What ranks have saved is read by one process, and the other way round; nothing of the state changes."""
-    config = recipe(tmp_path)
-    # A finished run is read, and not trained: what it saves again would show.
-    before = saved(whole)
-    assert before == outcome(whole / "run", config)["state"]
-    run = prepare(tmp_path) / "run"
-    loop.train(tiny_recipe(tmp_path, *OVERRIDES, "optimizer.schedule=constant", "steps=2"), run, quiet=True)
-    longer = [*OVERRIDES, "optimizer.schedule=constant", "steps=4", "compute.shard=2"]
-    assert in_ranks(2, tmp_path, train, longer) == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
-    loop.train(tiny_recipe(tmp_path, *OVERRIDES, "optimizer.schedule=constant", "steps=6"), run, quiet=True)
-    assert [line["step"] for line in trained(tmp_path)] == [1, 2, 3, 4, 5, 6]
+def test_another_number_of_ranks_goes_on_from_the_same_state(whole: Path, way: list[str], tmp_path: Path) -> None:
+    """What one process has saved is read by two, and the other way round: a step is the same but for rounding."""
+    assert_the_average_is_exported(whole)
+    constant = [*OVERRIDES, "optimizer.schedule=constant"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    two.mkdir()
+    prepare(two)
+    loop.train(tiny_recipe(two, *constant, "steps=2"), two / "run", quiet=True)
+    shutil.copytree(two, one)
+    loop.train(tiny_recipe(one, *constant, "steps=3"), one / "run", quiet=True)
+    overrides = [*way, "optimizer.schedule=constant", "steps=3"]
+    assert in_ranks(2, two, train, overrides) == [0, 0], said(two, 0) + said(two, 1)
+
+    config = tiny_recipe(tmp_path, *constant, "steps=3")
+    before, ours, theirs = (state_after(folder, step, config) for folder, step in ((two, 2), (two, 3), (one, 3)))
+    assert_a_step_apart_by_rounding(ours, theirs, before, config)
+    with torch.no_grad():
+        next(ours.model.parameters()).view(-1)[0] += 1e-6
+    with pytest.raises(AssertionError):  # it would be noticed
+        assert_a_step_apart_by_rounding(ours, theirs, before, config)
+    for folder in (one, two):
+        loop.train(tiny_recipe(folder, *constant, "steps=6"), folder / "run", quiet=True)
+    for ours_now, theirs_now in zip(trained(two), trained(one), strict=True):
+        rounding = 1e-6 * 10 ** min(ours_now["step"], 3)
+        assert ours_now["loss"] == pytest.approx(theirs_now["loss"], rel=rounding), ours_now["step"]
+    assert [line["step"] for line in trained(two)] == [1, 2, 3, 4, 5, 6]
+
+
+def state_after(folder: Path, step: int, config: TrainConfig) -> TrainState:
+    """As the checkpoint of a step has it, read by this process."""
+    state = TrainState(config, loop.build_model(config))
+    tensors = state.tensors()
+    with Checkpointer(folder / "run" / "checkpoints", config) as checkpoints:
+        assert checkpoints.read(tensors, step)
+    state.take_counters(tensors)
+    assert state.step == step
+    return state
+
+
+def assert_the_average_is_exported(folder: Path) -> None:
+    """Of every tensor those who have it have written its part: gathered on the way to the model, it is the same."""
+    averaged = state_of(folder / "run", recipe(folder)).ema.model.state_dict()
+    assert digest({"model": averaged}) == digest({"model": load_checkpoint(folder / "run" / "model").state_dict})
+
+
+def assert_a_step_apart_by_rounding(
+    ours: TrainState, theirs: TrainState, before: TrainState, config: TrainConfig
+) -> None:
+    """Two states that one step from the same state has led to differ as its gradients do, and by AdamW's formula.
+
+    Gradients are sums in another order: u for each of the hundred or so operations between a weight and the loss. The
+    rest is counted: what AdamW makes of a moment is some ten operations, a weight and an average are a few.
+    """
+    u, (first, second) = 2.0**-24, config.optimizer.betas
+    apart = 100 * u
+    lr = loop.learning_rate(config.optimizer, before.step, config.steps)
+
+    def of(state: TrainState) -> tuple[torch.Tensor, ...]:
+        moments = [state.optimizer.state[parameter] for parameter in state.model.parameters()]
+        groups = (
+            state.model.parameters(),
+            state.ema.model.parameters(),
+            *([moment[key] for moment in moments] for key in ("exp_avg", "exp_avg_sq")),
+        )
+        return tuple(flat(group) for group in groups)
+
+    (w, a, m, v), (w_, a_, m_, v_), (_, _, m_before, _) = of(ours), of(theirs), of(before)
+    g = (m_ - first * m_before) / (1 - first)
+    assert (m - m_).norm() <= (1 - first) * apart * g.norm() + 2 * u * m_.norm()
+    assert (v - v_).norm() <= (1 - second) * apart * 2 * g.abs().max() * g.norm() + 2 * u * v_.norm()
+
+    t = theirs.ema.step
+    assert ours.ema.step == t == before.ema.step + 1
+
+    def move(m: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return lr * (m / (1 - first**t)) / ((v / (1 - second**t)).sqrt() + 1e-8)
+
+    moved = move(m, v) - move(m_, v_)
+    assert ((w - w_ + moved).abs() <= 2 * u * w_.abs() + 20 * u * move(m_, v_).abs()).all()
+    decay = min(config.ema_decay, t / (9 + t))
+    assert ((a - a_ - (1 - decay) * (w - w_)).abs() <= 4 * u * (a_.abs() + w_.abs())).all()
 
 
 def poison_one(folder: Path, overrides: list[str], rank: int) -> None:
