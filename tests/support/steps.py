@@ -20,7 +20,7 @@ from pixelflow_training.config import DataConfig, TrainConfig
 from pixelflow_training.data import ImageSet, load_digits
 from pixelflow_training.ranks import ALONE, Ranks
 from pixelflow_training.state import TrainState
-from pixelflow_training.step import TrainStep
+from pixelflow_training.step import Stepped, TrainStep
 from pixelflow_training.update import FusedUpdate, TorchUpdate
 from support.adamw import Truth, assert_near
 from support.recording import RecordingCapture
@@ -88,7 +88,7 @@ class Watched:
         self.state, self.config = state, config
         self.truth = Truth(pieces(state.model.parameters()), plain=True)
 
-    def step(self, step: TrainStep, batch: Batch, lr: float, parts: int = 1) -> None:
+    def step(self, step: TrainStep, batch: Batch, lr: float, parts: int = 1) -> Stepped:
         """A step that counts, on both sides."""
         honest, settings = step.update.launch, self.config.optimizer
         given: list[Tensor] = []
@@ -102,9 +102,10 @@ class Watched:
 
         step.update.launch = launch  # type: ignore[method-assign]
         try:
-            assert step(batch, lr, parts).finite
+            done = step(batch, lr, parts)
         finally:
             step.update.launch = honest  # type: ignore[method-assign]
+        assert done.finite
         self.truth.step(
             given,
             lr,
@@ -114,6 +115,7 @@ class Watched:
             math.inf if own_norm else settings.max_grad_norm,
             self.config.ema_decay,
         )
+        return done
 
     def check(self) -> None:
         """Weights and averages are as near to float64 as float32 can be; moments and counts are of as many steps."""
