@@ -16,11 +16,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return photographs(tmp_path_factory.mktemp("stops") / "images")
 
 
-@pytest.mark.parametrize(("ranks", "workers", "stops"), [(1, 1, 1), (2, 0, 3)])
+@pytest.mark.parametrize(("ranks", "workers", "stops"), [(1, 1, 1), (2, 1, 3)])
 def test_a_run_that_is_stopped_at_random_is_the_one_that_was_not(
     ranks: int, workers: int, stops: int, recipe: list[str], tmp_path: Path
 ) -> None:
-    seed = 27 if FUZZ == 1 else random.randrange(2**32)
+    seed = 84 if FUZZ == 1 else random.randrange(2**32)
     print(f"seed {seed}")
     whole = whole_run(tmp_path / "whole", recipe, ranks)
     overrides = [*recipe, f"data.workers={workers}"]
