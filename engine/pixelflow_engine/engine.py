@@ -76,6 +76,7 @@ class PixelFlowEngine:
             fuse(self.model)
         if compile:
             compile_blocks(self.model)
+        self.model.in_halves = not compile
         self.batch_sizes = None if batch_sizes is None else arguments.batch_sizes(batch_sizes)
         self._programs = ProgramStore(CudaCapture(model.device) if self.graphs else None)
 
