@@ -145,10 +145,12 @@ def load_(buffer: Tensor, value: Tensor, name: str) -> None:
     """Copy a value into a tensor that a graph reads.
 
     Raises:
-        ValueError: its shape or device is another; the message names both.
+        ValueError: its shape, type or device is another; the message names both.
     """
     if value.shape != buffer.shape:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {tuple(buffer.shape)} as captured")
+    if value.dtype != buffer.dtype:
+        raise ValueError(f"{name}: got {value.dtype}, expected {buffer.dtype} as captured")
     if value.device != buffer.device:
         raise ValueError(f"{name}: got device {value.device}, expected {buffer.device} as captured")
     buffer.copy_(value)
