@@ -221,7 +221,8 @@ def image_size(name: str, value: object, config: PixelFlowConfig) -> int:
     """``height`` or ``width`` in pixels; None is the model's resolution."""
     if value is None:
         return config.resolution
-    return check_size(name, value, config)
+    number = integer(value)
+    return check_size(name, value if number is None else number, config)
 
 
 def images(x: object, model: ModelConfig) -> Tensor:

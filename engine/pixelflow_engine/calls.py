@@ -14,7 +14,7 @@ from .config import PixelFlowConfig
 from .events import Callbacks, StageEvent, StepEvent
 from .image_to_image import taken_up
 from .noise import CounterNoise, NoiseSource, PublicNoise
-from .output import Latents, OutputType, from_images
+from .output import OUTPUT_TYPES, Latents, OutputType, from_images
 from .plan import SOLVERS, Condition, SamplingPlan, Solver, plan_stages
 from .requests import Lot, Request, padded, sort_into_lots
 from .schedule import step_times
@@ -178,7 +178,7 @@ def plan_call(
 def _check_words(call: Call, config: PixelFlowConfig) -> None:
     arguments.choice("solver", call.solver, SOLVERS)
     arguments.choice("state", call.state, ("fp32", "public"))
-    arguments.choice("output_type", call.output_type, ("pil", "np", "pt"))
+    arguments.choice("output_type", call.output_type, OUTPUT_TYPES)
     arguments.choice("on_failure", call.on_failure, ("raise", "report"))
     arguments.choice("error_norm", call.error_norm, ("image", "batch"))
     arguments.choice("noise", call.noise, ("counter", "public"))
@@ -225,6 +225,11 @@ def _requested(call: Call, config: PixelFlowConfig) -> Asked:
     own_prompts = any(r.encoder_hidden_states is not None for r in requests)
     for i, r in enumerate(requests):
         with arguments.inside(f"requests[{i}]"):
+            if r.guidance_scale is not None and arguments.sequence(call.guidance_schedule) is not None:
+                raise ValueError(
+                    f"guidance_scale: got {r.guidance_scale!r} beside a list in guidance_schedule, expected None: "
+                    "the list has a weight for each stage"
+                )
             scale = call.guidance_scale if r.guidance_scale is None else r.guidance_scale
             weights.append(arguments.guidance_weights(scale, call.guidance_schedule, config.scheduler.num_stages))
             sizes.append(
@@ -298,11 +303,8 @@ def _text_condition(call: Call, config: PixelFlowConfig, guided: bool) -> tuple[
         null = arguments.text("null_", call.null_encoder_hidden_states, call.null_encoder_attention_mask, model)
         if len(null.states) != 1:
             arguments.same_batch("null_encoder_hidden_states", len(null.states), batch)
-        if null.states.shape[1] != prompt.states.shape[1]:
-            raise ValueError(
-                f"null_encoder_hidden_states: got {null.states.shape[1]} text tokens, expected "
-                f"{prompt.states.shape[1]} as in encoder_hidden_states (pad and mask the shorter)"
-            )
+        longest = max(prompt.states.shape[1], null.states.shape[1])
+        prompt, null = prompt.padded(longest), null.padded(longest)
     return Condition(class_labels=labels, text=prompt, null_text=null), batch
 
 

@@ -76,6 +76,7 @@ class PixelFlowEngine:
             fuse(self.model)
         if compile:
             compile_blocks(self.model)
+        self.model.in_halves = not compile
         self.batch_sizes = None if batch_sizes is None else arguments.batch_sizes(batch_sizes)
         self._programs = ProgramStore(CudaCapture(model.device) if self.graphs else None)
 
@@ -211,7 +212,7 @@ class PixelFlowEngine:
             encoder_hidden_states: encoded prompts ``[B, L, E]``, for a text model.
             encoder_attention_mask: ``[B, L]``, 1 for tokens and 0 for padding.
             null_encoder_hidden_states, null_encoder_attention_mask: the encoded empty prompt, ``[B, L, E]`` or ``[1,
-                L, E]``; needed where a weight is not 1.
+                L, E]``; needed where a weight is not 1. Of prompts and empty ones the shorter are padded.
 
         Raises:
             ValueError: naming the argument, what came and what was expected.
@@ -286,10 +287,7 @@ class PixelFlowEngine:
                 f"class_labels: got images that run as {len(planned.runs)} batches here, expected one size and guidance"
             )
         (run,) = planned.runs
-        return (
-            StageEvent(report=end.reported(), latents=end.latents)
-            for end in self._stages_of(run, planned, watched=True)
-        )
+        return (end.event for end in self._stages_of(run, planned, watched=True))
 
     def warmup(self, batch_sizes: Sequence[int] = (1,), **options: Any) -> None:
         """Compile kernels and capture graphs for calls of these sizes, so that the first real call is fast.
@@ -301,7 +299,8 @@ class PixelFlowEngine:
         for batch in batch_sizes:
             number = arguments.positive_integer("batch_sizes", batch)
             labels = [0] * number if self.config.model.num_classes > 0 else None
-            least: dict[str, Any] = {"num_inference_steps": 2, "seed": list(range(number)), "output_type": "pt"}
+            seed = 0 if options.get("noise") == "public" else list(range(number))
+            least: dict[str, Any] = {"num_inference_steps": 2, "seed": seed, "output_type": "pt"}
             self(labels, **(least | options))
 
     def close(self) -> None:
@@ -331,6 +330,7 @@ class PixelFlowEngine:
                 clock_of(self.device),
                 planned.raising,
                 watched,
+                planned.seeds,
             )
 
     def velocity(

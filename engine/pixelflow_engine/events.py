@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .output import Images, Latents, OutputType, to_output
+from .arguments import choice
+from .output import OUTPUT_TYPES, Images, Latents, OutputType, to_output
 
 Status = Literal["ok", "max_steps", "underflow", "nonfinite"]
 """What became of an image: ``max_steps``: Dopri5 used up its attempts; ``underflow``: its step became too small to be
@@ -70,13 +71,35 @@ class StageReport:
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class StageEvent:
-    """The end of a stage: its report and its state ``latents``, not to be written to."""
+    """The end of a stage. Where the host runs ahead of the device, it waits for the stage only to see values.
 
-    report: StageReport
+    Attributes:
+        latents: its state, not to be written to.
+        seeds: of each image, as :class:`SamplingOutput` has them.
+    """
+
     latents: Latents
+    seeds: tuple[int, ...]
+    _reported: Callable[[], StageReport]
+    _found: Callable[[], tuple[Status, ...]]
+
+    @property
+    def report(self) -> StageReport:
+        """What the stage did; waits for it."""
+        return self._reported()
+
+    @property
+    def statuses(self) -> tuple[Status, ...]:
+        """What became of each image so far; all ``ok`` unless ``on_failure="report"``. Waits for the stage."""
+        return self._found()
 
     def images(self, output_type: OutputType = "pil") -> Images:
-        """Pictures of the state, as :class:`pixelflow_engine.SamplingOutput` has them."""
+        """Pictures of the state, as :class:`SamplingOutput` has them.
+
+        Raises:
+            ValueError: there is no such form.
+        """
+        choice("output_type", output_type, OUTPUT_TYPES)
         return to_output(self.latents, output_type)
 
 

@@ -26,7 +26,9 @@ def taken_up(images: Tensor, noise: Tensor, stage: Stage, num_stages: int, tau: 
     here = images
     for _ in range(num_stages - 1 - stage.index):
         here = F.avg_pool2d(here, 2)
-    before = F.interpolate(F.avg_pool2d(here, 2), scale_factor=2, mode="nearest")
     end = stage.end * here + (1 - stage.end) * noise
-    start = stage.start * before + (1 - stage.start) * noise
+    start = noise  # all of it at the first stage, whose images may be too small to be halved once more
+    if stage.index > 0:
+        before = F.interpolate(F.avg_pool2d(here, 2), scale_factor=2, mode="nearest")
+        start = stage.start * before + (1 - stage.start) * noise
     return tau * end + (1 - tau) * start

@@ -11,9 +11,9 @@ import torch
 from .config import ModelConfig
 from .plan import StagePlan
 
-WIDEST = 10
-"""Tensors ``[T, C]`` that live where an evaluation is widest, in an MLP: the residual stream and its norm, before
-and after the block's first half, the hidden layer (as wide as four) and its result; and the embedded patches."""
+WIDEST = 8
+"""Tensors ``[T, C]`` that live where an evaluation on fused kernels is widest, in an attention: the residual stream and
+its norm, the product of queries, keys and values (as wide as three), queries and keys, turned, and the result."""
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 

@@ -185,6 +185,10 @@ class SelfAttention(Attention):
 
     def forward(self, u: Tensor, around: Surroundings, ops: Operations) -> Tensor:
         """``[T, C] -> [T, C]``."""
+        return ops.linear(self.attended(u, around, ops), self.o_proj)
+
+    def attended(self, u: Tensor, around: Surroundings, ops: Operations) -> Tensor:
+        """What the heads give, side by side; queries, keys and values are gone with its return."""
         norms = (self.q_norm.weight, self.k_norm.weight)
         layout, rotation = around.layout, around.rotation
         if self.qkv is None:
@@ -194,8 +198,7 @@ class SelfAttention(Attention):
             q, k, v = ops.linear(u, self.qkv).chunk(3, dim=-1)
             q, k = ops.norm_rotate_qk(q, k, *norms, layout, rotation, self.heads)
             v = v.unflatten(-1, (self.heads, -1))
-        out = ops.self_attention(q, k, v, around.layout)
-        return ops.linear(out.flatten(-2), self.o_proj)
+        return ops.self_attention(q, k, v, layout).flatten(-2)
 
 
 class CrossAttention(Attention):
@@ -267,16 +270,41 @@ class TransformerBlock(nn.Module):
         Returns:
             x and u after the block.
         """
+        own = rows.chunk(6, dim=-1)
+        x, v = self.attend(x, u, own, keys, around, ops)
+        return self.feed_forward(x, v, own, following, around, ops)
+
+    def attend(
+        self,
+        x: Tensor,
+        u: Tensor,
+        own: tuple[Tensor, ...],
+        keys: TextKeys | None,
+        around: Surroundings,
+        ops: Operations,
+    ) -> tuple[Tensor, Tensor]:
+        """The first half: attention, and the norm that the MLP begins with; ``own`` are the six of the block's rows."""
+        _, _, gate1, shift2, scale2, _ = own
         layout = around.layout
-        _, _, gate1, shift2, scale2, gate2 = rows.chunk(6, dim=-1)
         y = self.attn1(u, around, ops)
         if self.norm2 is None or self.attn2 is None or keys is None:
-            x, v = ops.add_gated_rms_norm_modulate(x, y, gate1, self.norm3.weight, shift2, scale2, layout)
-        else:
-            x, w = ops.add_gated_rms_norm(x, y, gate1, self.norm2.weight, layout)
-            y = self.attn2(w, keys, around, ops)
-            x, v = ops.add_rms_norm_modulate(x, y, self.norm3.weight, shift2, scale2, layout)
-        return ops.add_gated_layer_norm_modulate(x, self.mlp(v, ops), gate2, *following, layout)
+            return ops.add_gated_rms_norm_modulate(x, y, gate1, self.norm3.weight, shift2, scale2, layout)
+        x, w = ops.add_gated_rms_norm(x, y, gate1, self.norm2.weight, layout)
+        y = self.attn2(w, keys, around, ops)
+        return ops.add_rms_norm_modulate(x, y, self.norm3.weight, shift2, scale2, layout)
+
+    def feed_forward(
+        self,
+        x: Tensor,
+        v: Tensor,
+        own: tuple[Tensor, ...],
+        following: tuple[Tensor, Tensor],
+        around: Surroundings,
+        ops: Operations,
+    ) -> tuple[Tensor, Tensor]:
+        """The second half: the MLP, and the norm that the next block, or the head, begins with."""
+        gate2 = own[-1]
+        return ops.add_gated_layer_norm_modulate(x, self.mlp(v, ops), gate2, *following, around.layout)
 
 
 class PackedTransformer(nn.Module):
@@ -285,6 +313,11 @@ class PackedTransformer(nn.Module):
     Args:
         config: the model's shape.
         operations: who computes; plain PyTorch where it is not given. It may be replaced at any time.
+
+    Attributes:
+        in_halves: run the halves of a block one after the other instead of calling it. A call holds what it was given
+            until it returns; without one the residual stream and its norm go as soon as there are new ones. Blocks
+            whose call is compiled, sharded, recomputed or hooked must be called.
     """
 
     def __init__(self, config: ModelConfig, operations: Operations | None = None) -> None:
@@ -300,6 +333,7 @@ class PackedTransformer(nn.Module):
         self.proj_out_1 = nn.Linear(C, 2 * C)
         self.proj_out_2 = nn.Linear(C, p * p * config.out_channels)
         self.all_modulations: SideBySide | None = None
+        self.in_halves = False
 
     @property
     def blocks(self) -> list[TransformerBlock]:
@@ -405,7 +439,12 @@ class PackedTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             keys = None if around.prompts is None else around.prompts.keys[i]
             with named("block", i):
-                x, u = block(x, u, modulations[i], firsts[i + 1], keys, around, ops)
+                if self.in_halves:
+                    own = modulations[i].chunk(6, dim=-1)
+                    x, u = block.attend(x, u, own, keys, around, ops)
+                    x, u = block.feed_forward(x, u, own, firsts[i + 1], around, ops)
+                else:
+                    x, u = block(x, u, modulations[i], firsts[i + 1], keys, around, ops)
         return self.proj_out_2(u)
 
     @torch.no_grad()

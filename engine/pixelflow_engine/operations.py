@@ -59,6 +59,14 @@ class Text:
         mask = None if self.mask is None else self.mask.expand(images, -1)
         return Text(self.states.expand(images, -1, -1), mask)
 
+    def padded(self, length: int) -> Text:
+        """Filled up to so many tokens with such as the mask hides."""
+        more = length - self.states.shape[1]
+        if more == 0:
+            return self
+        mask = self.states.new_ones(self.states.shape[:2], dtype=torch.float32) if self.mask is None else self.mask
+        return Text(F.pad(self.states, (0, 0, 0, more)), F.pad(mask, (0, more)))
+
     @staticmethod
     def concatenate(*texts: Text) -> Text:
         """Prompts of one padded length as one batch."""

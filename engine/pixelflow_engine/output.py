@@ -15,6 +15,7 @@ Latents = Tensor | list[Tensor]
 """The state of every image: ``[B, c, h, w]``, or, where sizes differ, a list of ``[c, h, w]``."""
 
 OutputType = Literal["pil", "np", "pt"]
+OUTPUT_TYPES: tuple[OutputType, ...] = ("pil", "np", "pt")
 Images = list[Image.Image] | NDArray[np.float32] | Tensor | list[NDArray[np.float32]] | list[Tensor]
 
 
@@ -43,8 +44,11 @@ def _channels_last(images: Tensor) -> NDArray[np.float32]:
 
 
 def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """``[..., H, W, c]`` in [0, 1] to 0..255, rounded; a single channel's axis is dropped, as Pillow wants it."""
-    pixels = (images * 255).round().astype(np.uint8)
+    """``[..., H, W, c]`` in [0, 1] to 0..255, rounded; a single channel's axis is dropped, as Pillow wants it.
+
+    What is no number, in an image that failed, is 0.
+    """
+    pixels = np.nan_to_num(images * 255).round().astype(np.uint8)
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
 

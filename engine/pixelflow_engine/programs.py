@@ -87,8 +87,8 @@ class Program:
             load_(self.guidance, guidance, "guidance")
 
     def load_state(self, x: Tensor) -> None:
-        """The state alone."""
-        load_(self.x, x, "x")
+        """The state alone, in any floating type."""
+        load_(self.x, x.to(self.x.dtype), "x")
 
 
 class FixedSteps(Program):
@@ -129,12 +129,12 @@ class FixedSteps(Program):
         }
 
     def load_step(self, *rows: Tensor, steps: Tensor) -> None:
-        """Modulations ``[n, (6 depth + 2) C]`` of each slope, and the ``[2]`` lengths that slopes are multiplied by.
+        """Modulations ``[n, (6 depth + 2) C]`` of each slope, in the model's type, and the ``[2]`` lengths of slopes.
 
         All of it is on the device already: a copy from the host would wait for the step before.
         """
         for buffer, value in zip(self.rows, rows, strict=False):
-            load_(buffer, value, "modulations")
+            load_(buffer, value.to(buffer.dtype), "modulations")
         load_(self.steps, steps, "steps")
 
     def _velocity(self, x: Tensor, slope: int) -> Tensor:

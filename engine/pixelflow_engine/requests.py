@@ -24,7 +24,7 @@ class Request:
     Attributes:
         class_label: for a class-conditional model.
         seed: of its noise, 0 to 2^64 - 1; None for a fresh one.
-        guidance_scale: as in the call.
+        guidance_scale: as in the call, whose ``guidance_schedule`` is then a word, not a list.
         height, width: in pixels.
         encoder_hidden_states: an encoded prompt ``[L, E]``, for a text-conditional model; lengths may differ.
     """

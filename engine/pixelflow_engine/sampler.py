@@ -41,12 +41,24 @@ class StageEnd:
         reported: makes the stage's report; waits for the stage, where the host runs ahead.
         status: of each image so far, ``[B]`` int32, in the order of the groups.
         order: place in the call of each image.
+        seeds: of the call.
     """
 
     states: States
     reported: Callable[[], StageReport]
     status: Tensor
     order: Sequence[int]
+    seeds: tuple[int, ...]
+
+    @property
+    def event(self) -> StageEvent:
+        """The same as callers are told it."""
+        return StageEvent(
+            latents=self.latents,
+            seeds=self.seeds,
+            _reported=self.reported,
+            _found=lambda: tuple(self.statuses().values()),
+        )
 
     @property
     def latents(self) -> Latents:
@@ -71,6 +83,7 @@ def sample(
     clock: Clock,
     raising: bool = True,
     watched: bool = True,
+    seeds: tuple[int, ...] = (),
 ) -> Iterator[StageEnd]:
     """Run the cascade, stage by stage.
 
@@ -88,6 +101,7 @@ def sample(
         clock: of the device.
         raising: images that fail are an error; otherwise they are reported, and the others go on.
         watched: somebody looks at every stage's end, so its failures are told there.
+        seeds: what repeats the noise, for whom is told.
 
     Yields:
         the end of each stage; the last one's states are in [-1, 1] or slightly beyond.
@@ -117,9 +131,10 @@ def sample(
                 _raise_for(unread, order)
                 unread.clear()
         reported = partial(_report, stage, outcome.steps, outcome.evaluations, patch_size, clock, began, ended)
+        end = StageEnd(states, reported, status, order, seeds)
         if callbacks.on_stage_end is not None:
-            callbacks.on_stage_end(StageEvent(report=reported(), latents=in_order(states, order)))
-        yield StageEnd(states, reported, status, order)
+            callbacks.on_stage_end(end.event)
+        yield end
 
 
 def in_order(states: States, order: Sequence[int]) -> Latents:

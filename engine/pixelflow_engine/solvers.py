@@ -55,7 +55,12 @@ def two_step_update(
 
 
 def two_step_lengths(method: TwoStep, h: float, h_before: float) -> tuple[float, float]:
-    """What the new and the previous velocity are multiplied by."""
+    """What the new and the previous velocity are multiplied by.
+
+    Float32 may leave a step no length; how a slope changes over it is not known, and the step after it is Euler's.
+    """
+    if h_before == 0:
+        return h, 0.0
     ratio = h / h_before
     new, old = (h * (constant + linear * ratio) for constant, linear in method.weights)
     return new, old

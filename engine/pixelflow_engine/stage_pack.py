@@ -131,10 +131,11 @@ class StagePack:
         Returns:
             ``[guided tokens + T, W]``.
         """
+        return self.model.trunk(self._embedded(x), modulations, around)  # which alone holds it, and lets go of it
+
+    def _embedded(self, x: Tensor) -> Tensor:
         embedded = self.model.patch_embed.embed_by_pixel(x.to(self.model.dtype))
-        if self.guided_tokens:
-            embedded = torch.cat([embedded[: self.guided_tokens], embedded])
-        return self.model.trunk(embedded, modulations, around)
+        return torch.cat([embedded[: self.guided_tokens], embedded]) if self.guided_tokens else embedded
 
     def pack(self, states: States) -> Tensor:
         """``[B_g, c, h, w]`` of each group to ``[T, W]``."""

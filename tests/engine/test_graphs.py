@@ -489,6 +489,8 @@ def test_what_load_refuses() -> None:
     buffer = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"^x: got shape \(3,\), expected \(2, 3\) as captured$"):
         load_(buffer, torch.ones(3), "x")
+    with pytest.raises(ValueError, match=r"^x: got torch.float64, expected torch.float32 as captured$"):
+        load_(buffer, torch.ones(2, 3, dtype=torch.float64), "x")
     with pytest.raises(ValueError, match=r"^x: got device meta, expected cpu as captured$"):
         load_(buffer, torch.ones(2, 3, device="meta"), "x")
     address = buffer.data_ptr()

@@ -15,10 +15,15 @@ from torch import Tensor
 from pixelflow_engine import PixelFlowEngine, Request, StageEvent, StepEvent
 from pixelflow_engine.noise import CounterNoise
 from pixelflow_engine.reference import euler_times, make_stages
+from pixelflow_engine.solvers import two_step_lengths
+from pixelflow_engine.tableaus import AB2
 from support.cascades import CPU, U32, checkpoint_of, exact_engine, fixed_steps, packed_engine
 from support.reference_models import normal, random_reference, seeded
 
-ENGINES = {"exact": exact_engine, "packed": packed_engine}
+Build = Callable[..., PixelFlowEngine]
+F32 = torch.float32
+ENGINES: dict[str, Build] = {"exact": exact_engine, "packed": packed_engine}
+by_engine = pytest.mark.parametrize("build", ENGINES.values(), ids=ENGINES)
 REQUEST: dict[str, Any] = {"num_inference_steps": [2, 3, 4], "output_type": "pt", "seed": [5, 6]}
 
 
@@ -50,6 +55,37 @@ def test_a_stream_yields_what_the_call_makes(engine: PixelFlowEngine, solver: st
         assert torch.equal(event.images("pt"), shown(event.latents))
     assert torch.equal(events[-1].images("pt"), out.images)
     assert [image.size for image in events[0].images()] == [(4, 4)] * 2
+
+
+def test_a_stream_says_what_became_of_its_images(engine: PixelFlowEngine) -> None:
+    """Of each stage, as the call does in the end, with the seeds that draw the images again."""
+    with torch.no_grad():
+        engine.model.class_embedder.embedding_table.weight[4].fill_(torch.nan)  # type: ignore[union-attr]
+    options = REQUEST | {"seed": None, "on_failure": "report"}
+    events = list(engine.stream([1, 4, 2], **options))
+    assert [event.statuses for event in events] == [("ok", "nonfinite", "ok")] * 3
+    assert [event.seeds for event in events] == [events[0].seeds] * 3
+    told: list[StageEvent] = []
+    again = engine([1, 4, 2], **options | {"seed": events[0].seeds}, callback_on_stage_end=told.append)
+    assert again.statuses == events[-1].statuses
+    assert again.seeds == events[-1].seeds
+    assert [(event.statuses, event.seeds) for event in told] == [(e.statuses, e.seeds) for e in events]
+    assert torch.equal(events[-1].images("pt")[0], again.images[0])
+
+
+def test_a_failed_image_is_black_where_it_is_no_number(engine: PixelFlowEngine) -> None:
+    """And no warning says that pixels are undefined."""
+    with torch.no_grad():
+        engine.model.class_embedder.embedding_table.weight[4].fill_(torch.nan)  # type: ignore[union-attr]
+    failed, other = engine([4, 2], **REQUEST | {"output_type": "pil"}, on_failure="report").images
+    assert failed.getextrema() == ((0, 0),) * 3
+    assert other.getextrema() != ((0, 0),) * 3
+
+
+def test_an_event_has_no_other_form_of_images(engine: PixelFlowEngine) -> None:
+    event = next(engine.stream([1, 2], **REQUEST))
+    with pytest.raises(ValueError, match=r"^output_type: got 'png', expected one of pil, np, pt$"):
+        event.images("png")  # type: ignore[arg-type]
 
 
 def test_a_stream_stops_where_its_reader_stops(engine: PixelFlowEngine) -> None:
@@ -191,6 +227,19 @@ def test_an_image_is_taken_up_as_training_shows_it(
     assert (ends[0] - expected).abs().max() <= 16 * 6 * U32
 
 
+@by_engine
+@pytest.mark.parametrize("size", [6, 2])
+def test_a_first_stage_that_cannot_be_halved_takes_an_image_up(build: Build, size: int) -> None:
+    """Three pixels, or one: an image of which nothing is in the first state yet is not looked at there."""
+    engine = build(checkpoint_of(random_reference(59, depth=1, patch_size=1), 2, 16))
+    image = torch.rand((2, 3, size, size), generator=seeded(60))
+    options = {"num_inference_steps": 2, "output_type": "pt", "seed": [5, 6], "height": size, "width": size}
+    whole, begun = engine([1, 2], **options), engine([1, 2], image=image, **options)
+    assert torch.equal(whole.images, begun.images)
+    part = engine([1, 2], image=image, strength=0.5, **options)
+    assert not torch.equal(part.images, whole.images)
+
+
 def test_the_steps_that_are_left_are_done(engine: PixelFlowEngine) -> None:
     """The last two of four steps of the last stage, by hand, with the engine's own velocity."""
     image = torch.rand((2, 3, 16, 16), generator=seeded(54))
@@ -284,3 +333,45 @@ def test_grey_pictures_have_one_channel() -> None:
     options = {"num_inference_steps": 2, "start_stage": 2, "output_type": "pt"}
     expected = engine([1], image=torch.from_numpy(ramp)[None, None].float() / 255, **options).images
     assert torch.equal(engine([1], image=Image.fromarray(ramp), **options).images, expected)
+
+
+# --- what a call makes of odd arguments ----------------------------------------------------------------------
+
+
+@by_engine
+@pytest.mark.parametrize(("own", "empty"), [(5, 2), (2, 5)])
+@pytest.mark.parametrize("masked", [True, False])
+def test_prompts_are_as_long_as_the_longer(build: Build, own: int, empty: int, masked: bool) -> None:
+    """As if the caller had padded and masked the shorter."""
+    engine = build(checkpoint_of(random_reference(61, depth=1, num_classes=0, cross_attention_dim=12), 2, 8))
+    lengths = {"": (2, own), "null_": (1, empty)}
+    texts = {f"{name}encoder_hidden_states": normal((*size, 12), seeded(62), F32) for name, size in lengths.items()}
+    masks = {f"{name}encoder_attention_mask": torch.ones(size, dtype=torch.int64) for name, size in lengths.items()}
+    for mask in masks.values():
+        mask[0, 1] = int(not masked)
+    by_hand: dict[str, Tensor] = {name: F.pad(text, (0, 0, 0, 5 - text.shape[1])) for name, text in texts.items()}
+    by_hand |= {name: F.pad(mask, (0, 5 - mask.shape[1])) for name, mask in masks.items()}
+    options = {"num_inference_steps": 2, "output_type": "pt", "guidance_schedule": "constant"}
+    found = engine(**options, **texts, **(masks if masked else {})).images
+    assert torch.equal(found, engine(**options, **by_hand).images)
+
+
+@by_engine
+def test_warming_up_for_the_public_stream(build: Build) -> None:
+    engine = build(checkpoint_of(random_reference(63, depth=1), 2, 8))
+    engine.warmup([1, 2], noise="public")
+    engine.warmup([1], noise="public", seed=None)
+
+
+def test_a_step_of_no_length_tells_nothing_of_slopes() -> None:
+    assert two_step_lengths(AB2, 0.25, 0.0) == (0.25, 0.0)
+    assert two_step_lengths(AB2, 0.0, 0.0) == (0.0, 0.0)
+
+
+@by_engine
+def test_steps_that_a_shift_leaves_no_length(build: Build) -> None:
+    """All of a stage in its first step, which is the starter's."""
+    engine = build(checkpoint_of(random_reference(64, depth=1), 2, 8))
+    options: dict[str, Any] = {"num_inference_steps": 4, "shift": 1e-9, "output_type": "pt"}
+    found, starter = (engine([1, 2], solver=solver, **options).images for solver in ("ab2", AB2.starter))
+    assert torch.equal(found, starter)

@@ -256,6 +256,12 @@ REFUSED: dict[str, tuple[str, list[Any], dict[str, Any], str]] = {
     "call's seeds": ("class", [GOOD], {"seed": np.array([3, 4])}, "seed: got .*, expected none beside requests"),
     "public noise": ("class", [GOOD], {"noise": "public"}, "noise: got 'public', expected 'counter'"),
     "image": ("class", [GOOD], {"image": torch.zeros(1, 3, 16, 16)}, "image: got one beside requests"),
+    "two weights": (
+        "class",
+        [GOOD, Request(class_label=1, guidance_scale=1.0)],
+        {"guidance_schedule": [3.0, 3.0, 3.0]},
+        r"requests\[1\]: guidance_scale: got 1.0 beside a list in guidance_schedule, expected None",
+    ),
     "strength": ("class", [GOOD], {"strength": 0.5}, "image: got None with start_stage=0 and strength=0.5"),
 }
 

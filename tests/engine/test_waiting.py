@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixelflow_benchmarks.harness.tracing import fake, fake_cuda, fake_parameters
-from pixelflow_engine import PixelFlowEngine
+from pixelflow_engine import PixelFlowEngine, StageEvent
 from pixelflow_engine.events import Callbacks
 from pixelflow_engine.fused import FusedOperations
 from pixelflow_engine.fusion import fuse
@@ -178,11 +178,43 @@ def test_statuses_and_times_are_read_at_the_end_alone(clock: Ahead) -> None:
     assert clock.asked == ["mark"] * 6 + ["seconds"] * 3
     assert reads.when == [3, 3], "once whether to raise, once what became of the images"
     assert found.statuses == ("ok", "ok")
-    # Who looks at a stage's end is told of that stage.
-    seen: list[int] = []
-    watched = engine([1, 2], callback_on_stage_end=lambda e: seen.append(clock.asked.count("seconds")), **options)
-    assert seen == [4, 5, 6]
+    # Who reads a stage's report is told of that stage.
+    seen: list[tuple[int, int]] = []
+    watched = engine(
+        [1, 2],
+        callback_on_stage_end=lambda e: seen.append((e.report.stage, clock.asked.count("seconds"))),
+        **options,
+    )
+    assert seen == [(0, 4), (1, 5), (2, 6)]
     assert_same_bits(found.images, watched.images)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_previews_wait_for_nothing_but_what_is_read(clock: Ahead, streamed: bool) -> None:
+    engine: PixelFlowEngine = packed_engine()
+    options: dict[str, Any] = {"on_failure": "report", "num_inference_steps": 2, "seed": 1}
+    events: list[StageEvent] = []
+    read: list[list[int]] = []
+
+    def look(event: StageEvent) -> None:
+        event.images("pt")
+        events.append(event)
+        read.append(list(reads.when))
+
+    with Reads(clock) as reads:
+        if streamed:
+            for event in engine.stream([1, 2], **options):
+                look(event)
+        else:
+            engine([1, 2], callback_on_stage_end=look, output_type="pt", **options)
+        assert read == [[], [], []]
+        reads.when.clear()
+        assert [event.statuses for event in events] == [("ok", "ok")] * 3
+        assert reads.when == [3, 3, 3]
+    before = clock.asked.count("seconds")
+    assert before == (0 if streamed else 3)
+    assert [event.report.stage for event in events] == [0, 1, 2]
+    assert clock.asked.count("seconds") == before + 3
 
 
 @pytest.mark.parametrize("ahead", [True, False])

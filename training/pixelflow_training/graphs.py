@@ -104,8 +104,6 @@ class StaticStep:
                     raise ValueError(f"{name}: got {'none' if value is None else 'some'}, expected {there} as captured")
                 if buffer is None:
                     continue
-                if value.dtype != buffer.dtype:
-                    raise ValueError(f"{name}: got {value.dtype}, expected {buffer.dtype} as captured")
                 load_(buffer, value, name)
 
 

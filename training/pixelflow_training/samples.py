@@ -80,7 +80,7 @@ def sample_sheet(config: TrainConfig, weights: Mapping[str, Tensor], device: tor
             output_type="np",
             on_failure="report",
         )
-        rows.append(to_uint8(np.nan_to_num(np.asarray(sampled.images))))
+        rows.append(to_uint8(np.asarray(sampled.images)))
         failed += sum(status != "ok" for status in sampled.statuses)
     return contact_sheet(np.concatenate(rows), columns, zoom=math.ceil(SMALLEST / config.resolution)), failed
 

@@ -91,6 +91,7 @@ def count(name: str, problem: StageProblem) -> Counted:
     operations: Operations = FusedOperations("triton") if name == FUSED else PlainOperations()
     with torch.device("meta"):
         model = PackedTransformer(problem.config.model, operations)
+    model.in_halves = True  # as an engine runs them
     with fake_cuda():
         fake_parameters(model, problem.dtype)
         if name == FUSED:
