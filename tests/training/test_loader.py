@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,24 @@ def test_workers_give_what_the_source_gives_until_one_is_killed(recipe: Callable
         with pytest.raises(ChildProcessError, match=said):
             until_it_is_missed()
     assert not multiprocessing.active_children()
+
+
+def test_a_worker_is_missed_whose_connection_ends_before_it_does(recipe: Callable[..., TrainConfig]) -> None:
+    """As the system does it now and then."""
+    config = recipe()
+    loader = Loader(open_data(config)[0], config, 3)
+    worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    worker.start()
+    timer = threading.Timer(0.5, worker.kill)
+
+    def cut() -> Iterator[Taken]:
+        timer.start()
+        raise ConnectionResetError(104, "Connection reset by peer")
+        yield
+
+    loader._processes = [worker]
+    with pytest.raises(ChildProcessError, match=rf"^step 3: .*: {worker.pid} \(exit code -9\)"):
+        loader._receive(cut())
 
 
 def test_a_run_with_workers_ends_as_one_without(recipe: Callable[..., TrainConfig], tmp_path: Path) -> None:

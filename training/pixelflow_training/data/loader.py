@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +20,9 @@ from pixelflow_training.config import TrainConfig
 from pixelflow_training.plan import Plan, plan_step
 
 from .source import Taken, TrainingImages
+
+PATIENCE = 5.0
+"""Seconds until a worker whose connection was cut has an exit code."""
 
 
 class _Steps(Dataset[Taken]):
@@ -126,6 +130,12 @@ class Loader:
         try:
             return next(coming)
         except (RuntimeError, OSError, EOFError) as error:
+            # Whoever is killed leaves its connections before the system knows how it has ended.
+            hung_up = isinstance(error, (ConnectionError, EOFError))
+            ended = wait([process.sentinel for process in self._processes], PATIENCE if hung_up else 0)
+            for process in self._processes:
+                if process.sentinel in ended:
+                    process.join()
             dead = [f"{process.pid} (exit code {process.exitcode})" for process in self._processes if process.exitcode]
             if not dead:
                 raise
