@@ -17,15 +17,12 @@ from torch import Tensor
 from pixelflow_benchmarks.harness.ceilings import Ceilings
 from pixelflow_benchmarks.harness.energy import joules_of
 from pixelflow_benchmarks.harness.results import Record
-from pixelflow_benchmarks.harness.timing import Timing, first_line, graphs_compiled, seconds_of, time_runs
+from pixelflow_benchmarks.harness.timing import Timing, end_of_turns, first_line, graphs_compiled, seconds_of, time_runs
 
 from .opponents import PUBLIC, Opponents
 from .problem import REFERENCE, Ran, StageProblem, StageRun
 from .runs import PublicRun, true_first_state
 from .tasks import Task
-
-TURNS_SECONDS = 60.0
-"""After which no further turn of a problem is begun."""
 
 
 def measure_stages(
@@ -103,7 +100,7 @@ def measure_task(
         records[name] |= {"right": not faults} | ({"fault": "; ".join(faults)} if faults else {})
     right = {name: run for name, run in runs.items() if records[name]["right"]}
     calls = {name: run.run for name, run in right.items()}
-    timed = time_runs(calls, problem.device, repeats, min(deadline, time.perf_counter() + TURNS_SECONDS))
+    timed = time_runs(calls, problem.device, repeats, end_of_turns(deadline))
     times = {name: per_evaluation(problem, checks[name], timing) for name, timing in timed.timings.items()}
     for name, fault in timed.failed.items():
         records[name] |= {"right": False, "fault": fault}
