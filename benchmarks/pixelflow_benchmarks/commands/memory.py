@@ -46,6 +46,6 @@ def command(
             sizes = batch or ([1, 4, 16] if on_gpu else [1, 2])
             keep.all(measure_memory(shape, SHAPES[shape], weights, measured, sizes, steps, dtype, where, deadline))
         if counted := [name for name in wanted if name in VARIANTS]:
-            keep.all(count_memory("tiny" if shape == "tiny" else "xl", counted, batch or [1, 16]))
+            keep.all(count_memory("tiny" if shape == "tiny" else "xl", counted, batch or [1, 16], deadline))
     show(memory_table(keep.run))
     finish(keep.run)
