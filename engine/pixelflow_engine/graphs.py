@@ -16,6 +16,10 @@ Launch = Callable[[], None]
 """A fixed list of launches over tensors that stay where they are; it waits for nothing and decides nothing."""
 
 
+FAILED: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose captures failed: an allocator may ask one of them whose memory is whose as long as the process lives."""
+
+
 class Capture(Protocol):
     """Makes graphs that share one pool of memory."""
 
@@ -53,7 +57,6 @@ class CudaCapture:
         self.device = device
         # Whoever replays a graph holds it. One that nobody can replay any more is gone at once, with its memory.
         self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
-        self.failed: list[torch.cuda.CUDAGraph] = []
         self.pool = torch.cuda.graph_pool_handle()
 
     def capture(self, launch: Launch) -> Launch:
@@ -61,7 +64,9 @@ class CudaCapture:
         if not self.graphs:
             self.pool = torch.cuda.graph_pool_handle()  # one whose last graph has gone cannot be had again
         graph = torch.cuda.CUDAGraph()
-        with reported(), torch.cuda.device(self.device):
+        # A capture that fails leaves its stream as the current one; the caller's comes back all the same.
+        stay = torch.cuda.stream(torch.cuda.current_stream(self.device))
+        with reported(), torch.cuda.device(self.device), stay:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             try:
@@ -81,15 +86,20 @@ class CudaCapture:
         return graph.replay
 
     def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Tell PyTorch's allocator of the end of a capture that failed: it would go on filling this pool for it."""
+        """Tell PyTorch's allocator of the end of a capture that failed: it would go on filling this pool for it.
+
+        The allocator of pinned memory cannot be told, and refuses another capture into the same pool: the next one has
+        a pool of its own, and graphs that are there keep theirs.
+        """
         graph.reset()
-        self.failed.append(graph)  # the allocator may ask it once more whose memory is whose
+        FAILED.append(graph)
         device = torch.cuda.current_device()
+        pool, self.pool = self.pool, torch.cuda.graph_pool_handle()
         try:
-            torch._C._cuda_endAllocateToPool(device, self.pool)
+            torch._C._cuda_endAllocateToPool(device, pool)
         except RuntimeError:
             return  # it has been told
-        torch._C._cuda_releasePool(device, self.pool)
+        torch._C._cuda_releasePool(device, pool)
 
     def leave(self) -> torch.cuda.Event:
         """See :class:`Capture`."""

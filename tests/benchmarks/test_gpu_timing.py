@@ -66,6 +66,7 @@ def test_a_call_that_waits_is_launched_each_time_and_says_so(gpu: FakeGpu) -> No
     assert found["goes on"].median == pytest.approx(4 * US, rel=1e-6)
     assert gpu.kept is None
     assert gpu.ended, "the allocator goes on filling a pool unless it is told that its capture has failed"
+    assert len(gpu.current) == 1, "the caller's stream is the current one again"
 
 
 def test_what_is_shorter_than_an_event_tells_is_not_nothing(gpu: FakeGpu) -> None:

@@ -158,7 +158,6 @@ def test_nothing_wrong_gets_a_speed() -> None:
     assert rows["right", "eager"][5] == "1.00 (1.00 to 1.00)"
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, inside inductor
 def test_every_operation_has_cases_that_are_right_and_timed(tmp_path: Path) -> None:
     """The command tried out on a CPU at the smallest stages, where `ours` is each operation's CPU implementation."""
     from typer.testing import CliRunner

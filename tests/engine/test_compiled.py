@@ -14,10 +14,6 @@ from pixelflow_engine import PixelFlowEngine, Request, compilation
 from pixelflow_kernels.varlen_attention import backends
 from support.engines import tiny_config, tiny_engine, tiny_model
 
-pytestmark = pytest.mark.filterwarnings(  # Inductor's own, and Dynamo's look at an intermediate tensor
-    "ignore:.*script_method.*:DeprecationWarning", "ignore:The .grad attribute of a Tensor that is not a leaf"
-)
-
 CLOSE = {"rtol": 0, "atol": 2e-5}  # of images in [0, 1] after a few steps in float32
 
 

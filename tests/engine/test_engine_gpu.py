@@ -204,9 +204,13 @@ def test_close_and_begin_again() -> None:
 
 
 def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reason is the first error, not that the capture was ended by it; the next call captures anew."""
-    engine = gpu_engine(graphs=True)
-    trunk = engine.model.trunk
+    """The reason is the first error, not that the capture was ended by it; the next call captures anew.
+
+    Beside graphs that stay, and the caller's stream is the current one again.
+    """
+    engine, stream = gpu_engine(graphs=True), torch.cuda.current_stream()
+    alone = images(engine, (5,))
+    programs, trunk = [*engine._programs.programs], engine.model.trunk
 
     def reads(*arguments: Any) -> Tensor:
         out = trunk(*arguments)
@@ -216,9 +220,11 @@ def test_a_capture_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.model, "trunk", reads)
     with pytest.raises(CaptureError, match=r"^graphs: a step could not be captured: .*captur"):
         images(engine)
-    assert not engine._programs.programs
+    assert [*engine._programs.programs] == programs
+    assert torch.cuda.current_stream() == stream
     monkeypatch.undo()
     assert_same_bits(images(engine), images(gpu_engine()))
+    assert_same_bits(images(engine, (5,)), alone)
 
 
 def test_a_capture_leaves_nothing_when_its_graph_is_dropped() -> None:
@@ -268,7 +274,6 @@ def test_a_thousand_replays_keep_nothing() -> None:
     assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("solver", ["euler", "heun", "ab2"])
 @pytest.mark.parametrize("labels", [(1, 2, 7), (3,)])
@@ -288,7 +293,6 @@ def test_no_step_waits_for_the_device(graphs: bool, solver: str, labels: tuple[i
     assert seen == [*range(steps)] * 3
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_the_watch_sees_what_waits() -> None:
     """The negative control: the mode does notice a callback that reads the state."""
     engine = gpu_engine(graphs=True)
@@ -304,7 +308,6 @@ def test_the_watch_sees_what_waits() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("solver", ["euler", "heun", "ab2"])
 def test_no_call_waits_before_its_end(graphs: bool, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +333,6 @@ def test_no_call_waits_before_its_end(graphs: bool, solver: str, monkeypatch: py
     assert_same_bits(found.images, expected.images)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("graphs", [False, True])
 def test_dopri5_waits_where_it_says_so(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between attempts the host waits for events alone, and seldom for the attempt that is running."""

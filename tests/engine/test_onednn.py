@@ -97,7 +97,6 @@ def test_gelu_is_computed_with_the_product_and_has_no_derivative() -> None:
         onednn.linear_gelu(x, weight.requires_grad_(), bias)
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, True)])
 def test_opcheck(needs: tuple[bool, bool, bool]) -> None:
     """Schema, fake tensors, the autograd registration, and AOTAutograd with sizes that vary."""

@@ -231,7 +231,6 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, inside inductor
 def test_one_graph_under_compile(backend: str) -> None:
     pack, layout = small_pack(True), small_pack(True).layout
 

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource, make_backend
 
 from pixelflow_kernels import aot
 from pixelflow_kernels.configs import ARCHITECTURES
@@ -49,6 +52,40 @@ def test_promises_are_kept(op: str, arch: int) -> None:
     assert rows
     broken = [f"{row.specimen.name}: {'; '.join(row.broken)}" for row in rows if row.broken]
     assert not broken, "\n".join(broken)
+
+
+def lower(specimen: Specimen, arch: int, types: dict[str, str], ones: tuple[str, ...]) -> None:
+    """To Triton's first intermediate form, for these types and with these arguments equal to 1."""
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    options = backend.parse_options(dict(specimen.options))
+    signature = {name: types.get(name, "constexpr") for name in specimen.kernel.arg_names}
+    constants = {**specimen.constants, **dict.fromkeys(ones, 1)}
+    source = ASTSource(fn=specimen.kernel, signature=signature, constexprs=constants)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    source.make_ir(target, options, functions, modules, context)
+
+
+@compiles
+@pytest.mark.parametrize("op", aot.operations())
+def test_kernels_take_whole_numbers_as_triton_gives_them(op: str) -> None:
+    """A number that is 1 is a constant of the compiled kernel, and one beyond 32 bits is wider than in a specimen.
+
+    The interpreter knows neither, and specimens are compiled with other numbers.
+    """
+    seen = set()
+    for specimen in aot.specimens_of(op, 90):
+        whole = tuple(name for name, kind in specimen.types.items() if kind in ("i32", "i64"))
+        absent = tuple(name for name, value in specimen.constants.items() if value is None or value is False)
+        if (specimen.kernel.__name__, absent) in seen:
+            continue
+        seen.add((specimen.kernel.__name__, absent))
+        lower(specimen, 90, {name: kind for name, kind in specimen.types.items() if name not in whole}, whole)
+        lower(specimen, 90, {**specimen.types, **dict.fromkeys(whole, "i64")}, ())
+    assert seen
 
 
 @compiles

@@ -139,7 +139,6 @@ def test_opcheck(variant: Variant, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, inside inductor
 def test_one_graph_under_compile(backend: str) -> None:
     """A block's chain of all variants, the last residual unused."""
     layout = PackedLayout.from_grids([(2, 3), (1, 1)])

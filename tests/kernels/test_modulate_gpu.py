@@ -186,8 +186,8 @@ def test_operations_register_no_host_synchronisation() -> None:
     grads = tuple(torch.ones_like(operands.x) for _ in range(2))
     modulate.gradients(variant, operands, layout, grads)  # compiles
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         modulate.gradients(variant, operands, layout, grads)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -380,7 +380,6 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, inside inductor
 def test_one_graph_under_compile(backend: str) -> None:
     x, v, h = ode.normal(2, 6), ode.normal(4, 6, dtype=torch.bfloat16, seed=2), ode.numbers(2)
 

@@ -252,7 +252,6 @@ def test_images_integrate_alone_as_in_a_batch_and_in_tokens_alike() -> None:
     assert_same_bits(euler_step(patchify(x, 4), ode.sliced(patchify(both, 4), 48), step, 2.4), tokens)
 
 
-@pytest.mark.filterwarnings("ignore:.*prototype feature:UserWarning")  # torch's, about looking for synchronisation
 def test_an_attempt_asks_nothing_and_replays_from_a_graph() -> None:
     """Without a synchronisation; replays have the bits of launches; images that have arrived stand still."""
     x = ode.normal(3, 3, 64, 64).to(CUDA)
@@ -272,15 +271,14 @@ def test_an_attempt_asks_nothing_and_replays_from_a_graph() -> None:
     eager, replayed = prepared(), prepared()
     attempt_(eager, DOPRI5, field, guidance)  # compiles
     torch.cuda.synchronize()
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         start_(eager, DOPRI5, field, guidance)
         eager.x.copy_(x)
         start_(eager, DOPRI5, field, guidance)
         attempt_(eager, DOPRI5, field, guidance)
     finally:
-        torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.set_sync_debug_mode("default")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()

@@ -146,7 +146,6 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, inside inductor
 def test_one_graph_under_compile(backend: str) -> None:
     layout, *leaves = operands()
     table = rotation_table(layout, 8)

@@ -113,7 +113,6 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, inside inductor
 def test_one_graph_under_compile(backend: str) -> None:
     of = pack([3, 0, 5], [2, 3, 4], 2, 8)
 

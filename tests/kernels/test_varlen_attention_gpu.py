@@ -223,7 +223,6 @@ def test_float64_goes_to_pytorch() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's own, inside inductor
 def test_one_graph_under_compile(backend: str) -> None:
     of = on_device([64, 100], None, 4, 72, torch.bfloat16)
 

@@ -29,16 +29,20 @@ class FakeGpu:
         host, device: now, and when all that was launched is done.
         cold: the cache was flushed since the last kernel.
         kept: kernels of the graph that is being captured.
+        broken: whether something that may not be captured has ended that capture.
         pools: that graphs were given, one each.
-        ended: pools of failed captures that the allocator was told of.
+        ended: pools of failed captures that the allocator was told of; that of pinned memory cannot be told.
+        current: the streams that were made current, the last of which is.
     """
 
     host: float = 0.0
     device: float = 0.0
     cold: bool = False
     kept: list[Callable[[], float]] | None = None
+    broken: bool = False
     pools: list[object] = field(default_factory=list)
     ended: list[object] = field(default_factory=list)
+    current: list[object] = field(default_factory=list)
 
     def launch(self, seconds: Callable[[], float]) -> None:
         """A kernel of that duration, which is asked for when it begins."""
@@ -69,6 +73,7 @@ class FakeGpu:
     def wait(self, device: object = None) -> None:
         """Until the device is done."""
         if self.kept is not None:
+            self.broken = True
             raise RuntimeError("operation not permitted when stream is capturing")
         self.host = max(self.host, self.device)
 
@@ -114,26 +119,36 @@ class FakeGpu:
             assert current[-1] is not stream, "a capture has a stream of its own"
             assert capture_error_mode == "thread_local", "other threads may use the device meanwhile"
             gpu.wait()
+            if pool in recording:
+                raise RuntimeError("already recording to this pool of pinned memory")
             gpu.pools.append(pool)
-            gpu.kept = []
+            gpu.kept, gpu.broken = [], False
+            current.append(stream)
             try:
-                with use(stream):
-                    yield
-                made.kernels = gpu.kept
+                yield
             finally:
-                gpu.kept = None
+                kernels, gpu.kept = gpu.kept, None
+                if gpu.broken:  # the stream stays current, and pinned memory goes on being recorded
+                    recording.append(pool)
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                made.kernels = kernels
+                current.pop()
 
         class Stream:
             def wait_stream(self, other: object) -> None:
                 return None
 
-        current: list[object] = [Stream()]
+        current, recording = self.current, list[object]()
+        current.append(Stream())
 
         @contextlib.contextmanager
         def use(stream: object) -> Iterator[None]:
+            before = len(current)
             current.append(stream)
-            yield
-            current.pop()
+            try:
+                yield
+            finally:
+                del current[before:]
 
         handles = iter(range(1000))
         named: dict[str, Any] = {

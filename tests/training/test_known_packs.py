@@ -29,10 +29,6 @@ from support.training_packs import (
     reference_step,
 )
 
-pytestmark = pytest.mark.filterwarnings(  # Inductor's own, and Dynamo's look at an intermediate tensor
-    "ignore:.*script_method.*:DeprecationWarning", "ignore:The .grad attribute of a Tensor that is not a leaf"
-)
-
 ONE_SIZE = [(2, 3)] * 3
 MIXED = [(4, 4), (4, 4), (2, 2), (2, 2), (1, 1)]
 RAGGED = [(3, 5), (4, 4), (2, 2), (2, 2), (1, 1), (5, 1), (1, 1)]

@@ -217,8 +217,6 @@ def test_products_are_not_computed_again_where_only_pointwise_operations_are(
     assert counts["nothing"] == counts["pointwise"] < counts["blocks"]
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_blocks_have_the_same_gradients(recipe: Callable[..., TrainConfig]) -> None:
     """Sums in another order: u = 6e-8 for each of the hundred or so operations between a weight and the loss.
 

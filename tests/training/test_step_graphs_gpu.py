@@ -136,6 +136,7 @@ def test_a_capture_that_fails_leaves_a_step(
 def test_another_stream_of_the_callers(recipe: Callable[..., TrainConfig]) -> None:
     config = recipe("compute.graphs=true")
     state, stream = state_of(config), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         go(TrainStep(state, config), config, *range(4))
     stream.synchronize()

@@ -49,7 +49,7 @@ def _begin_kernel(
     for i in tl.static_range(COUNT):
         # Node 1 is exactly on the end of the stage.
         time = tl.where(active & (step >= remaining), 1.0, tau + h) if NODES[i] == 1.0 else tau + NODES[i] * h
-        tl.store(times_ptr + i * images.to(tl.int64) + image, time, mask=mask)
+        tl.store(times_ptr + i * tl.cast(images, tl.int64) + image, time, mask=mask)
 
 
 @triton.jit

@@ -93,9 +93,9 @@ def _stage_kernel(
                 velocity_ptr, guidance_ptr, image, places, mask, stride_image, stride_half, stride_velocity_row,
                 GUIDED, GUIDANCE_PER_IMAGE, WIDTH, APART, high,
             )  # fmt: skip
-            tl.store(slopes_ptr + stride_slope.to(tl.int64) * i + places, slope, mask=mask)
+            tl.store(slopes_ptr + tl.cast(stride_slope, tl.int64) * i + places, slope, mask=mask)
         elif WEIGHTS[i] != 0.0:
-            slope = tl.load(slopes_ptr + stride_slope.to(tl.int64) * i + places, mask=mask, other=0.0)
+            slope = tl.load(slopes_ptr + tl.cast(stride_slope, tl.int64) * i + places, mask=mask, other=0.0)
         if WEIGHTS[i] != 0.0:
             term = (step * WEIGHTS[i]).to(high) * slope
             if APART:
@@ -123,7 +123,7 @@ def _accept_kernel(
     image, places, mask, start = block_of(blocks, stride_image, BLOCK)
     mask = mask & (tl.load(accept_ptr + image) != 0)
     solution = tl.load(solution_ptr + start + places, mask=mask, other=0.0)
-    slope = tl.load(slopes_ptr + stride_slope.to(tl.int64) * LAST + start + places, mask=mask, other=0.0)
+    slope = tl.load(slopes_ptr + tl.cast(stride_slope, tl.int64) * LAST + start + places, mask=mask, other=0.0)
     tl.store(x_ptr + start + places, solution, mask=mask)
     tl.store(slopes_ptr + start + places, slope, mask=mask)
 

@@ -75,9 +75,9 @@ def _error_kernel(
                 velocity_ptr, guidance_ptr, image, places, mask, stride_image, stride_half, stride_velocity_row,
                 GUIDED, GUIDANCE_PER_IMAGE, WIDTH, APART, high,
             )  # fmt: skip
-            tl.store(slopes_ptr + stride_slope.to(tl.int64) * i + places, slope, mask=mask)
+            tl.store(slopes_ptr + tl.cast(stride_slope, tl.int64) * i + places, slope, mask=mask)
         elif SOLUTION[i] != 0.0 or ERROR[i] != 0.0:
-            slope = tl.load(slopes_ptr + stride_slope.to(tl.int64) * i + places, mask=mask, other=0.0)
+            slope = tl.load(slopes_ptr + tl.cast(stride_slope, tl.int64) * i + places, mask=mask, other=0.0)
         if SOLUTION[i] != 0.0:
             term = (step * SOLUTION[i]).to(high) * slope
             if APART:
@@ -154,7 +154,7 @@ def _finish_kernel(partial_ptr, out_ptr, images, blocks, values, BATCH_WIDE: tl.
     for first in range(0, count, BLOCK):
         places = first + tl.arange(0, BLOCK)
         total += tl.load(partial_ptr + places, mask=places < count, other=0.0)
-    tl.store(out_ptr + tl.program_id(0), tl.sqrt(tl.sum(total) / values.to(tl.float64)))
+    tl.store(out_ptr + tl.program_id(0), tl.sqrt(tl.sum(total) / tl.cast(values, tl.float64)))
 
 
 def launch_error(
