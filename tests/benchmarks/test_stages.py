@@ -20,6 +20,7 @@ from pixelflow_benchmarks.harness.tables import missing
 from pixelflow_benchmarks.harness.timing import Timing
 from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
 from pixelflow_benchmarks.suites.stages import measure as measure_module
+from pixelflow_benchmarks.suites.stages import runs as stage_runs
 from pixelflow_benchmarks.suites.stages.measure import (
     attempt_faults,
     ends_of,
@@ -35,6 +36,7 @@ from pixelflow_benchmarks.suites.stages.runs import true_attempt, true_first_sta
 from pixelflow_benchmarks.suites.stages.tasks import Task, tasks
 from pixelflow_kernels.ode_step import reference as ode_reference
 from support.engines import uncompiled
+from support.recording import RecordingCapture
 from support.results import run_of
 
 CPU = torch.device("cpu")
@@ -136,6 +138,27 @@ def test_the_first_attempt_of_everyone_is_a_step_of_its_own_length() -> None:
     found = attempt_faults(DOPRI5, {REFERENCE: known[REFERENCE], **wrong}, truth)
     assert [len(said) for said in found.values()] == [0, 1, 1, 1, 1], found
     assert attempt_faults(DOPRI5, {"value": wrong["value"]}, truth) == {"value": []}, "nothing sets a bound"
+
+
+def test_an_attempt_has_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the run that is timed stay as they were, and what the others left is not read after they end."""
+    monkeypatch.setattr(stage_runs, "CudaCapture", lambda device: RecordingCapture())
+    who = opponents(DOPRI5)
+    with uncompiled():
+        plain, packed = (who.runs(name, DOPRI5) for name in (REFERENCE, "torch/compiled"))
+        assert isinstance(packed, stage_runs.EngineRun)
+        packed.engine.graphs = True
+        run = stage_runs.EngineRun(packed.engine, DOPRI5)
+        before, attempt, after = run.run(), run.attempt(), run.run()
+    assert torch.equal(before.end, after.end)
+    assert len(run.store.programs) == 1
+    assert plain is not None
+    first = plain.attempt()
+    assert first is not None
+    assert attempt is not None
+    truth = partial(true_attempt, DOPRI5, who.weights)
+    assert attempt_faults(DOPRI5, {REFERENCE: first, "graphs": attempt}, truth)["graphs"] == []
+    run.close()
 
 
 def test_a_wrong_stage_of_dopri5_yields_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
