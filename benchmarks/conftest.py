@@ -1,7 +1,7 @@
 """What the entry points for pytest-benchmark share: ``pytest benchmarks --benchmark-only``.
 
-On a GPU, where there is one, at the published model's sizes; else on the CPU at small ones. Nothing wrong gets a time:
-a variant whose output fails its check fails its benchmark.
+On a GPU, where there is one, at the published model's sizes; else on the CPU at tiny ones: the commands' own would take
+many minutes there. Nothing wrong gets a time: a variant whose output fails its check fails its benchmark.
 """
 
 from __future__ import annotations

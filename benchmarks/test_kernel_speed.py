@@ -35,6 +35,8 @@ VARIANTS = {
     "rope2d.forward+backward": BOTH,
     "rope2d.rotate": BOTH,
     "ode_step.euler": ALL,
+    "ode_step.stage": ALL,
+    "ode_step.error": ALL,
     "cascade.draw_renoise": BOTH,
     "cascade.renoise": BOTH,
     "cascade.training_pairs": BOTH,

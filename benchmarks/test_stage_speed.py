@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from pixelflow_benchmarks.commands.options import place_of
 from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
-from pixelflow_benchmarks.suites.stages.measure import ends_of, named, stage_faults
+from pixelflow_benchmarks.suites.stages.measure import attempt_faults, ends_of, named, stage_faults
 from pixelflow_benchmarks.suites.stages.opponents import PUBLIC, VARIANTS, Opponents
-from pixelflow_benchmarks.suites.stages.problem import REFERENCE, Ran, StageProblem
-from pixelflow_benchmarks.suites.stages.runs import true_first_state
+from pixelflow_benchmarks.suites.stages.problem import REFERENCE, Attempt, Ran, StageProblem
+from pixelflow_benchmarks.suites.stages.runs import true_attempt, true_first_state
 from pixelflow_benchmarks.suites.stages.tasks import tasks
 
 DEVICE = place_of("auto")
@@ -37,14 +38,23 @@ def cases() -> Iterator[Any]:
 
 
 @dataclass
+class Known:
+    """The reference's run; of Euler the first state in float64, of Dopri5 the reference's first attempt."""
+
+    ran: Ran
+    truth: tuple[Tensor, float] | None
+    attempt: Attempt | None
+
+
+@dataclass
 class Expected:
     """What variants of the problem at hand are checked against."""
 
     opponents: Opponents
-    known: dict[StageProblem, tuple[Ran, tuple[Tensor, float] | None]] = field(default_factory=dict)
+    known: dict[StageProblem, Known] = field(default_factory=dict)
 
-    def get(self, problem: StageProblem) -> tuple[Ran, tuple[Tensor, float] | None]:
-        """The reference's run, and the first state in float64."""
+    def get(self, problem: StageProblem) -> Known:
+        """Of the problem."""
         if problem not in self.known:
             self.known.clear()
             gc.collect()
@@ -52,7 +62,8 @@ class Expected:
             truth = true_first_state(problem, weights, ends_of(problem)) if problem.solver == "euler" else None
             run = self.opponents.runs(REFERENCE, problem)
             assert run is not None
-            self.known[problem] = run.run(keep_first=True), truth
+            attempt = run.attempt() if problem.solver == "dopri5" else None
+            self.known[problem] = Known(run.run(keep_first=True), truth, attempt)
         return self.known[problem]
 
 
@@ -67,14 +78,18 @@ def expected() -> Iterator[Expected]:
 @pytest.mark.parametrize(("problem", "variant"), [*cases()])
 def test_stage(problem: StageProblem, variant: str, expected: Expected, time_right: Any) -> None:
     """One variant of one problem; seconds are of a whole run."""
-    plain, truth = expected.get(problem)
+    known = expected.get(problem)
     run = expected.opponents.runs(variant, problem)
     if run is None:
         pytest.skip(f"{variant}: {expected.opponents.absent[variant]}")
     try:
         ran = run.run(keep_first=True)
-        checks = {REFERENCE: plain, variant: ran}
-        found = stage_faults(problem, checks, truth)[variant]
+        found = stage_faults(problem, {REFERENCE: known.ran, variant: ran}, known.truth)[variant]
+        if known.attempt is not None and (attempt := run.attempt()) is not None:
+            attempts = {REFERENCE: known.attempt, variant: attempt}
+            found += attempt_faults(problem, attempts, partial(true_attempt, problem, expected.opponents.weights))[
+                variant
+            ]
         more = {"evaluations": ran.evaluations, "flops": problem.flops, "pointwise_bytes": problem.pointwise_bytes}
         time_right(named(problem)["case"], variant, run.run, found, **more)
     finally:

@@ -141,16 +141,22 @@ def reported() -> Iterator[None]:
         raise CaptureError(f"graphs: a step could not be captured: {first_line}") from error
 
 
-def load_(buffer: Tensor, value: Tensor, name: str) -> None:
+def load_(buffer: Tensor, value: Tensor, name: str, dtype: torch.dtype | None = None) -> None:
     """Copy a value into a tensor that a graph reads.
+
+    Args:
+        buffer: what the graph reads.
+        value: what it is to read next.
+        name: of both, for errors.
+        dtype: of the value, where it is not the buffer's: the copy is a cast then, in the same launch.
 
     Raises:
         ValueError: its shape, type or device is another; the message names both.
     """
     if value.shape != buffer.shape:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {tuple(buffer.shape)} as captured")
-    if value.dtype != buffer.dtype:
-        raise ValueError(f"{name}: got {value.dtype}, expected {buffer.dtype} as captured")
+    if value.dtype != (dtype or buffer.dtype):
+        raise ValueError(f"{name}: got {value.dtype}, expected {dtype or buffer.dtype} as captured")
     if value.device != buffer.device:
         raise ValueError(f"{name}: got device {value.device}, expected {buffer.device} as captured")
     buffer.copy_(value)

@@ -317,7 +317,7 @@ class PackedTransformer(nn.Module):
     Attributes:
         in_halves: run the halves of a block one after the other instead of calling it. A call holds what it was given
             until it returns; without one the residual stream and its norm go as soon as there are new ones. Blocks
-            whose call is compiled, sharded, recomputed or hooked must be called.
+            whose call is compiled, sharded or recomputed must be called; one that has hooks is.
     """
 
     def __init__(self, config: ModelConfig, operations: Operations | None = None) -> None:
@@ -439,7 +439,7 @@ class PackedTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             keys = None if around.prompts is None else around.prompts.keys[i]
             with named("block", i):
-                if self.in_halves:
+                if self.in_halves and not (block._forward_hooks or block._forward_pre_hooks):
                     own = modulations[i].chunk(6, dim=-1)
                     x, u = block.attend(x, u, own, keys, around, ops)
                     x, u = block.feed_forward(x, u, own, firsts[i + 1], around, ops)

@@ -134,7 +134,7 @@ class FixedSteps(Program):
         All of it is on the device already: a copy from the host would wait for the step before.
         """
         for buffer, value in zip(self.rows, rows, strict=False):
-            load_(buffer, value.to(buffer.dtype), "modulations")
+            load_(buffer, value, "modulations", self.pack.model.dtype)
         load_(self.steps, steps, "steps")
 
     def _velocity(self, x: Tensor, slope: int) -> Tensor:

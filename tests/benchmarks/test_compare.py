@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from pixelflow_benchmarks.analysis.compare import (
     agreement_table,
+    became_wrong,
     compare,
     compare_table,
     different_surroundings,
@@ -72,6 +73,55 @@ def test_what_counts_is_the_time_beside_an_opponents(seconds: float, ratio: floa
     assert (changes["kernels: a, eager"].verdict == "the machine") == (abs(seconds * ratio / 1.5 - 1) > 0.02)
 
 
+def test_an_opponent_beside_another_one_is_the_machine_still() -> None:
+    """The noise loop becomes faster: the reference did not become slower, nor did the engine."""
+
+    def images(loop: float) -> Run:
+        seconds = {"reference": 1.0, "loop": loop, "engine": 0.5}
+        others = ("reference", "loop")
+        return run_of("images", *(
+            measurement("a", name, s, times={other: spread_of(seconds[other] / s) for other in others})
+            for name, s in seconds.items()
+        ))  # fmt: skip
+
+    changes = {c.name: c.verdict for c in compare([images(1.4)], [images(1.2)])[0]}
+    assert changes == {
+        "images: a, reference": "the machine",
+        "images: a, loop": "the machine",
+        "images: a, engine": "within the spread",
+    }
+
+
+WRONG = {"kind": "measurement", "case": "a", "variant": "ours", "right": False, "fault": "zeros"}
+
+
+def test_what_becomes_wrong_is_said_and_leaves_with_1(tmp_path: Path) -> None:
+    before = write_runs(tmp_path / "before.jsonl", kernels(a=1.0, b=1.0))
+    after = write_runs(tmp_path / "after.jsonl", run_of("kernels", WRONG, measurement("b", "ours", 1.0)))
+    worse = CliRunner().invoke(bench, ["compare", str(before), str(after)])
+    assert worse.exit_code == 1
+    assert "wrong, and right before: kernels: a, ours" in worse.output
+    assert "only before" not in worse.output
+    better = CliRunner().invoke(bench, ["compare", str(after), str(before)])
+    assert better.exit_code == 0, better.output
+    assert "only after: kernels: a, ours" in better.output
+
+
+def test_what_was_wrong_once_is_wrong_and_bytes_are_checked_too() -> None:
+    """In one of two runs of the second file, or with nothing else in common."""
+    held = {"kind": "memory", "case": "stage 3", "variant": "ours", "right": True, "peak_bytes": 1}
+    lost = {"kind": "memory", "case": "stage 3", "variant": "ours", "right": False, "fault": "zeros"}
+    assert became_wrong([kernels(a=1.0)], [run_of("kernels", WRONG), kernels(a=1.0)]) == ["kernels: a, ours"]
+    assert became_wrong([run_of("kernels", WRONG), kernels(a=1.0)], [run_of("kernels", WRONG)]) == []
+    assert became_wrong([run_of("memory", held)], [run_of("memory", lost)]) == ["memory: stage 3, ours"]
+    assert compare([kernels(a=1.0)], [run_of("kernels", WRONG)]) == ([], [], [])
+
+
+def test_runs_of_another_budget_count_together() -> None:
+    runs = [run_of("stages", measurement("a", "ours", m), budget_seconds=b) for m, b in ((1.0, 480.0), (3.0, 900.0))]
+    assert measurements(runs)["stages: a, ours"].seconds.median == 2.0
+
+
 def test_how_two_runs_of_one_version_agree() -> None:
     """One of three is beyond its spread in seconds, and another one beside its opponent."""
     one = [
@@ -117,12 +167,11 @@ def test_under_other_conditions_the_newest_run_counts() -> None:
 
 
 def test_wrong_and_absent_records_have_no_time() -> None:
-    wrong = {"kind": "measurement", "case": "a", "variant": "ours", "right": False, "fault": "zeros"}
     absent = {"kind": "absent", "case": "a", "variant": "flash", "reason": "not installed"}
-    run = run_of("kernels", wrong, absent, measurement("b", "ours", 1.0))
+    run = run_of("kernels", WRONG, absent, measurement("b", "ours", 1.0))
     assert measurements([run]).keys() == {"kernels: b, ours"}
     with pytest.raises(ValueError, match="results: got two files without a measurement in common"):
-        compare([run_of("kernels", wrong)], [kernels(a=1.0)])
+        compare([run_of("kernels", WRONG)], [kernels(a=1.0)])
 
 
 def test_other_machines_are_named_and_other_commits_are_not() -> None:

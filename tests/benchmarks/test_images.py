@@ -17,6 +17,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from pixelflow_benchmarks.cli import bench
+from pixelflow_benchmarks.harness import timing
 from pixelflow_benchmarks.harness.ceilings import Ceilings
 from pixelflow_benchmarks.harness.timing import Timing
 from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
@@ -73,7 +74,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert all(r["right"] and r["per"] == "image" and r["seconds"]["repeats"] == 3 for r in measured.values())
     assert all(r["times"].keys() == {REFERENCE, LOOP} for r in measured.values())
     assert measured[REFERENCE]["times"][REFERENCE]["median"] == 1
-    assert all(0 < r["shares"][part] < 1 for r in measured.values() for part in ("attention", "products"))
+    shares = {name: r["shares"] for name, r in measured.items() if name != LOOP}  # whose profile would be the noise's
+    assert all(0 < of[part] < 1 for of in shares.values() for part in ("attention", "products"))
+    assert "shares" not in measured[LOOP]
 
 
 def test_an_unknown_opponent_is_refused() -> None:
@@ -103,6 +106,13 @@ def test_who_cannot_run_is_named_and_the_rest_runs() -> None:
     ]
     assert "'triton' cannot run" in records[0]["reason"]
     assert "no checkout" in records[1]["reason"]
+
+
+def test_no_turn_is_begun_after_a_minute_though_nobody_gave_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "TURNS_SECONDS", -1.0)
+    calls: dict[str, Callable[[], Tensor]] = dict.fromkeys((REFERENCE, EXACT), lambda: TRUTH.float())
+    records = list(check_and_time(PROBLEM, calls, lambda: TRUTH, CEILINGS, repeats=3))
+    assert [r["seconds"]["repeats"] for r in records] == [1, 1]
 
 
 def test_who_cannot_run_is_named_once() -> None:

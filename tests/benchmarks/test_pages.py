@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from pixelflow_benchmarks.analysis.pages import OF_SUITES, fill
 from pixelflow_benchmarks.cli import bench
+from pixelflow_benchmarks.commands.options import Device, Quiet, asked
+from pixelflow_benchmarks.harness.results import read_runs
 from pixelflow_benchmarks.suites.blocks import CITED
 from support.results import run_of, write_runs
 
@@ -34,6 +38,68 @@ def test_the_newest_run_of_a_device_is_shown(tmp_path: Path) -> None:
     assert page.startswith("before\n<!-- table: blocks results/a-gpu -->\n| block |")
     assert page.endswith("\n<!-- /table -->\nafter <!-- other -->\n")
     assert fill(page, tmp_path) == page
+
+
+def test_who_tries_something_out_replaces_no_table(tmp_path: Path) -> None:
+    """Newer runs with options, cut short or out of time, beside an older one of what the command does of itself."""
+    tried = run_of("blocks", block(444), began="2026-03-02", options="--batch 2")
+    cut = run_of("blocks", block(555), began="2026-03-03")
+    cut.records.pop()
+    late = run_of(
+        "blocks", block(666), {"kind": "skipped"}, {"kind": "skipped"}, began="2026-03-04", options="--stage 0"
+    )
+    others = write_runs(tmp_path / "results/a-gpu/2026-03-02-a.jsonl", tried, cut)
+    said = fill(PAGE, tmp_path)
+    assert "| x | 555 | 3 |" in said, "the newest where none is complete"
+    assert " The run was cut short.\n" in said
+    write_runs(others, tried, cut, late)
+    assert " Run with `--stage 0`. No time was left for 2 of its parts.\n" in fill(PAGE, tmp_path)
+    write_runs(tmp_path / "results/a-gpu/2026-03-01-a.jsonl", run_of("blocks", block(222), began="2026-03-01"))
+    said = fill(PAGE, tmp_path)
+    assert "| x | 222 | 3 |" in said
+    assert "Run with" not in said
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [
+        ("--batch 16 --stage 3", None),
+        ("--batch 2 --stage 0", "--batch 2 --stage 0"),
+    ],
+)
+def test_a_run_says_which_options_are_not_the_usual_ones(line: str, options: str | None, tmp_path: Path) -> None:
+    output = tmp_path / "blocks.jsonl"
+    found = CliRunner().invoke(bench, ["blocks", *line.split(), "--output", str(output)])
+    assert found.exit_code == 0, found.output
+    (run,) = read_runs(output)
+    assert run.environment.get("options") == options
+
+
+def test_options_that_may_be_repeated_and_those_whose_default_depends_on_the_device() -> None:
+    said: list[dict[str, str]] = []
+    app = typer.Typer()
+
+    @app.command()
+    def command(
+        context: typer.Context,
+        device: Device = "auto",
+        batch: Annotated[list[int] | None, typer.Option()] = None,
+        steps: Annotated[int | None, typer.Option()] = None,
+        quiet: Quiet = False,
+    ) -> None:
+        said.append(asked(context, steps=4, batch=[1, 16]))
+
+    for line in ("", "--device cpu --quiet", "--steps 4 --batch 16 --batch 1", "--batch 4 --batch 1 --steps 1"):
+        assert CliRunner().invoke(app, line.split()).exit_code == 0
+    assert said == [{}, {}, {}, {"options": "--batch 4 --batch 1 --steps 1"}]
+
+
+@pytest.mark.parametrize("suite", OF_SUITES)
+def test_every_suite_says_its_options(suite: str) -> None:
+    """What a command does not hand on, no page could know of."""
+    (found,) = (command.callback for command in bench.registered_commands if command.name == suite)
+    assert found is not None
+    assert "asked" in found.__code__.co_names
 
 
 def test_what_was_not_measured_is_said(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from pixelflow_benchmarks.cli import bench
 from pixelflow_benchmarks.harness.tracing import fake, fake_cuda
 from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
-from pixelflow_benchmarks.suites.memory import peaks
-from pixelflow_benchmarks.suites.memory.counted import FUSED, PLAIN, REFERENCE, count
+from pixelflow_benchmarks.suites.memory import measured, peaks
+from pixelflow_benchmarks.suites.memory.counted import FUSED, PLAIN, REFERENCE, count, count_memory
 from pixelflow_benchmarks.suites.memory.live import LiveBytes, allocator_peak
-from pixelflow_benchmarks.suites.memory.measured import measure_stage, measure_training
+from pixelflow_benchmarks.suites.memory.measured import TRAINING, measure_memory, measure_stage, measure_training
 from pixelflow_benchmarks.suites.memory.records import with_slopes
 from pixelflow_benchmarks.suites.memory.training import count_recipe, training_step
 from pixelflow_benchmarks.suites.stages.opponents import Opponents
@@ -178,7 +178,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in output.read_text().splitlines()]
     found = {(r["case"], r["variant"]): r for r in records if r["kind"] == "memory"}
-    stages = [f"tiny, stage {stage}, batch {batch}" for stage in (1, 0) for batch in (1, 2)]
+    stages = [f"tiny, stage {stage}, batch {batch}" for stage in (0, 1) for batch in (1, 2)]
     assert found.keys() == {
         *((case, name) for case in stages for name in ("reference", "torch/eager", "engine, fused")),
         *((f"tiny, training, batch {batch}", training) for batch in (2, 4)),
@@ -195,6 +195,29 @@ def test_the_command(tmp_path: Path) -> None:
     assert all(r["activation_bytes"] > weights for r in steps)
     assert [r["variant"] for r in records if r["kind"] == "absent"] == ["triton/graphs"]
     assert "gradients" in result.output
+
+
+def test_when_no_time_is_left_nothing_is_begun_and_all_of_it_is_named() -> None:
+    names = ("torch/eager", TRAINING)
+    weights = random_weights(TINY.config, CPU)
+    found = list(measure_memory("tiny", TINY.config, weights, names, [1], 1, TINY.dtype, CPU, deadline=0.0))
+    found += count_memory("tiny", [FUSED], [1], deadline=0.0)
+    assert all(r["kind"] == "skipped" and r["reason"] == "no time was left" for r in found)
+    assert [(r["case"], r["variants"]) for r in found] == [
+        ("tiny, stage 0", ["reference", "torch/eager"]),
+        ("tiny, stage 1", ["reference", "torch/eager"]),
+        ("tiny, training", [TRAINING]),
+        ("tiny, stage 1", [FUSED]),
+        ("tiny, stage 0", [FUSED]),
+    ]
+
+
+def test_a_stage_is_not_begun_where_a_smaller_one_took_longer_than_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 60.0, 60.0, 60.0])  # stage 0 takes the first minute of 90 seconds
+    monkeypatch.setattr(measured, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(measured, "measure_stage", lambda *of: [])
+    found = list(measure_memory("tiny", TINY.config, {}, ("torch/eager",), [1], 1, TINY.dtype, CPU, deadline=90.0))
+    assert [r["case"] for r in found] == ["tiny, stage 1"]
 
 
 def test_an_unknown_variant_is_refused() -> None:

@@ -41,6 +41,7 @@ def run(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str]
 
 def test_cases_are_timed_under_their_names(tmp_path: Path) -> None:
     wanted = "(euler and stage0 and (eager or reference) and not compiled) or (b1 and exact) or (attention and ours)"
+    wanted += " or (b4 and plain)"
     done, found = run(tmp_path, "-k", wanted)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {*found} == {
@@ -48,6 +49,7 @@ def test_cases_are_timed_under_their_names(tmp_path: Path) -> None:
         "stage 0, batch 2, euler, reference",
         "stage 0, batch 2, euler, torch/eager",
         "batch 1, euler 2, engine, exact",
+        "batch 4, engine, plain",
     }
     assert {b["group"] for b in found.values()} == {b["extra_info"]["case"] for b in found.values()}
     assert all(b["stats"]["rounds"] == 20 and b["stats"]["min"] > 0 for b in found.values())
@@ -58,10 +60,12 @@ def test_cases_are_timed_under_their_names(tmp_path: Path) -> None:
 WRONG = """
 from pixelflow_benchmarks.suites.kernels import ode_step
 from pixelflow_benchmarks.suites.images import opponents
+from pixelflow_benchmarks.suites.training.runs import EngineRun
 from pixelflow_engine.packed_stages import PackedStages
 from pixelflow_engine.plain_stages import PlainStages
 
 euler_step, images, stages = ode_step.euler_step, opponents.engine_images, PlainStages.run
+taken = EngineRun.taken
 ode_step.euler_step = lambda *a: euler_step(*a) * 1.001
 opponents.engine_images = lambda *a: images(*a) * 0.999
 
@@ -73,13 +77,21 @@ def run(self, x, plan, on_step):
     return stages(self, x, plan, off)
 
 
-PlainStages.run = run
+def twice(self, losses):
+    found = taken(self, losses)
+    for gradient in found.by_name.values():
+        gradient *= 2
+    return found
+
+
+PlainStages.run, EngineRun.taken = run, twice
 """
 
 
 def test_what_is_wrong_fails_and_is_not_timed(tmp_path: Path) -> None:
     (tmp_path / "seeded.py").write_text(WRONG)
-    wanted = "(ode_step and (ours or eager)) or (stage0 and euler and eager and torch) or (images and exact)"
+    wanted = "(ode_step and euler and (ours or eager)) or (stage0 and euler and eager and torch) or (images and exact)"
+    wanted += " or (b4 and plain)"
     done, found = run(tmp_path, "-p", "seeded", "-k", wanted)
     assert done.returncode == 1, done.stdout + done.stderr
     assert {*found} == {"ode_step.euler/stage0-b1, eager"}
@@ -87,9 +99,10 @@ def test_what_is_wrong_fails_and_is_not_timed(tmp_path: Path) -> None:
         "ode_step.euler/stage0-b1, ours: output 0: ",
         "stage 0, batch 2, euler, torch/eager: error ",
         "batch 1, euler 2, engine, exact: ",
+        "batch 4, engine, plain: gradient",
     ):
         assert said in done.stdout
-    assert "3 failed, 1 passed" in done.stdout
+    assert "4 failed, 1 passed" in done.stdout
 
 
 def entry_points() -> ModuleType:

@@ -247,6 +247,37 @@ def test_what_was_wrong_or_absent_is_said(page: Page) -> None:
     assert "1 wrong result" in page.badges
 
 
+def test_bytes_that_were_wrong_are_said_and_have_a_place(tmp_path: Path) -> None:
+    case = {"kind": "memory", "case": "tiny, stage 1, batch 1", "counted": False}
+    figures = {"weights_bytes": 2**20, "activation_bytes": 2**21, "peak_bytes": 3 * 2**20}
+    right, wrong = ({**case, "right": True, **figures}, {**case, "right": False, "fault": "zeros"})
+    found = page_of(tmp_path, run_of("memory", {**right, "variant": "ours"}, {**wrong, "variant": "theirs"}))
+    assert "1 wrong result" in found.badges
+    assert "wrong:\N{NO-BREAK SPACE}1" in found.row("a-cpu", "Memory")[0]
+    assert "tiny, stage 1, batch 1, theirs: zeros" in found.text
+    assert found.row("tiny, stage 1, batch 1", "theirs")[1] == "wrong"
+    assert "no place for" not in found.text
+
+
+def test_what_no_time_was_left_for_is_said_as_exactly_as_its_record(tmp_path: Path) -> None:
+    reason = {"kind": "skipped", "reason": "no time was left"}
+    found = page_of(
+        tmp_path,
+        run_of("images", {**reason, "case": "batch 1, euler 4", "variant": "engine"}, {**reason, "case": "batch 16"}),
+        run_of("memory", {**reason, "case": "tiny, stage 3", "variants": ["a", "b"]}),
+        run_of("kernels", {"kind": "skipped", "reason": "no time was left after 3 cases"}),
+    )
+    lines = found.text.splitlines()
+    said = (
+        "batch 1, euler 4: engine",
+        "batch 16",
+        "tiny, stage 3: a, b",
+        "further cases: no time was left after 3 cases",
+    )
+    for line in said:
+        assert any(line in one for one in lines), line
+
+
 def test_the_state_of_the_device_is_said(page: Page) -> None:
     assert "clocks held down: SwPowerCap" in page.badges
     assert "1980 → 1700 MHz" in page.text

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from pixelflow_benchmarks.harness.tables import missing
 from pixelflow_benchmarks.harness.timing import Timing
 from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
 from pixelflow_benchmarks.suites.stages import measure as measure_module
+from pixelflow_benchmarks.suites.stages import runs as stage_runs
 from pixelflow_benchmarks.suites.stages.measure import (
+    attempt_faults,
     ends_of,
     figures,
     measure_stages,
@@ -27,10 +31,12 @@ from pixelflow_benchmarks.suites.stages.measure import (
     stage_faults,
 )
 from pixelflow_benchmarks.suites.stages.opponents import COMPILED_REFERENCE, TORCHDIFFEQ, VARIANTS, Opponents
-from pixelflow_benchmarks.suites.stages.problem import ATTEMPTS, REFERENCE, Ran, StageProblem
-from pixelflow_benchmarks.suites.stages.runs import true_first_state
+from pixelflow_benchmarks.suites.stages.problem import ATTEMPTS, REFERENCE, Attempt, Ran, StageProblem
+from pixelflow_benchmarks.suites.stages.runs import true_attempt, true_first_state
 from pixelflow_benchmarks.suites.stages.tasks import Task, tasks
+from pixelflow_kernels.ode_step import reference as ode_reference
 from support.engines import uncompiled
+from support.recording import RecordingCapture
 from support.results import run_of
 
 CPU = torch.device("cpu")
@@ -102,6 +108,76 @@ def test_what_is_wrong_is_found() -> None:
         assert bool(found["x"]) == said, found
     lost = replace(right, end=right.end.fill_(torch.nan))
     assert stage_faults(TINY, {"x": lost}, None) == {"x": ["not finite"]}
+
+
+DOPRI5 = replace(TINY, solver="dopri5", batch=2)
+
+
+def test_the_first_attempt_of_everyone_is_a_step_of_its_own_length() -> None:
+    who = opponents(DOPRI5)
+    with uncompiled():
+        runs = {name: who.runs(name, DOPRI5) for name in (REFERENCE, TORCHDIFFEQ, "torch/eager", "torch/compiled")}
+        attempts = {name: run.attempt() for name, run in runs.items() if run is not None}
+    known = {name: attempt for name, attempt in attempts.items() if attempt is not None}
+    assert known.keys() == runs.keys()
+    assert known["torch/eager"].reached == known[REFERENCE].reached, "the same bits"
+    assert known[TORCHDIFFEQ].reached != known[REFERENCE].reached, "its step is the batch's"
+    truth = partial(true_attempt, DOPRI5, who.weights)
+    assert attempt_faults(DOPRI5, known, truth) == {name: [] for name in known}
+    right = known["torch/compiled"]
+    state, _ = truth(right.reached)
+    bound = 2 * (known[REFERENCE].state - truth(known[REFERENCE].reached)[0]).abs().max().item()
+    off = right.state.clone()
+    off[0, 0, 0, 0] = state[0, 0, 0, 0] + 3 * bound
+    wrong = {
+        "value": replace(right, state=off),
+        "length": replace(right, reached=1.01 * right.reached),
+        "nothing": Attempt(DOPRI5.start()[-1:], 0.0),
+        "nan": replace(right, reached=torch.nan),
+    }
+    found = attempt_faults(DOPRI5, {REFERENCE: known[REFERENCE], **wrong}, truth)
+    assert [len(said) for said in found.values()] == [0, 1, 1, 1, 1], found
+    assert attempt_faults(DOPRI5, {"value": wrong["value"]}, truth) == {"value": []}, "nothing sets a bound"
+
+
+def test_an_attempt_has_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the run that is timed stay as they were, and what the others left is not read after they end."""
+    monkeypatch.setattr(stage_runs, "CudaCapture", lambda device: RecordingCapture())
+    who = opponents(DOPRI5)
+    with uncompiled():
+        plain, packed = (who.runs(name, DOPRI5) for name in (REFERENCE, "torch/compiled"))
+        assert isinstance(packed, stage_runs.EngineRun)
+        packed.engine.graphs = True
+        run = stage_runs.EngineRun(packed.engine, DOPRI5)
+        before, attempt, after = run.run(), run.attempt(), run.run()
+    assert torch.equal(before.end, after.end)
+    assert len(run.store.programs) == 1
+    assert plain is not None
+    first = plain.attempt()
+    assert first is not None
+    assert attempt is not None
+    truth = partial(true_attempt, DOPRI5, who.weights)
+    assert attempt_faults(DOPRI5, {REFERENCE: first, "graphs": attempt}, truth)["graphs"] == []
+    run.close()
+
+
+def test_a_wrong_stage_of_dopri5_yields_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight of its tableau that is off by a thousandth is no error that its error control would see."""
+    who = opponents(DOPRI5)
+    right = ode_reference.stage_state
+
+    def off(x: torch.Tensor, slopes: torch.Tensor, step: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+        return right(x, slopes, step, [*weights[:-1], 1.001 * weights[-1]])
+
+    monkeypatch.setattr(ode_reference, "stage_state", off)
+    with uncompiled():
+        found = list(measure_task(Task(DOPRI5, (REFERENCE, "torch/compiled")), who, CEILINGS, repeats=1))
+    plain, packed = found
+    assert plain["right"]
+    assert plain["seconds"]["repeats"] == 1
+    assert not packed["right"]
+    assert "first attempt: error" in packed["fault"]
+    assert "seconds" not in packed
 
 
 def test_a_failure_of_one_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

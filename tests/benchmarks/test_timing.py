@@ -173,5 +173,5 @@ def test_every_operation_has_cases_that_are_right_and_timed(tmp_path: Path) -> N
     assert [r["kind"] for r in records[:2]] == ["environment", "ceilings"]
     assert records[-1]["kind"] == "end"
     ours = {r["case"]: r for r in records if r.get("variant") == "ours"}
-    assert len(ours) == 10
+    assert len(ours) == 12
     assert all(r["right"] and r["seconds"]["median"] > 0 for r in ours.values())

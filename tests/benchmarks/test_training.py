@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from typer.testing import CliRunner
 
 from pixelflow_benchmarks.cli import bench
+from pixelflow_benchmarks.harness import timing
 from pixelflow_benchmarks.harness.ceilings import Ceilings
 from pixelflow_benchmarks.harness.timing import Timing
 from pixelflow_benchmarks.opponents.public_process import PublicProcess
@@ -463,6 +464,12 @@ def test_when_no_time_is_left_nothing_is_begun() -> None:
     skipped, first = check_and_time(TINY, runs, who, CEILINGS, 3, deadline=0.0)
     assert skipped == {"kind": "skipped", "variant": PLAIN, **left}
     assert (first["variant"], first["seconds"]["repeats"]) == (REFERENCE, 1)
+
+
+def test_no_turn_is_begun_after_a_minute_though_nobody_gave_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "TURNS_SECONDS", -1.0)
+    (found,) = check_and_time(TINY, {REFERENCE: run(REFERENCE)}, opponents(), CEILINGS, 3)
+    assert found["seconds"]["repeats"] == 1
 
 
 def test_the_command(tmp_path: Path) -> None:

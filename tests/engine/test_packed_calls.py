@@ -88,6 +88,19 @@ def test_an_event_has_no_other_form_of_images(engine: PixelFlowEngine) -> None:
         event.images("png")  # type: ignore[arg-type]
 
 
+def test_hooks_on_a_block_see_it_and_change_no_bit(engine: PixelFlowEngine) -> None:
+    """Others run in halves, which are no call."""
+    expected = engine([1, 2], **REQUEST)
+    seen: list[tuple[int, ...]] = []
+    block = engine.model.blocks[0]
+    handle = block.register_forward_hook(lambda module, given, out: seen.append(tuple(out[0].shape)))
+    found = engine([1, 2], **REQUEST)
+    handle.remove()
+    assert torch.equal(found.images, expected.images)
+    assert len(seen) == sum(stage.evaluations for stage in found.stages)
+    assert all(shape[1] == engine.model.config.width for shape in seen)
+
+
 def test_a_stream_stops_where_its_reader_stops(engine: PixelFlowEngine) -> None:
     seen: list[int] = []
     stream = engine.stream([1, 2], callback_on_step_end=lambda e: seen.append(e.stage), **REQUEST)

@@ -1,4 +1,4 @@
-"""Two result files, measurement by measurement: what became slower or faster by more than the spread of both.
+"""Two result files, measurement by measurement: what became wrong, slower or faster by more than the spread of both.
 
 What counts is the time beside an opponent's of the same turns, where there is one: between two runs the machine
 changes, too, by more than it does within a run. An opponent's own time tells of the machine alone.
@@ -21,7 +21,7 @@ from pixelflow_benchmarks.harness.tables import TextTable
 
 Verdict = Literal["slower", "faster", "within the spread", "the machine"]
 
-CHANGING = ("kind", "commit", "load", "sm_mhz", "memory_mhz", "celsius", "watts", "held_down_by")
+CHANGING = ("kind", "commit", "budget_seconds", "load", "sm_mhz", "memory_mhz", "celsius", "watts", "held_down_by")
 """What the environments of two runs of one kind may differ in."""
 
 
@@ -106,7 +106,7 @@ class Change:
             _, before, after = self.beside
         if not after.apart(before):
             return "within the spread"
-        if self.beside is None and (self.before.opponent or self.after.opponent):
+        if self.before.opponent or self.after.opponent:  # beside another opponent, too: neither is our code
             return "the machine"
         return "slower" if self.ratio > 1 else "faster"
 
@@ -121,8 +121,7 @@ def measurements(runs: Iterable[Run]) -> dict[str, Measurement]:
     for run in sorted(runs, key=lambda run: run.began):
         for record in run.of_kind("measurement"):
             if "seconds" in record:
-                name = f"{run.suite}: {record['case']}, {record['variant']}"
-                found[name].append((conditions(run), _measurement(record)))
+                found[_name(run, record)].append((conditions(run), _measurement(record)))
     return {name: _together([of for under, of in group if under == group[-1][0]]) for name, group in found.items()}
 
 
@@ -146,15 +145,42 @@ def _together(runs: Sequence[Measurement]) -> Measurement:
 def compare(before: Sequence[Run], after: Sequence[Run]) -> tuple[list[Change], list[str], list[str]]:
     """What both files measured, the largest change first; and what only the first, or only the second has.
 
+    What became wrong is in neither, see :func:`became_wrong`.
+
     Raises:
         ValueError: the files have nothing in common.
     """
     old, new = measurements(before), measurements(after)
+    wrong = became_wrong(before, after)
+    for name in wrong:
+        old.pop(name, None)
+        new.pop(name, None)
     changes = [Change(name, old[name], new[name]) for name in old if name in new]
-    if not changes:
+    if not changes and not wrong:
         raise ValueError("results: got two files without a measurement in common, expected results of one command")
     changes.sort(key=lambda change: max(change.ratio, 1 / change.ratio), reverse=True)
     return changes, [name for name in old if name not in new], [name for name in new if name not in old]
+
+
+def became_wrong(before: Sequence[Run], after: Sequence[Run]) -> list[str]:
+    """What passed its check in every run before, and not in every one after."""
+    was, now = _right(before), _right(after)
+    return [name for name, right in was.items() if right and not now.get(name, True)]
+
+
+def _right(runs: Iterable[Run]) -> dict[str, bool]:
+    """Whether a case was right in all runs; of times and of bytes."""
+    found: dict[str, bool] = {}
+    for run in runs:
+        for record in run.records:
+            if "right" in record:
+                name = _name(run, record)
+                found[name] = found.get(name, True) and bool(record["right"])
+    return found
+
+
+def _name(run: Run, record: Record) -> str:
+    return f"{run.suite}: {record.get('case')}, {record.get('variant')}"
 
 
 def different_surroundings(before: Sequence[Run], after: Sequence[Run]) -> list[str]:

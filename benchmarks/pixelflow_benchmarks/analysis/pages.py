@@ -5,8 +5,10 @@ A page says where a table goes and what it is of::
     <!-- table: stages benchmarks/results/nvidia-h100-80gb-hbm3 -->
     <!-- /table -->
 
-First the table's name, then a result file, or a device's folder: of the runs there the newest counts. Where there is
-none, the page says that it was not measured.
+First the table's name, then a result file, or a device's folder: of the runs there the newest counts that is complete
+and was asked for nothing but what the command does of itself, so that who tries something out changes no page. Where
+there is no such run, the newest of all counts, and the line below the table says what it lacks. Where there is none at
+all, the page says that it was not measured.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from pixelflow_benchmarks.harness.results import Run, newest, read_runs, result_files
+from pixelflow_benchmarks.harness.results import Run, read_runs, result_files, to_show
 from pixelflow_benchmarks.harness.tables import TextTable
 from pixelflow_benchmarks.harness.targets import budget_table
 from pixelflow_benchmarks.quality.ablations.table import TABLES as ABLATIONS
@@ -72,7 +75,8 @@ def _table(name: str, sources: list[str], root: Path) -> str:
         known = ", ".join([*OF_SUITES, *OF_EVALUATIONS, *OF_PAIRS, *OF_RUNS, *OF_NOTHING])
         raise ValueError(f"table: got {name!r}, expected one of {known}")
     files = [file for path in paths for file in ([path] if path.is_file() else result_files(path))]
-    run = newest([run for file in files for run in read_runs(file)], name)
+    run = to_show([run for file in files for run in read_runs(file)], name)
     if run is None:
         return f"Not measured: no run of `pixelflow bench {name}` in {', '.join(sources)}.\n"
-    return OF_SUITES[name](run).markdown()
+    table = OF_SUITES[name](run)
+    return replace(table, title=" ".join([table.title, *run.lacks])).markdown()

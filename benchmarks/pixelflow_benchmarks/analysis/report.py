@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from pixelflow_benchmarks.harness.results import Record, Run
 from pixelflow_benchmarks.harness.tables import TextTable, missing
@@ -100,9 +99,9 @@ def _overview(found: Sequence[Group]) -> tuple[TextTable, set[tuple[str, ...]]]:
             here = list(of_device)
             for group in here:
                 run = group.newest
-                wrong = sum(not r["right"] for r in run.of_kind("measurement"))
+                wrong = len(_wrong(run))
                 said = [
-                    *(["cut\N{NO-BREAK SPACE}short"] if _cut_short(run) else []),
+                    *(["cut\N{NO-BREAK SPACE}short"] if run.cut_short else []),
                     *([f"wrong:\N{NO-BREAK SPACE}{wrong}"] if wrong else []),
                 ]
                 commit = _commit(run)
@@ -136,7 +135,7 @@ def _suite(part: str, title: str, group: Group, figures: Figures) -> Iterator[st
     of = f", the newest of {len(group.runs)} runs" if len(group.runs) > 1 else ""
     yield f'<p class="when">{text_of(_when(run))}, commit <code>{text_of(_commit(run))}</code>{of}</p>'
     yield f"<p>{''.join(_badges(run))}</p>"
-    if _cut_short(run):
+    if run.cut_short:
         yield "<p>This run was cut short: it has no end. What is here was measured before that, and stands.</p>"
     yield facts_html(_facts(group))
     yield from _notes(run)
@@ -146,7 +145,7 @@ def _suite(part: str, title: str, group: Group, figures: Figures) -> Iterator[st
         yield '<h4>Energy</h4>\n<p class="none">Not measured.</p>'
     tables = table_of(run)
     marks = [
-        {(str(r["case"]), str(r["variant"])) for r in run.of_kind("measurement") if not r["right"]},
+        {(str(r.get("case")), str(r.get("variant"))) for r in _wrong(run)},
         {(str(r.get("case")), str(r["variant"])) for r in run.of_kind("absent")},
     ]
     if tables:
@@ -162,10 +161,9 @@ def _suite(part: str, title: str, group: Group, figures: Figures) -> Iterator[st
 
 
 def _badges(run: Run) -> Iterator[str]:
-    yield badge("cut short", "bad") if _cut_short(run) else badge("complete", "good")
-    wrong = sum(not r["right"] for r in run.of_kind("measurement"))
-    if wrong:
-        yield badge(f"{_count(wrong, 'wrong result')}", "bad")
+    yield badge("cut short", "bad") if run.cut_short else badge("complete", "good")
+    if wrong := _wrong(run):
+        yield badge(_count(len(wrong), "wrong result"), "bad")
     if "+" in str(run.environment.get("commit")):
         yield badge("uncommitted changes", "warn")
     states = [run.records[0], *(r["at_work"] for r in run.records if "at_work" in r), run.records[-1]]
@@ -178,12 +176,10 @@ def _badges(run: Run) -> Iterator[str]:
 
 def _notes(run: Run) -> Iterator[str]:
     """Who was wrong, who was absent, what no time was left for, and what this page has no place for."""
-    wrong = [r for r in run.of_kind("measurement") if not r["right"]]
-    if wrong:
-        yield "<p>Wrong, and therefore without a time:</p>"
-        yield list_html(
-            (text_of(f"{r['case']}, {r['variant']}: {r.get('fault', 'no reason given')}") for r in wrong), "wrong"
-        )
+    if wrong := _wrong(run):
+        yield "<p>Wrong, and therefore without a figure:</p>"
+        said = (f"{r.get('case')}, {r.get('variant')}: {r.get('fault', 'no reason given')}" for r in wrong)
+        yield list_html(map(text_of, said), "wrong")
     if gone := missing(run):
         yield "<p>Absent:</p>"
         names = (("; ".join(dict.fromkeys(variants)), reason) for reason, variants in gone.items())
@@ -195,6 +191,7 @@ def _notes(run: Run) -> Iterator[str]:
         "blocks": ("block", "cited"),
         "curves": ("curve", "agreement"),
         "distance": ("distance", "reference"),
+        "memory": ("memory",),
     }.get(run.suite, ())
     shown = ("environment", "end", "ceilings", "measurement", "absent", "skipped", *own)
     if other := [r["kind"] for r in run.records if r["kind"] not in shown]:
@@ -213,7 +210,7 @@ def _facts(group: Group) -> dict[str, object]:
     for ceilings in run.of_kind("ceilings")[:1]:
         facts["Copy, measured"] = quantity(ceilings["bytes_per_second"], "B/s")
         facts[f"Product, {ceilings.get('dtype', '')}, measured"] = quantity(ceilings["flops_per_second"], "FLOP/s")
-    end = None if _cut_short(run) else run.records[-1]
+    end = None if run.cut_short else run.records[-1]
     for name, (said, unit) in STATE.items():
         if name in head or (end and name in end):
             before = _reading(name, head)
@@ -299,12 +296,16 @@ def _when(run: Run) -> str:
     return f"{run.began[:10]} {run.began[11:16]} UTC"
 
 
-def _cut_short(run: Run) -> bool:
-    return run.records[-1]["kind"] != "end"
+def _wrong(run: Run) -> list[Record]:
+    """What failed its check, of whatever kind: times and bytes."""
+    return [r for r in run.records if r.get("right") is False]
 
 
-def _skipped(r: dict[str, Any]) -> str:
-    return f"{r.get('case', 'a case')}: {', '.join(map(str, r.get('variants', [])))}".removesuffix(": ")
+def _skipped(r: Record) -> str:
+    """Case and variants; where a record names neither, its reason."""
+    variants = ", ".join(map(str, r.get("variants", [r["variant"]] if "variant" in r else [])))
+    named = [str(part) for part in (r.get("case"), variants) if part]
+    return ": ".join(named) or f"further cases: {r.get('reason', 'no reason given')}"
 
 
 def _count(number: int, name: str) -> str:

@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import Device, Output, finish, known, place_of, show
+from .options import Device, Output, asked, finish, known, place_of, show
 
 
 def command(
+    context: typer.Context,
     device: Device = "auto",
     shape: Annotated[
         Literal["xl", "cpu", "tiny", "digits"] | None,
@@ -52,12 +53,15 @@ def command(
     where = place_of(device)
     on_gpu = where.type == "cuda"
     known(variant=(variant or [], (*VARIANTS, COMMAND)))
-    name: str = shape or ("xl" if on_gpu else BUNDLED)
+    usual = "xl" if on_gpu else BUNDLED
+    name: str = shape or usual
     dtype = torch.bfloat16 if on_gpu else torch.float32
     wanted = variant or [*(v.name for v in (ON_GPU if on_gpu else ON_CPU)), COMMAND]
     short = str(dtype).removeprefix("torch.")
     with (
-        recording(output, "coldstart", where, shape=name, dtype=short, steps=steps) as keep,
+        recording(
+            output, "coldstart", where, shape=name, dtype=short, steps=steps, **asked(context, shape=usual)
+        ) as keep,
         tempfile.TemporaryDirectory(prefix="pixelflow-coldstart-") as folder,
     ):
         checkpoint = checkpoint_of(name, Path(folder) / "model", dtype)

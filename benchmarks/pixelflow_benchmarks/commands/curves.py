@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
-from .options import Output, finish, known, show
+from .options import Output, asked, finish, known, show
 
 
 def command(
+    context: typer.Context,
     backend: Annotated[
         list[str] | None, typer.Option(help="torch or triton; may be repeated, both by default.")
     ] = None,
@@ -29,7 +30,8 @@ def command(
     backends = backend or ["torch", "triton"]
     known(backend=(backends, ("torch", "triton")))
     where = place(device)
-    with recording(output, "curves", where, steps=steps, seeds=seeds, batch=recipe(steps, 0).batch_size) as keep:
+    head = {"steps": steps, "seeds": seeds, "batch": recipe(steps, 0).batch_size, **asked(context)}
+    with recording(output, "curves", where, **head) as keep:
         keep.all(measure_curves(backends, seeds, steps, where))
     show(curves_table(keep.run))
     finish(keep.run)

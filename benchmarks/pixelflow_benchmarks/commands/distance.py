@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import Output, finish, show
+from .options import Output, asked, finish, show
 
 
 def command(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Checkpoint or bundled model, class-conditional.")] = "digits",
     shape: Annotated[
         Literal["xl", "cpu", "small", "tiny"] | None,
@@ -42,7 +43,7 @@ def command(
         raise ValueError(f"model: got {model!r}, expected one with classes")
     labels = [i % classes for i in range(images)]
     variants = INTERPRETED if interpreting() else VARIANTS
-    head = {"model": name, "images": images, "steps": steps, "interpreted": interpreting()}
+    head = {"model": name, "images": images, "steps": steps, "interpreted": interpreting(), **asked(context)}
     with recording(output, "distance", where, **head) as keep:
         keep.all(measure_distance(checkpoint, labels, steps, where, variants))
     show(distance_table(keep.run))

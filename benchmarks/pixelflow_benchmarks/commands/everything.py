@@ -64,7 +64,7 @@ ON_CPU = (
     Suite(("stages",), 75, 0.4, opponent=True),
     Suite(("images", "--steps", "1"), 90, 0.5, opponent=True),
     Suite(("training",), 60, 0.5, opponent=True),
-    Suite(("memory",), 60, 0.5),
+    Suite(("memory", "--steps", "1"), 60, 0.5),
     Suite(("coldstart",), 75, 0.7),
     Suite(("distance",), 90, budgeted=False),
     Suite(("blocks",), 30, budgeted=False, opponent=True),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import Device, Output, Public, Repeats, finish, known, place_of, show
+from .options import Device, Output, Public, Repeats, asked, finish, known, place_of, show
 
 
 def command(
+    context: typer.Context,
     device: Device = "auto",
     shape: Annotated[
         Literal["xl", "cpu", "tiny"] | None, typer.Option(help="By default xl on a GPU, cpu elsewhere.")
@@ -40,16 +41,18 @@ def command(
     on_gpu = where.type == "cuda"
     names = ON_GPU if on_gpu else ON_CPU
     known(variant=(variant or [], (*ON_CPU, *ON_GPU)))
-    shape = shape or ("xl" if on_gpu else "cpu")
+    usual: dict[str, Any] = (
+        {"shape": "xl", "steps": 10, "batch": [1, 16]} if on_gpu else {"shape": "cpu", "steps": 4, "batch": [1]}
+    )
+    shape, steps = shape or usual["shape"], steps or usual["steps"]
     config, dtype = SHAPES[shape], torch.bfloat16 if on_gpu else torch.float32
-    steps = steps or (10 if on_gpu else 4)
-    head = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "steps": steps}
+    head = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "steps": steps} | asked(context, **usual)
     with recording(output, "images", where, **head) as keep, torch._dynamo.config.patch(recompile_limit=64):
         ceilings = measure_ceilings(where, dtype)
         keep(ceilings.record())
         opponents = ImageOpponents(config, random_weights(config, where, dtype), dtype, where, public)
         try:
-            for count in batch or ([1, 16] if on_gpu else [1]):
+            for count in batch or usual["batch"]:
                 problem = ImageProblem(config=config, batch=count, steps=steps, dtype=dtype, device=where)
                 wanted = tuple(variant or (name for name in names if public is not None or name != PUBLIC))
                 keep.all(measure_images(problem, opponents, wanted, ceilings, repeats, deadline))

@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 import typer
 from tqdm.auto import tqdm
 
-from .options import Output, Quiet, Repeats, finish, show
+from .options import Output, Quiet, Repeats, asked, finish, show
 
 
 def command(
+    context: typer.Context,
     op: Annotated[list[str] | None, typer.Option(help="Only this operation; may be repeated.")] = None,
     device: Annotated[str, typer.Option(help="cuda, cuda:1, ...; cpu tries the command out.")] = "cuda",
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option()] = "bfloat16",
@@ -36,7 +37,7 @@ def command(
     deadline = time.perf_counter() + budget_seconds
     where, what = place(device), getattr(torch, dtype)
     cases = all_cases(op or OPS, stage or range(len(STAGE_SIDES)), batch, what, where)
-    with recording(output, "kernels", where, dtype=dtype, batch=batch) as keep:
+    with recording(output, "kernels", where, dtype=dtype, batch=batch, **asked(context)) as keep:
         ceilings = measure_ceilings(where, what)
         keep(ceilings.record())
         keep.all(tqdm(measure(cases, ceilings, where, repeats, deadline), unit="variant", delay=2, disable=quiet))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import Device, Output, finish, known, place_of, show
+from .options import Device, Output, asked, finish, known, place_of, show
 
 
 def command(
+    context: typer.Context,
     device: Device = "auto",
     shape: Annotated[
         Literal["xl", "cpu", "tiny"] | None, typer.Option(help="By default xl on a GPU, cpu elsewhere.")
@@ -37,15 +38,16 @@ def command(
     on_gpu = where.type == "cuda"
     known(variant=(variant or [], (*ON_GPU, *ON_CPU, *VARIANTS)))
     wanted = variant or [*(ON_GPU if on_gpu else ON_CPU), *VARIANTS]
-    shape = shape or ("xl" if on_gpu else "cpu")
-    dtype, steps = (torch.bfloat16, steps or 10) if on_gpu else (torch.float32, steps or 2)
-    head = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "steps": steps}
+    usual: dict[str, Any] = {"shape": "xl", "steps": 10} if on_gpu else {"shape": "cpu", "steps": 2}
+    shape, steps = shape or usual["shape"], steps or usual["steps"]
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    head = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "steps": steps} | asked(context, **usual)
     with recording(output, "memory", where, **head) as keep, torch._dynamo.config.patch(recompile_limit=64):
         if measured := [name for name in wanted if name not in VARIANTS]:
             weights = random_weights(SHAPES[shape], where, dtype)
             sizes = batch or ([1, 4, 16] if on_gpu else [1, 2])
             keep.all(measure_memory(shape, SHAPES[shape], weights, measured, sizes, steps, dtype, where, deadline))
         if counted := [name for name in wanted if name in VARIANTS]:
-            keep.all(count_memory("tiny" if shape == "tiny" else "xl", counted, batch or [1, 16]))
+            keep.all(count_memory("tiny" if shape == "tiny" else "xl", counted, batch or [1, 16], deadline))
     show(memory_table(keep.run))
     finish(keep.run)

@@ -42,6 +42,34 @@ def place_of(device: str) -> torch.device:
     return place(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
+NEUTRAL = ("device", "output", "budget_seconds", "public", "quiet")
+"""Options that change where something runs, how much of it, and who else does, not what."""
+
+
+def asked(context: typer.Context, **usual: Any) -> dict[str, str]:
+    """What a command's options ask for that it does not do of itself, as its environment record says it.
+
+    Args:
+        context: of the command.
+        usual: what it takes where an option has no default that the command line shows.
+
+    Returns:
+        ``options``, as one would write them; nothing where all is as usual.
+    """
+    words = []
+    for option in context.command.params:
+        name = str(option.name)
+        values, default = _texts(context.params.get(name)), _texts(usual.get(name, option.default))
+        if name not in NEUTRAL and values and sorted(values) != sorted(default):
+            words += [f"--{name.replace('_', '-')} {value}" for value in values]
+    return {"options": " ".join(words)} if words else {}
+
+
+def _texts(value: Any) -> list[str]:
+    """An option's value, or its values where it may be repeated; none of one that was not given."""
+    return [str(part) for part in (value if isinstance(value, list | tuple) else [value]) if part is not None]
+
+
 def show(text: TextTable) -> None:
     """Print a table, without empty columns; in a narrow terminal its cells fold at blanks."""
     text = text.without_empty()

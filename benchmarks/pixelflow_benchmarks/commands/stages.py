@@ -6,10 +6,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import Device, Output, Public, Repeats, finish, known, place_of, show
+from .options import Device, Output, Public, Repeats, asked, finish, known, place_of, show
 
 
 def command(
+    context: typer.Context,
     device: Device = "auto",
     shape: Annotated[
         Literal["xl", "cpu", "tiny"] | None, typer.Option(help="By default xl on a GPU, cpu elsewhere.")
@@ -45,16 +46,20 @@ def command(
 
     where = place_of(device)
     on_gpu = where.type == "cuda"
-    shape, dtype = shape or ("xl" if on_gpu else "cpu"), dtype or ("bfloat16" if on_gpu else "float32")
+    usual: dict[str, Any] = {
+        "shape": "xl" if on_gpu else "cpu",
+        "dtype": "bfloat16" if on_gpu else "float32",
+        "batch": [16, 1, 4, 32] if on_gpu else [1],
+        "solver": ["euler", "dopri5"] if on_gpu else ["euler"],
+    }
+    shape, dtype = shape or usual["shape"], dtype or usual["dtype"]
     what, config = getattr(torch, dtype), SHAPES[shape]
     count = config.scheduler.num_stages
     wanted = [name for name in VARIANTS if public is not None or name != "public"] if variant is None else variant
-    solvers: list[Any] = solver or (["euler", "dopri5"] if on_gpu else ["euler"])
+    solvers: list[Any] = solver or usual["solver"]
     known(variant=(wanted, VARIANTS), solver=(solvers, ("euler", "dopri5")), stage=(stage or [], range(count)))
-    work = tasks(
-        config, wanted, stage or range(count), batch or ([16, 1, 4, 32] if on_gpu else [1]), solvers, steps, what, where
-    )
-    head = {"shape": shape, "dtype": dtype, "budget_seconds": budget_seconds}
+    work = tasks(config, wanted, stage or range(count), batch or usual["batch"], solvers, steps, what, where)
+    head = {"shape": shape, "dtype": dtype, "budget_seconds": budget_seconds} | asked(context, **usual)
     with recording(output, "stages", where, **head) as keep:
         ceilings = measure_ceilings(where, what)
         keep(ceilings.record())

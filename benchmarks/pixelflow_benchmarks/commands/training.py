@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import Device, Output, Public, Repeats, finish, known, place_of, show
+from .options import Device, Output, Public, Repeats, asked, finish, known, place_of, show
 
 
 def command(
+    context: typer.Context,
     device: Device = "auto",
     shape: Annotated[
         Literal["xl", "cpu", "small", "tiny"] | None, typer.Option(help="By default xl on a GPU, small elsewhere.")
@@ -43,12 +44,15 @@ def command(
     names = ON_GPU if on_gpu else ON_CPU
     known(variant=(variant or [], (*ON_CPU, *ON_GPU)))
     wanted = tuple(variant or (name for name in names if public is not None or name != PUBLIC))
-    shape = shape or ("xl" if on_gpu else "small")
-    config, dtype = SHAPES[shape], torch.bfloat16 if on_gpu else torch.float32
+    usual = "xl" if on_gpu else "small"
+    name: str = shape or usual
+    config, dtype = SHAPES[name], torch.bfloat16 if on_gpu else torch.float32
     problems = [
-        TrainingProblem(config=config, batch=count, dtype=dtype, device=where) for count in batch or BATCHES[shape]
+        TrainingProblem(config=config, batch=count, dtype=dtype, device=where) for count in batch or BATCHES[name]
     ]
-    head = {"shape": shape, "dtype": str(dtype).removeprefix("torch.")}
+    head = {"shape": name, "dtype": str(dtype).removeprefix("torch.")} | asked(
+        context, shape=usual, batch=[*BATCHES[usual]]
+    )
     with recording(output, "training", where, **head) as keep, torch._dynamo.config.patch(recompile_limit=64):
         ceilings = measure_ceilings(where, dtype)
         keep(ceilings.record())

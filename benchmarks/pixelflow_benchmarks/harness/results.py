@@ -2,6 +2,7 @@
 
 A file holds any number of runs, of any suites. A run is a suite's records under one ``run``, the time it began: first
 its ``environment``, then what it measured, ``end`` last; without an ``end`` it was cut short, and what is there stands.
+The environment's ``options`` are those of its command that asked for something else than the command does of itself.
 
 What was timed is a record of kind ``measurement``:
 
@@ -57,6 +58,21 @@ class Run:
     def environment(self) -> Record:
         """Versions, hardware, sizes."""
         return self.records[0]
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether it has no end."""
+        return bool(self.records[-1]["kind"] != "end")
+
+    @property
+    def lacks(self) -> list[str]:
+        """What tells it from a complete run of what its command does of itself: sentences for a table's caption."""
+        options, skipped = self.environment.get("options"), len(self.of_kind("skipped"))
+        return [
+            *([f"Run with `{options}`."] if options else []),
+            *(["The run was cut short."] if self.cut_short else []),
+            *([f"No time was left for {skipped} of its parts."] if skipped else []),
+        ]
 
     def of_kind(self, kind: str) -> list[Record]:
         """The records of one kind."""
@@ -149,3 +165,8 @@ def result_files(folder: Path) -> list[Path]:
 def newest(runs: Sequence[Run], suite: str) -> Run | None:
     """The last run of a suite; None where there is none."""
     return max((run for run in runs if run.suite == suite), key=lambda run: run.began, default=None)
+
+
+def to_show(runs: Sequence[Run], suite: str) -> Run | None:
+    """The last complete run of what a suite's command does of itself; where none is, the last at all."""
+    return newest([run for run in runs if not run.lacks], suite) or newest(runs, suite)

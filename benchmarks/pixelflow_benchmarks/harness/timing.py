@@ -30,6 +30,9 @@ Call = Callable[[], object]
 REPEATS = 20
 """Measurements of each call, unless less time is given."""
 
+TURNS_SECONDS = 60.0
+"""After which no further turn of long runs is begun, see :func:`end_of_turns`."""
+
 UNROLL = 10
 """Calls in one graph."""
 
@@ -124,6 +127,11 @@ def time_runs(
                 failed[name] = first_line(error)
                 del seconds[name]
     return Runs({name: Timing(tuple(values)) for name, values in seconds.items()}, failed)
+
+
+def end_of_turns(deadline: float) -> float:
+    """Until when turns are begun that begin now: a minute, and no longer than to the deadline of the whole."""
+    return min(deadline, time.perf_counter() + TURNS_SECONDS)
 
 
 def seconds_of(run: Callable[[], T], device: torch.device) -> tuple[float, T]:

@@ -81,7 +81,8 @@ class Case:
         plain: the computation in plain PyTorch, in the same type: what level D compares with.
         truth: the same from the same inputs in float64.
         exact: the level A outputs: ``ours`` must have the bits of ``plain``.
-        growth: roundings at the size of a row's largest true value that level D grants twice (see :func:`level_d`).
+        growth: roundings at the size of a row's largest true value that level D grants twice (see :func:`level_d`); one
+            number, or one for each output.
         bytes_moved: read and written at least, each tensor once in each direction. Left out are numbers per image
             (lengths, steps, seeds, intervals) and attention's log-sum-exp, which not everybody keeps.
         flops: of matrix products, a multiplication and an addition being two; attention's backward pass computes its
@@ -94,7 +95,7 @@ class Case:
     plain: Callable[[], Outputs]
     truth: Callable[[], Outputs] | None = None
     exact: bool = False
-    growth: float = 1.0
+    growth: float | tuple[float, ...] = 1.0
     bytes_moved: int
     flops: int = 0
 
@@ -112,18 +113,19 @@ def faults(case: Case) -> dict[str, list[str]]:
         if len(got) != len(plain):
             found[name] = [f"{len(got)} outputs, expected {len(plain)}"]
             continue
-        said = (_fault(case, name, *of) for of in zip(got, plain, truth, strict=True))
+        growth = case.growth if isinstance(case.growth, tuple) else (case.growth,) * len(plain)
+        said = (_fault(case, name, *of) for of in zip(got, plain, truth, growth, strict=True))
         found[name] = [f"output {i}: {what}" for i, what in enumerate(said) if what]
     return found
 
 
-def _fault(case: Case, name: str, out: Tensor, plain: Tensor, truth: Tensor) -> str | None:
+def _fault(case: Case, name: str, out: Tensor, plain: Tensor, truth: Tensor, growth: float) -> str | None:
     if out.shape != plain.shape or out.dtype != plain.dtype:
         return f"{out.dtype} {tuple(out.shape)}, expected {plain.dtype} {tuple(plain.shape)}"
     if case.exact and name == "ours":
         differing = int((out != plain).sum())
         return f"{differing} of {out.numel()} values differ from plain PyTorch" if differing else None
-    return level_d(out, plain, truth, case.growth) if out.numel() > 0 else None
+    return level_d(out, plain, truth, growth) if out.numel() > 0 else None
 
 
 def level_d(out: Tensor, plain: Tensor, truth: Tensor, growth: float = 1.0) -> str | None:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
-from pixelflow_kernels.ode_step import euler_step, reference
+from pixelflow_kernels.ode_step import error_norm_, euler_step, reference, stage_state_
+from pixelflow_kernels.ode_step.specimens import ERROR, STAGES
 
 from .case import PATCH_CHANNELS, Case, Outputs, Problem, compiled, size_of
+
+SOLUTION = STAGES[-1]
+"""Dopri5's longest row: the state that an attempt arrives at, of six slopes, the newest of them not stored yet."""
+TOLERANCES = (1e-3, 1e-6)
+
+NORM_GROWTH = 4 * torch.finfo(torch.float32).eps / torch.finfo(torch.float64).eps
+"""The norm is float64, its squares are added up in float32: 4 times level D's two roundings are of that type."""
 
 
 def cases(problem: Problem) -> Iterator[Case]:
     """On the head's tokens; the state is float32."""
-    B = problem.batch
+    B, device = problem.batch, problem.device
     values = problem.side**2 * PATCH_CHANNELS
     x = problem.normal(B, values, dtype=torch.float32)
     velocity = problem.normal(2 * B, values, seed=1)
-    step = torch.full((B,), 0.1, dtype=torch.float64, device=problem.device)
-    weight = torch.full((B,), 2.4, dtype=torch.float64, device=problem.device)
+    step, weight = (torch.full((B,), value, dtype=torch.float64, device=device) for value in (0.1, 2.4))
 
-    def plain(x: torch.Tensor, velocity: torch.Tensor) -> Outputs:
+    def plain(x: Tensor, velocity: Tensor) -> Outputs:
         return (reference.euler(x, velocity, step, weight, B),)
 
     fast = compiled(plain)
@@ -35,3 +43,81 @@ def cases(problem: Problem) -> Iterator[Case]:
         exact=True,
         bytes_moved=2 * size_of(x) + size_of(velocity),
     )
+    yield from _attempt(problem, x, velocity, step, weight)
+
+
+def _attempt(problem: Problem, x: Tensor, velocity: Tensor, step: Tensor, weight: Tensor) -> Iterator[Case]:
+    """What an attempt of Dopri5 does with its newest velocities: store the slope, and move or measure."""
+    B, out = problem.batch, torch.empty_like(x)
+    slopes = problem.normal(len(ERROR), *x.shape, seed=2, dtype=torch.float32)
+    tolerance = torch.tensor(TOLERANCES, dtype=torch.float64, device=problem.device)
+
+    def store(slopes: Tensor, velocity: Tensor) -> Tensor:
+        return slopes[-1].copy_(reference.guided(velocity, weight, B, slopes.dtype).view_as(slopes[-1]))
+
+    def plain_stage(x: Tensor, slopes: Tensor, velocity: Tensor) -> Outputs:
+        slope = store(slopes, velocity)
+        return reference.stage_state(x, slopes, step, SOLUTION), slope
+
+    def plain_error(x: Tensor, slopes: Tensor, velocity: Tensor) -> Outputs:
+        slope = store(slopes, velocity)
+        return reference.error_norm(x, slopes, step, SOLUTION, ERROR, tolerance, False), slope
+
+    def ours_stage(x: Tensor, slopes: Tensor, velocity: Tensor) -> Outputs:
+        stage_state_(out, slopes, x, step, SOLUTION, velocity, weight)
+        return out, slopes[-1]
+
+    def ours_error(x: Tensor, slopes: Tensor, velocity: Tensor) -> Outputs:
+        norm = error_norm_(slopes, x, step, SOLUTION, ERROR, tolerance, velocity, weight)
+        return norm, slopes[-1]
+
+    # Read: the state, stored slopes whose weight is not 0, velocities. Written: the newest slope, of a stage the state.
+    of_stage, of_error = (sum(w != 0 for w in row[:-1]) for row in (SOLUTION, ERROR))
+    for name, ours, plain, known, states, growth in (
+        ("stage", ours_stage, plain_stage, slopes[: len(SOLUTION)], 1 + of_stage + 2, None),
+        ("error", ours_error, plain_error, slopes, 1 + of_error + 1, (NORM_GROWTH, 1.0)),
+    ):
+        size = states * size_of(x) + size_of(velocity)
+        yield _on_slopes(f"ode_step.{name}/{problem.label}", ours, plain, (x, known, velocity), size, growth)
+
+
+def _on_slopes(
+    name: str,
+    ours: Callable[[Tensor, Tensor, Tensor], Outputs],
+    plain: Callable[[Tensor, Tensor, Tensor], Outputs],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    size: int,
+    growth: tuple[float, ...] | None,
+) -> Case:
+    """A case whose variants write into slopes of their own: what one leaves there must not pass for another's.
+
+    Args:
+        name: of the case.
+        ours, plain: of state, slopes and velocity; the last slope is written.
+        inputs: these three; the slopes are not touched.
+        size: bytes that are read and written.
+        growth: see :class:`Case`; None for level A.
+    """
+    x, slopes, velocity = inputs
+    own = [_poisoned(slopes) for _ in range(4)]
+    fast = compiled(plain)
+    return Case(
+        name=name,
+        variants={
+            "ours": lambda: ours(x, own[0], velocity),
+            "eager": lambda: plain(x, own[1], velocity),
+            "torch.compile": lambda: fast(x, own[2], velocity),
+        },
+        plain=lambda: plain(x, own[3], velocity),
+        truth=lambda: plain(x.double(), slopes.double(), velocity.double()),
+        exact=growth is None,
+        growth=growth or 1.0,
+        bytes_moved=size,
+    )
+
+
+def _poisoned(slopes: Tensor) -> Tensor:
+    """A copy whose last slope is not there yet."""
+    copy = slopes.clone()
+    copy[-1] = torch.nan
+    return copy

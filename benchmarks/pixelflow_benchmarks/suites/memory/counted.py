@@ -6,6 +6,8 @@ modulations of every step, the casts of weights that autocast keeps.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +32,7 @@ from pixelflow_engine.solvers import Tolerance
 from pixelflow_engine.stages import Stages
 
 from .live import LiveBytes
-from .records import memory_figures, memory_head, size_of, with_slopes
+from .records import memory_figures, memory_head, size_of, skipped, with_slopes
 
 FUSED, PLAIN, REFERENCE = "engine, fused", "engine, plain", "reference, bf16 autocast"
 VARIANTS = (FUSED, PLAIN, REFERENCE)
@@ -53,19 +55,25 @@ class Counted:
     activations: int
 
 
-def count_memory(shape: str, names: Sequence[str], batches: Sequence[int]) -> Iterator[Record]:
+def count_memory(
+    shape: str, names: Sequence[str], batches: Sequence[int], deadline: float = math.inf
+) -> Iterator[Record]:
     """Count variants at every stage and batch.
 
     Args:
         shape: of the model; weights and products are bf16, the reference's weights float32.
         names: of variants.
         batches: images; with guidance the model sees twice as many.
+        deadline: after which no stage is begun, on the clock of ``time.perf_counter``.
 
     Yields:
-        ``memory`` of each, ``counted``, the largest stage first.
+        ``memory`` of each, ``counted``, the largest stage first; ``skipped`` for what no time was left for.
     """
     config = SHAPES[shape]
     for stage in reversed(range(config.scheduler.num_stages)):
+        if time.perf_counter() > deadline:
+            yield skipped(shape, f"stage {stage}", names)
+            continue
         records = []
         for name in names:
             for batch in batches:

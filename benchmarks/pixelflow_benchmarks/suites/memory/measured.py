@@ -20,7 +20,7 @@ from pixelflow_engine import PixelFlowConfig
 from pixelflow_engine.graphs import CudaCapture
 
 from .peaks import Pool, peak_of, settle
-from .records import memory_figures, memory_head, size_of, with_slopes
+from .records import memory_figures, memory_head, size_of, skipped, with_slopes
 from .training import training_step
 
 TRAINING = "torch, forward and backward"
@@ -53,15 +53,17 @@ def measure_memory(
         deadline: after which no stage is begun, on the clock of ``time.perf_counter``.
 
     Yields:
-        ``memory`` of each, the largest stage first, training last; ``absent`` once for who cannot be had; ``skipped``
-        for a stage that no time was left for.
+        ``memory`` of each, on a GPU the largest stage first, on a CPU, where that takes minutes, the smallest; training
+        last. ``absent`` once for who cannot be had; ``skipped`` for what no time was left for.
     """
-    opponents, told = Opponents(config, weights, dtype, None), set[str]()
+    opponents, told, took = Opponents(config, weights, dtype, None), set[str](), 0.0
+    stages = range(config.scheduler.num_stages)
     variants = tuple(dict.fromkeys((REFERENCE, *(name for name in names if name != TRAINING))))
     try:
-        for stage in reversed(range(config.scheduler.num_stages)) if names != [TRAINING] else ():
-            if time.perf_counter() > deadline:
-                yield {"kind": "skipped", "stage": stage, "reason": "no time was left"}
+        for stage in () if names == [TRAINING] else stages if device.type == "cpu" else reversed(stages):
+            # From small to large, a stage takes longer than the one before it.
+            if (began := time.perf_counter()) + (took if device.type == "cpu" else 0) > deadline:
+                yield skipped(shape, f"stage {stage}", variants)
                 continue
             records: list[Record] = []
             for batch in batches:
@@ -70,6 +72,7 @@ def measure_memory(
                 )
                 records += measure_stage(shape, problem, opponents, variants)
             yield from with_slopes(records)
+            took = time.perf_counter() - began
             for name, reason in opponents.absent.items():
                 if name not in told:
                     told.add(name)
@@ -77,7 +80,9 @@ def measure_memory(
     finally:
         opponents.close()
     del opponents
-    if TRAINING in names and time.perf_counter() <= deadline:
+    if TRAINING in names and time.perf_counter() > deadline:
+        yield skipped(shape, "training", [TRAINING])
+    elif TRAINING in names:
         # As many of each stage, or the slope would be that of the stages that the larger batch happens to have.
         sizes = [batch * config.scheduler.num_stages for batch in batches]
         yield from with_slopes([measure_training(shape, config, weights, n, dtype, device) for n in sizes])

@@ -56,6 +56,12 @@ def memory_figures(weights: int, activations: int, **more: Any) -> Record:
     }
 
 
+def skipped(shape: str, work: str, variants: Iterable[str]) -> Record:
+    """That no time was left for this work, whatever its batch."""
+    case = f"{shape}, {work}"
+    return {"kind": "skipped", "case": case, "variants": list(variants), "reason": "no time was left"}
+
+
 def with_slopes(records: Iterable[Record]) -> Iterator[Record]:
     """The same records; those of two batches or more of one work and variant with what one further image adds."""
     groups: dict[tuple[str, str, str], list[Record]] = {}

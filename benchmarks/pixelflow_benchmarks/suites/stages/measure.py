@@ -8,8 +8,8 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -17,15 +17,12 @@ from torch import Tensor
 from pixelflow_benchmarks.harness.ceilings import Ceilings
 from pixelflow_benchmarks.harness.energy import joules_of
 from pixelflow_benchmarks.harness.results import Record
-from pixelflow_benchmarks.harness.timing import Timing, first_line, graphs_compiled, seconds_of, time_runs
+from pixelflow_benchmarks.harness.timing import Timing, end_of_turns, first_line, graphs_compiled, seconds_of, time_runs
 
 from .opponents import PUBLIC, Opponents
-from .problem import REFERENCE, Ran, StageProblem, StageRun
-from .runs import PublicRun, true_first_state
+from .problem import REFERENCE, Attempt, Ran, StageProblem, StageRun
+from .runs import PublicRun, true_attempt, true_first_state
 from .tasks import Task
-
-TURNS_SECONDS = 60.0
-"""After which no further turn of a problem is begun."""
 
 
 def measure_stages(
@@ -86,6 +83,7 @@ def measure_task(
     records: dict[str, Record] = {}
     runs: dict[str, StageRun] = {}
     checks: dict[str, Ran] = {}
+    attempts: dict[str, Attempt] = {}
     for name in task.variants:
         record = {"kind": "measurement", **named(problem), "variant": name}
         try:
@@ -94,16 +92,25 @@ def measure_task(
                 continue
             runs[name] = run
             checks[name], found = _first_run(run, problem)
+            if not euler and (attempt := run.attempt()) is not None:
+                attempts[name] = attempt
         except Exception as error:  # a compiler fails in many ways; the others are measured all the same
             found = {"right": False, "fault": first_line(error)}
         if "peak_bytes" in found:
             found["peak_bytes"] += opponents.size(name)
         records[name] = record | found
-    for name, faults in stage_faults(problem, checks, truth).items():
+    wrong = stage_faults(problem, checks, truth)
+    try:
+        missed = attempt_faults(problem, attempts, partial(true_attempt, problem, opponents.weights))
+    except torch.OutOfMemoryError as error:  # what is not known to be right gets no time, and the others go on
+        missed = {name: [f"first attempt: not compared with float64, {first_line(error)}"] for name in attempts}
+    for name, faults in missed.items():
+        wrong[name] += faults
+    for name, faults in wrong.items():
         records[name] |= {"right": not faults} | ({"fault": "; ".join(faults)} if faults else {})
     right = {name: run for name, run in runs.items() if records[name]["right"]}
     calls = {name: run.run for name, run in right.items()}
-    timed = time_runs(calls, problem.device, repeats, min(deadline, time.perf_counter() + TURNS_SECONDS))
+    timed = time_runs(calls, problem.device, repeats, end_of_turns(deadline))
     times = {name: per_evaluation(problem, checks[name], timing) for name, timing in timed.timings.items()}
     for name, fault in timed.failed.items():
         records[name] |= {"right": False, "fault": fault}
@@ -155,7 +162,7 @@ def stage_faults(
         problem: the stage.
         checks: first runs; the reference's, in the problem's type, sets the bound.
         truth: the states of :func:`ends_of` in float64 after that step, and the largest change. None for Dopri5, whose
-            end depends on decisions: finiteness is all there, and Euler's check has the same model.
+            end depends on decisions: see :func:`attempt_faults`.
     """
     found: dict[str, list[str]] = {
         name: [] if bool(ran.end.isfinite().all()) else ["not finite"] for name, ran in checks.items()
@@ -174,6 +181,40 @@ def stage_faults(
         bound = allowed + (unit * state.abs().max().item() if name == PUBLIC else 0.0)
         if not error <= bound:
             found[name].append(f"error {error:.3e}, bound {bound:.3e}")
+    return found
+
+
+def attempt_faults(
+    problem: StageProblem, attempts: Mapping[str, Attempt], truth: Callable[[float], tuple[Tensor, float]]
+) -> dict[str, list[str]]:
+    """What is wrong with the first attempt of each: it misses level D, or was rejected.
+
+    The first step's length is chosen by differences of slopes, which everyone rounds differently: each is compared with
+    a step of its own length in float64, and a longer one may have as much more of the same error. It is a cautious one,
+    which no right solver has to take back.
+
+    Args:
+        problem: the stage, by Dopri5.
+        attempts: the reference's, in the problem's type, sets the bound; without it nothing is compared.
+        truth: the last image's state in float64 after a step of some length, and the largest change.
+    """
+    found: dict[str, list[str]] = {name: [] for name in attempts}
+    truth, unit = cache(truth), torch.finfo(problem.dtype).eps / 2
+
+    def error(attempt: Attempt) -> float:
+        return (attempt.state.double() - truth(attempt.reached)[0]).abs().max().item()
+
+    if REFERENCE not in attempts:
+        return found
+    plain = attempts[REFERENCE]
+    bound = 2 * error(plain) + 2 * unit * truth(plain.reached)[1]
+    for name, attempt in attempts.items():
+        if not 0 < attempt.reached <= 1:
+            found[name].append(f"the first attempt reached {attempt.reached}, expected a place after 0 and up to 1")
+            continue
+        missed, allowed = error(attempt), bound * max(1.0, attempt.reached / plain.reached)
+        if not missed <= allowed:
+            found[name].append(f"first attempt: error {missed:.3e}, bound {allowed:.3e}")
     return found
 
 

@@ -123,11 +123,28 @@ class Ran:
     evaluations: int
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Attempt:
+    """The first attempt of Dopri5, of the batch's last image.
+
+    Attributes:
+        state: that it arrives at, ``[1, c, h, w]``; the start where it was rejected.
+        reached: the place within the stage, which is the step's length; 0 where it was rejected.
+    """
+
+    state: Tensor
+    reached: float
+
+
 class StageRun(Protocol):
     """A stage, ready to be run any number of times from its start."""
 
     def run(self, keep_first: bool = False) -> Ran:
         """Run it; on a GPU this may return before the work is done."""
+        ...
+
+    def attempt(self) -> Attempt | None:
+        """Set out anew and make the first attempt of Dopri5; None where its length is not told."""
         ...
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,15 +20,26 @@ from pixelflow_engine.plain_stages import PlainStages
 from pixelflow_engine.plan import Condition, SamplingPlan, StagePlan
 from pixelflow_engine.reference import PixelFlowTransformer, Stage, dopri5, euler_times, make_stages
 from pixelflow_engine.reference.sampler import guided_velocity
-from pixelflow_engine.reference.solvers import euler_step
+from pixelflow_engine.reference.solvers import COUPLING, NODES, combine, euler_step
 from pixelflow_engine.schedule import make_stages as engine_stages
 from pixelflow_engine.solvers import Tolerance
 from pixelflow_engine.stages import OnStep, Stages, States
 
-from .problem import ATTEMPTS, Ran, StageProblem
+from .problem import ATTEMPTS, Attempt, Ran, StageProblem
 
 Field = Callable[[Tensor, Tensor], Tensor]
 """The velocity of a state at a place within the stage."""
+
+ARRIVES = 2 + len(NODES) - 1
+"""The evaluation of Dopri5 at the state that its first attempt arrives at: two choose the step, six are the attempt."""
+
+
+class _ArrivedError(Exception):
+    """An integration has made its first attempt, and nobody needs the rest."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        super().__init__()
+        self.attempt = attempt
 
 
 class EngineRun:
@@ -53,14 +65,19 @@ class EngineRun:
             state="fp32",
             tolerance=Tolerance(max_attempts=ATTEMPTS),
         )
-        condition = Condition(class_labels=problem.labels())
-        self.store = ProgramStore(CudaCapture(problem.device) if engine.graphs else None)
-        self.stages: Stages
-        if engine.exact:
-            self.stages = PlainStages(engine.model, config, sampling, condition)
-        else:
-            self.stages = PackedStages(engine.model, config, sampling, condition, self.store)
+        self.engine, self.sampling, self.condition = engine, sampling, Condition(class_labels=problem.labels())
+        self.store = self._new_store()
+        self.stages = self._stages(sampling, self.store)
         self.x = problem.start()
+
+    def _new_store(self) -> ProgramStore:
+        return ProgramStore(CudaCapture(self.engine.model.device) if self.engine.graphs else None)
+
+    def _stages(self, sampling: SamplingPlan, store: ProgramStore) -> Stages:
+        model, config = self.engine.model, self.engine.config
+        if self.engine.exact:
+            return PlainStages(model, config, sampling, self.condition)
+        return PackedStages(model, config, sampling, self.condition, store)
 
     @torch.no_grad()
     def run(self, keep_first: bool = False) -> Ran:
@@ -75,6 +92,18 @@ class EngineRun:
         on_step: OnStep = keep
         outcome = self.stages.run([self.x], self.plan, on_step)
         return Ran(kept[0] if kept else None, outcome.states[0], outcome.steps, outcome.evaluations)
+
+    @torch.no_grad()
+    def attempt(self) -> Attempt | None:
+        """See :class:`~.problem.StageRun`; in programs of its own, which end after it."""
+        once, store = replace(self.sampling, tolerance=Tolerance(max_attempts=1)), self._new_store()
+        try:
+            outcome = self._stages(once, store).run([self.x], self.plan, lambda step, tau, states: None)
+            if outcome.tau is None:
+                return None
+            return Attempt(outcome.states[0][-1:].clone(), float(outcome.tau[-1]))
+        finally:
+            store.close()
 
     def close(self) -> None:
         """See :class:`~.problem.StageRun`."""
@@ -105,13 +134,12 @@ class ReferenceRun:
         return Ran(first, x, problem.steps, problem.steps)
 
     def _dopri5(self) -> Ran:
-        begin, last = _stage(self.problem).window
         evaluations, x = 0, self.x
 
         def field(y: Tensor, tau: Tensor) -> Tensor:
             nonlocal evaluations, x
             evaluations, x = evaluations + 1, y
-            return self._velocity(y, (begin + (last - begin) * tau).float())
+            return self._velocity_at(y, tau)
 
         end = self.integrate(field, self.x)
         return Ran(None, x if end is None else end, (evaluations - 2) // 6, evaluations)
@@ -125,6 +153,28 @@ class ReferenceRun:
             if "attempts did not reach" not in str(error):
                 raise
         return None
+
+    @torch.no_grad()
+    def attempt(self) -> Attempt | None:
+        """See :class:`~.problem.StageRun`: what the last slope of the attempt is asked for, whatever becomes of it."""
+        asked = 0
+
+        def field(y: Tensor, tau: Tensor) -> Tensor:
+            nonlocal asked
+            asked += 1
+            if asked == ARRIVES:
+                raise _ArrivedError(Attempt(y[-1:], float(tau.flatten()[-1])))
+            return self._velocity_at(y, tau)
+
+        try:
+            with autocast(self.problem):
+                self.integrate(field, self.x)
+        except _ArrivedError as arrived:
+            return arrived.attempt
+        return None
+
+    def _velocity_at(self, x: Tensor, tau: Tensor) -> Tensor:
+        return self._velocity(x, _model_time(self.problem, tau))
 
     def _velocity(self, x: Tensor, t_model: Tensor) -> Tensor:
         times = t_model.to(x.device).expand(x.shape[0])
@@ -195,6 +245,10 @@ class PublicRun:
         file.unlink()
         return Ran(states.get("first"), states["end"], steps, evaluations)
 
+    def attempt(self) -> Attempt | None:
+        """None: how far its solver went is not told outside of it."""
+        return None
+
     def close(self) -> None:
         """Nothing to release: the process serves the next problem."""
 
@@ -230,6 +284,31 @@ def true_first_state(problem: StageProblem, weights: Mapping[str, Tensor], image
     if problem.device.type == "cuda":
         torch.cuda.empty_cache()
     return torch.cat(states), change
+
+
+@torch.no_grad()
+def true_attempt(problem: StageProblem, weights: Mapping[str, Tensor], length: float) -> tuple[Tensor, float]:
+    """The last image's state after a step of Dopri5 of that length, in float64, and the largest true change."""
+    model = random_reference(problem.config, weights, torch.float64)
+    x, labels = problem.start()[-1:].double(), problem.labels()[-1:]
+    h = torch.tensor([length], dtype=torch.float64, device=x.device)
+    slopes: list[Tensor] = []
+    for node, row in zip(NODES[:-1], COUPLING[:-1], strict=True):
+        y = x + combine(slopes, row, h) if slopes else x
+        time = _model_time(problem, node * h)
+        slopes.append(guided_velocity(model, y, time, problem.weight, labels, None, None, torch.float64))
+    state = x + combine(slopes, COUPLING[-1], h)
+    del model
+    gc.collect()
+    if problem.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return state, (state - x).abs().max().item()
+
+
+def _model_time(problem: StageProblem, tau: Tensor) -> Tensor:
+    """What the model is told at places within the stage, float32."""
+    begin, last = _stage(problem).window
+    return (begin + (last - begin) * tau).float()
 
 
 def _stage(problem: StageProblem) -> Stage:

@@ -13,7 +13,7 @@ import torch
 from pixelflow_benchmarks.harness.ceilings import Ceilings
 from pixelflow_benchmarks.harness.energy import joules_of
 from pixelflow_benchmarks.harness.results import Record
-from pixelflow_benchmarks.harness.timing import Timing, first_line, graphs_compiled, seconds_of, time_runs
+from pixelflow_benchmarks.harness.timing import Timing, end_of_turns, first_line, graphs_compiled, seconds_of, time_runs
 
 from .checks import Expected, batch_faults, gradient_faults, move_faults, reference_gradients
 from .opponents import PUBLIC, TrainingOpponents
@@ -113,7 +113,7 @@ def check_and_time(
             _note(first_line(error), records[name], lacking)
     right = {name: runs[name] for name, record in records.items() if record["right"] and name not in lacking}
     calls = {name: partial(run.step, UNTIMED) for name, run in right.items()}
-    timed = time_runs(calls, problem.device, repeats, deadline)
+    timed = time_runs(calls, problem.device, repeats, end_of_turns(deadline))
     for name, said in timed.failed.items():
         _note(said, records[name], lacking)
     for name, record in records.items():  # each as soon as it is whole: who is cut short has those before
