@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -155,6 +156,22 @@ def test_who_is_told_to_end_ends_what_it_runs(number: signal.Signals, tmp_path: 
         assert process.wait(60) == 128 + number
         assert select.select([held], [], [], 60)[0]
         assert held.read() == ""
+
+
+def test_who_is_told_to_end_while_a_command_starts_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Told(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(everything.subprocess, "Popen", Told)
+    with pytest.raises(SystemExit) as left:
+        run_within(["sleep", "600"], 600)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
 
 
 def test_a_command_that_ends_says_how() -> None:

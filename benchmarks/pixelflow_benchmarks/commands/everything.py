@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -135,8 +135,9 @@ def run_within(line: Sequence[str], limit: float) -> int | None:
     Raises:
         SystemExit: this process was told to end; so was the command.
     """
-    with _signals_raise(), subprocess.Popen(line, start_new_session=True) as process:
+    with _signals_kept() as raise_signals, subprocess.Popen(line, start_new_session=True) as process:
         try:
+            raise_signals()
             return process.wait(limit)
         except BaseException as error:
             # What it started is in its session: a checkout's process, a cold start that goes on.
@@ -148,15 +149,28 @@ def run_within(line: Sequence[str], limit: float) -> int | None:
 
 
 @contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """A session of its own hears of no signal to this process's group: it must be ended by who is left."""
+def _signals_kept() -> Iterator[Callable[[], None]]:
+    """A session of its own hears of no signal to this process's group: it must be ended by who is left.
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+    Yields what makes signals raise, those too that came before: while a command starts, nobody could end it.
+    """
+    came: list[int] = []
+    raising = False
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    def keep(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if raising:
+            raise SystemExit(128 + number)
+
+    def raise_signals() -> None:
+        nonlocal raising
+        raising = True
+        if came:
+            raise SystemExit(128 + came[0])
+
+    before = {number: signal.signal(number, keep) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield
+        yield raise_signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
