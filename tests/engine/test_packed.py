@@ -128,7 +128,7 @@ def asked(case: dict[str, Any], shown: list[Picture]) -> dict[str, Any]:
         Request(
             class_label=p.label,
             seed=p.seed,
-            guidance_scale=image["scale"],
+            guidance_scale=None if isinstance(case["schedule"], list) else image["scale"],
             height=p.height,
             width=p.width,
             encoder_hidden_states=p.prompt,

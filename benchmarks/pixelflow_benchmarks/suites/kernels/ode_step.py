@@ -71,14 +71,15 @@ def _attempt(problem: Problem, x: Tensor, velocity: Tensor, step: Tensor, weight
         norm = error_norm_(slopes, x, step, SOLUTION, ERROR, tolerance, velocity, weight)
         return norm, slopes[-1]
 
-    # Read: the state, stored slopes whose weight is not 0, velocities. Written: the newest slope, of a stage the state.
+    # Read: the state, stored slopes whose weight is not 0, velocities. Written: the newest slope, and state or norms.
     of_stage, of_error = (sum(w != 0 for w in row[:-1]) for row in (SOLUTION, ERROR))
-    for name, ours, plain, known, states, growth in (
-        ("stage", ours_stage, plain_stage, slopes[: len(SOLUTION)], 1 + of_stage + 2, None),
-        ("error", ours_error, plain_error, slopes, 1 + of_error + 1, (NORM_GROWTH, 1.0)),
+    size = size_of(x)
+    for name, ours, plain, known, moved, growth in (
+        ("stage", ours_stage, plain_stage, slopes[: len(SOLUTION)], (1 + of_stage + 2) * size, None),
+        ("error", ours_error, plain_error, slopes, (1 + of_error + 1) * size + size_of(step), (NORM_GROWTH, 1.0)),
     ):
-        size = states * size_of(x) + size_of(velocity)
-        yield _on_slopes(f"ode_step.{name}/{problem.label}", ours, plain, (x, known, velocity), size, growth)
+        inputs, moved = (x, known, velocity), moved + size_of(velocity)
+        yield _on_slopes(f"ode_step.{name}/{problem.label}", ours, plain, inputs, moved, growth)
 
 
 def _on_slopes(
