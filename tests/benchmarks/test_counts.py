@@ -159,18 +159,8 @@ class Handed(TorchDispatchMode):
         return out
 
 
-PER_IMAGE = {
-    "cu_seqlens",
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "step",
-    "guidance",
-    "seeds",
-    "index",
-    "spans",
-    "tau",
-    "tolerance",
-}
+PER_IMAGE = {"cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "step", "guidance", "seeds", "index", "spans", "tau"}
+PER_IMAGE |= {"tolerance"}
 LSE = {"varlen_attention -> 1", "varlen_attention_backward.lse"}
 TABLES = {"gradient_norm -> 0", *(f"adamw_ema.{name}" for name in ("counters", "lr", "norm"))}
 TABLES |= {f"{op}.{name}" for op in ("adamw_ema", "gradient_norm") for name in ("pointers", "known", "chunks")}
