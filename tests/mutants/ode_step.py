@@ -179,14 +179,14 @@ MUTANTS = (
     Mutant(
         "ode_step: fresh slope stored as the first",
         "ode_step/kernels.py",
-        "tl.store(slopes_ptr + stride_slope.to(tl.int64) * i + places, slope, mask=mask)",
+        "tl.store(slopes_ptr + tl.cast(stride_slope, tl.int64) * i + places, slope, mask=mask)",
         "tl.store(slopes_ptr + places, slope, mask=mask)",
         tests("test_stages"),
     ),
     Mutant(
         "ode_step: error norm: slope stored in the first's place",
         "ode_step/norm_kernels.py",
-        "tl.store(slopes_ptr + stride_slope.to(tl.int64) * i + places, slope, mask=mask)",
+        "tl.store(slopes_ptr + tl.cast(stride_slope, tl.int64) * i + places, slope, mask=mask)",
         "tl.store(slopes_ptr + places, slope, mask=mask)",
         tests("norms"),
     ),
