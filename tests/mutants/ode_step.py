@@ -257,7 +257,7 @@ MUTANTS = (
     Mutant(
         "ode_step: stages' times as far apart as the padded batch",
         "ode_step/control_kernels.py",
-        "times_ptr + i * images",
+        "times_ptr + i * tl.cast(images, tl.int64)",
         "times_ptr + i * BLOCK",
         tests("controller"),
     ),
