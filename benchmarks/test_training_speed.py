@@ -56,9 +56,6 @@ def known() -> Iterator[Known]:
     found.opponents.close()
 
 
-@pytest.mark.filterwarnings(  # torch's own, inside its compiler
-    "ignore:.*script_method.*:DeprecationWarning", "ignore:The .grad attribute of a Tensor that is not a leaf"
-)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: f"b{problem.batch}")
 def test_training(problem: TrainingProblem, variant: str, known: Known, time_right: Any) -> None:
