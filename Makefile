@@ -123,7 +123,7 @@ promises: $(DEV) $(OTHER) ## compile a sample of them and hold it to what it pro
 	$(PY) -m pytest tests/kernels/test_machine_code.py $(ARGS)
 
 tables: $(DEV) ## fill the tables of the documentation in from benchmarks/results
-	$(VENV)/bin/pixelflow bench tables README.md docs/ablations.md docs/benchmarks.md docs/performance.md $(ARGS)
+	$(VENV)/bin/pixelflow bench tables README.md docs/ablations.md docs/benchmarks.md docs/digits.md docs/performance.md $(ARGS)
 
 gate: $(DEV) ## compare counts, machine code and CPU ratios with benchmarks/baselines.json
 	$(VENV)/bin/pixelflow bench gate $(ARGS)

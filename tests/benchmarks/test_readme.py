@@ -14,9 +14,10 @@ from pixelflow_benchmarks.quality.digits import SETTINGS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+DIGITS = (ROOT / "docs/digits.md").read_text()
 
 
-PAGES = ("README.md", "docs/ablations.md", "docs/benchmarks.md", "docs/performance.md")
+PAGES = ("README.md", "docs/ablations.md", "docs/benchmarks.md", "docs/digits.md", "docs/performance.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -75,7 +76,7 @@ def test_dead_links_are_found(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
     lines = (ROOT / "benchmarks/results/digits/quality.jsonl").read_text().splitlines()
-    assert "<!-- table: quality benchmarks/results/digits/quality.jsonl -->" in README
+    assert "<!-- table: quality benchmarks/results/digits/quality.jsonl -->" in DIGITS
     return [json.loads(line) for line in lines]
 
 
@@ -86,11 +87,11 @@ def test_the_results_hold_what_the_bundled_model_promises(results: list[dict[str
     default = [record for record in generated if record["name"] == SETTINGS[0].name]
     assert all(record["agreement"] >= 0.98 for record in default)
     assert all(record["copies"] <= 0.02 for record in generated)
-    assert f"pixelflow eval digits --repeats {len(default)}`" in README
+    assert f"pixelflow eval digits --repeats {len(default)}`" in DIGITS
 
 
 def commands() -> list[list[str]]:
-    section = README.split("## Commands")[1].split("##")[0]
+    section = README.split("## Command line")[1].split("##")[0]
     return [shlex.split(line)[1:] for line in section.splitlines() if line.startswith("    pixelflow ")]
 
 

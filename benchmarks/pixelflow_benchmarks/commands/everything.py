@@ -61,12 +61,12 @@ ON_GPU = (
 )
 """Most important first: a run that is cut short has measured what matters most."""
 ON_CPU = (
-    Suite(("stages",), 90, 0.4, opponent=True),
+    Suite(("stages",), 120, 0.5, opponent=True),
     Suite(("images", "--steps", "1"), 90, 0.5, opponent=True),
     Suite(("training",), 60, 0.5, opponent=True),
     Suite(("memory", "--steps", "1"), 100, 0.5),
-    Suite(("coldstart",), 60, 0.7),
-    Suite(("distance",), 60, budgeted=False),
+    Suite(("coldstart",), 55, 0.7),
+    Suite(("distance",), 50, budgeted=False),
     Suite(("blocks",), 15, budgeted=False, opponent=True),
 )
 

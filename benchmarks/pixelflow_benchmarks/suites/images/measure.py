@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pixelflow_benchmarks.harness.ceilings import Ceilings
 from pixelflow_benchmarks.harness.energy import joules_of
+from pixelflow_benchmarks.harness.profiling import cpu_profile
 from pixelflow_benchmarks.harness.results import Record
 from pixelflow_benchmarks.harness.timing import Timing, end_of_turns, first_line, graphs_compiled, seconds_of, time_runs
 from pixelflow_engine.errors import BackendUnavailableError
@@ -153,9 +154,7 @@ def figures(problem: ImageProblem, timing: Timing, ceilings: Ceilings) -> Record
 
 def shares(call: Callable[[], object]) -> dict[str, float]:
     """Of one run's time on a CPU: attention's and matrix products' share."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as found:
+    with cpu_profile() as found:
         call()
     times = {event.key: event.self_cpu_time_total for event in found.key_averages()}
     total = sum(times.values())

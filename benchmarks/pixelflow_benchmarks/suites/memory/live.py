@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pixelflow_benchmarks.harness.profiling import cpu_profile
+
 
 class LiveBytes(TorchDispatchMode):
     """While active, counts the bytes of the tensors that operations make, until nobody holds them any more.
@@ -82,12 +84,10 @@ class LiveBytes(TorchDispatchMode):
 
 def allocator_peak(run: Callable[[], object]) -> int:
     """The most bytes that PyTorch's allocator for CPUs had given out at once during a run, beside those before it."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
+    with cpu_profile(memory=True) as found:
         kept = run()
     del kept  # until now, so that what is returned counts to the end
-    results = found.profiler.kineto_results if found.profiler is not None else None
+    results: Any = found.profiler.kineto_results if found.profiler is not None else None
     if results is None:
         return 0
     changes = [
