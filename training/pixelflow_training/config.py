@@ -117,7 +117,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """What is kept to go on from. The first step, the last one and a run that is told to stop are saved as well.
+    """What is kept to go on from. The beginning, the last step and a run that is told to stop are saved as well.
 
     Attributes:
         every: steps between checkpoints.

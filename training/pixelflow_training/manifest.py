@@ -135,10 +135,10 @@ def check_recipe(folder: Path, manifest: Manifest, config: TrainConfig) -> None:
     """Refuse to go on with another recipe.
 
     Free are the keys that change no number: ``log_every``, ``eval_every``, ``loggers``, ``checkpoint``, ``guard``,
-    ``samples``, ``data.workers`` and ``data.max_skipped``; ``compute``, which changes rounding; ``steps`` under a
-    constant learning rate, so that a finished run can be made longer; and ``data.path`` where :func:`check_data` knows
-    better whether the images are the same. A key that an earlier version did not have yet has its default, which is
-    what that version did.
+    ``samples``, ``data.workers``, ``data.max_skipped`` and ``data.changed``; ``compute``, which changes rounding;
+    ``steps`` under a constant learning rate, so that a finished run can be made longer; and ``data.path`` where
+    :func:`check_data` knows better whether the images are the same. A key that an earlier version did not have yet has
+    its default, which is what that version did.
 
     Raises:
         ConfigError: naming every key that differs, with both values, one that this version does not know too.
