@@ -121,7 +121,7 @@ def _numbers_kernel(
     ema_decay: tl.float64,
 ):
     """What all values of this step are computed with: float64, rounded to float32 once. Counts the step."""
-    # A number beside float64 is float64 as an operand alone: see the traps in docs/kernels.md.
+    # A number beside float64 is float64 as an operand alone: see the pitfalls in docs/kernels.md.
     one = tl.full([], 1.0, tl.float64)
     norm, lr = tl.load(norm_ptr).to(tl.float64), tl.load(lr_ptr).to(tl.float64)
     taken = tl.load(counters_ptr)
