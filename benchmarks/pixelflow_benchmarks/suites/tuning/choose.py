@@ -66,7 +66,7 @@ class _Candidate:
 
     @property
     def bounds(self) -> list[float]:
-        """The same from its slow quartile and the present one's fast quartile."""
+        """The same from its 80th percentile and the present one's 20th."""
         return [_seconds(a, "high") / _seconds(b, "low") for a, b in zip(self.records, self.present, strict=True)]
 
 
@@ -84,8 +84,8 @@ class _Class:
 def choose(records: Iterable[Record]) -> list[Choice]:
     """The best configuration of each shape class by the geometric mean over its problems.
 
-    It replaces the present one where it takes at least 2% (:data:`GAIN`) less time and even its slow quartile is below
-    the present one's fast quartile; a present one that does not run is replaced by the fastest that does. What is tied
+    It replaces the present one where it takes at least 2% (:data:`GAIN`) less time and even its 80th percentile is
+    below the present one's 20th; a present one that does not run is replaced by the fastest that does. What is tied
     over the shape classes of short and long members (:data:`~.spaces.TIED`) changes in both or in neither.
     """
     groups: dict[tuple[str, str], dict[str, list[Record]]] = {}
