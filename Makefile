@@ -13,6 +13,8 @@ BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
 ARGS ?=
 TRITON ?=
+JOBS ?= 8
+PARALLEL = $(PY) -m pytest -n auto --maxprocesses $(JOBS) --dist loadfile
 
 # --- the environment ---------------------------------------------------------------------------------------
 
@@ -79,18 +81,18 @@ setup: $(DEV) ## make .venv and install the package with everything for developm
 quickstart: $(BASE) ## sample images with the bundled model into out/quickstart
 	$(VENV)/bin/pixelflow quickstart --output out/quickstart $(ARGS)
 
-# Triton decides at import whether it interprets, so those tests have a process of their own. Interpreting keeps one core
-# busy; it runs beside the other tests, and what it said comes last. Threads of torch that wait for one another would be
-# in the other process's way, so each process has one.
+# Triton decides at import whether it interprets, so those tests have processes of their own. As many run at once as there
+# are cores, up to JOBS; a file's tests stay together, for what they set up once. Threads of torch that wait for one another
+# would be in the other processes' way, so each process has one.
+ifeq ($(strip $(ARGS)),)
+test: export OMP_NUM_THREADS := 1
+endif
 test: $(DEV) ## run the tests; with ARGS, one pytest run with these arguments
 ifeq ($(strip $(ARGS)),)
-	@mkdir -p build; export OMP_NUM_THREADS=1; \
-	TRITON_INTERPRET=1 $(PY) -m pytest -p no:cacheprovider -m interpret >build/interpret.log 2>&1 & interpreted=$$!; \
-	trap 'kill $$interpreted 2>/dev/null' EXIT; \
-	others=0; $(PY) -m pytest -m "not interpret" --durations=15 || others=$$?; \
-	code=0; wait $$interpreted || code=$$?; \
-	cat build/interpret.log; \
-	exit $$((others ? others : code))
+	@code=0; \
+	$(PARALLEL) -m "not interpret" --durations=15 || code=$$?; \
+	TRITON_INTERPRET=1 $(PARALLEL) -p no:cacheprovider -m interpret || code=$$?; \
+	exit $$code
 else
 	$(PY) -m pytest $(ARGS)
 endif

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -129,14 +130,19 @@ def test_a_recipe_of_an_earlier_version_has_the_defaults(tmp_path: Path) -> None
         check_recipe(tmp_path, earlier, tiny_recipe(tmp_path, "data.crop=center"))
 
 
-def test_a_recipe_of_a_later_version_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("group", "key", "value"),
+    [(None, "curriculum", 1), ("data", "mixup", 0), ("compute", "float8", True), ("guard", "patience", None)],
+)
+def test_a_recipe_of_a_later_version_is_refused(tmp_path: Path, group: str | None, key: str, value: object) -> None:
+    """What an unknown key does is not known either: also in a group whose known keys are free, and without a value."""
     config = tiny_recipe(tmp_path)
-    for saved in (plain(config) | {"curriculum": 1}, plain(config) | {"data": plain(config)["data"] | {"mixup": 0}}):
-        with pytest.raises(
-            ConfigError,
-            match=r"(curriculum: got null, the checkpoint has 1|data\.mixup: got null, the checkpoint has 0)$",
-        ):
-            check_recipe(tmp_path, manifest_of(saved), config)
+    recipe = plain(config)
+    saved = recipe | ({key: value} if group is None else {group: recipe[group] | {key: value}})
+    name = key if group is None else f"{group}.{key}"
+    said = f"{name}: not known to this version, the checkpoint has {json.dumps(value)}"
+    with pytest.raises(ConfigError, match=re.escape(said) + "$"):
+        check_recipe(tmp_path, manifest_of(saved), config)
 
 
 def test_a_run_of_an_earlier_version_goes_on(

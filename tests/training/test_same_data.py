@@ -199,7 +199,7 @@ def test_a_key_that_the_checkpoint_does_not_know_has_its_default(tmp_path: Path)
     check_recipe(tmp_path, manifest_of(known), tiny_recipe(tmp_path))
     with pytest.raises(ConfigError, match=r'data\.crop: got "center", the checkpoint has "random"$'):
         check_recipe(tmp_path, manifest_of(known), tiny_recipe(tmp_path, "data.crop=center"))
-    with pytest.raises(ConfigError, match=r"old_key: got null, the checkpoint has 3$"):
+    with pytest.raises(ConfigError, match=r"old_key: not known to this version, the checkpoint has 3$"):
         check_recipe(tmp_path, manifest_of(known | {"old_key": 3}), tiny_recipe(tmp_path))
 
 

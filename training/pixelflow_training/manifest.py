@@ -141,7 +141,7 @@ def check_recipe(folder: Path, manifest: Manifest, config: TrainConfig) -> None:
     its default, which is what that version did.
 
     Raises:
-        ConfigError: naming every key that differs, with both values, one that this version does not know too.
+        ConfigError: naming every key that differs, with both values, and every unknown one, free or not.
     """
     free = [*FREE]
     if config.optimizer.schedule == "constant":
@@ -151,9 +151,12 @@ def check_recipe(folder: Path, manifest: Manifest, config: TrainConfig) -> None:
     defaults = plain(TrainConfig(model=ModelConfig(num_attention_heads=1, attention_head_dim=8, depth=1)))
     before, now = _flat(defaults) | _flat(manifest.recipe), _flat(plain(config))
     changed = [
-        f"{key}: got {json.dumps(now.get(key))}, the checkpoint has {json.dumps(before.get(key))}"
-        for key in sorted(before.keys() | now.keys())
-        if not any(key == name or key.startswith(f"{name}.") for name in free) and before.get(key) != now.get(key)
+        f"{key}: got {json.dumps(now[key])}, the checkpoint has {json.dumps(before[key])}"
+        if key in now
+        else f"{key}: not known to this version, the checkpoint has {json.dumps(before[key])}"
+        for key in sorted(before)
+        if key not in now
+        or (before[key] != now[key] and not any(key == name or key.startswith(f"{name}.") for name in free))
     ]
     if changed:
         raise ConfigError(f"{folder}: written by another recipe: {'; '.join(changed)}")
