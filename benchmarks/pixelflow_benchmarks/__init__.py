@@ -1,1 +1,1 @@
-"""Measurements of the engine: the quality of what it generates."""
+"""Benchmarks of the engine (speed, memory, energy, distance from float64) and quality of the generated images."""

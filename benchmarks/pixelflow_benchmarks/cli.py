@@ -1,4 +1,4 @@
-"""``pixelflow eval`` and ``pixelflow bench``. What needs torch or an extra is imported when a command runs."""
+"""``pixelflow eval`` and ``pixelflow bench``. Commands import modules that need torch or an extra when they run."""
 
 from __future__ import annotations
 

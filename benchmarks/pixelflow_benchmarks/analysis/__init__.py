@@ -1,1 +1,1 @@
-"""What result files say: changes between two of them, pages, tables."""
+"""Evaluation of result files: comparisons, tables for Markdown pages, and the HTML report."""

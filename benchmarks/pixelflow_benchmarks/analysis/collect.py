@@ -1,4 +1,4 @@
-"""Result files as a report needs them: runs by device and suite, those with the same settings together."""
+"""Read result files for a report: runs are checked and grouped by device, suite and settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VERSIONS = {
     "cuda": "CUDA",
     "driver": "Driver",
 }
-"""What an environment record always says, and its name in a report."""
+"""Fields of every environment record, where they apply, and their names in a report."""
 STATE = {
     "sm_mhz": ("SM clock", "MHz"),
     "memory_mhz": ("Memory clock", "MHz"),
@@ -33,7 +33,7 @@ STATE = {
     "held_down_by": ("Clocks held down by", ""),
     "load": ("Load", ""),
 }
-"""What it says of the moment, and the end record again."""
+"""Fields of the device's momentary state, in environment and end records: name in a report and unit."""
 _NO_SETTINGS = {"kind", "commit", "device", "budget_seconds", *VERSIONS, *STATE}
 
 
@@ -42,8 +42,8 @@ class Group:
     """Runs of one suite on one device with the same settings.
 
     Attributes:
-        device: as its folder is named.
-        suite: its name.
+        device: name of the device's folder.
+        suite: name of the suite.
         runs: the newest last.
     """
 
@@ -53,7 +53,7 @@ class Group:
 
     @property
     def newest(self) -> Run:
-        """The run that is shown."""
+        """The newest run, which is the one that is shown."""
         return self.runs[-1]
 
     @property
@@ -63,20 +63,23 @@ class Group:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the suite was asked to do: shape, type, batch."""
+        """What the suite was asked to measure: shape, type, batch, ..."""
         return settings(self.newest)
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """What an environment record says beside the environment."""
+    """Return an environment record's settings: all fields but hardware, versions and state."""
     return {name: value for name, value in run.environment.items() if name not in _NO_SETTINGS}
 
 
 def read_results(path: Path) -> tuple[list[Path], list[Run]]:
-    """All runs of a result file, or of the result files in a folder and below it.
+    """Read all runs of a result file, or of the result files in a folder and below it.
+
+    Returns:
+        The files, and their runs in the order in which they began, each run once.
 
     Raises:
-        ValueError: there is none, or one cannot be read; the message names it.
+        ValueError: there is no result file, or one cannot be read; the message names it.
     """
     files = [path] if path.is_file() else result_files(path)
     if not files:
@@ -100,7 +103,7 @@ def read_results(path: Path) -> tuple[list[Path], list[Run]]:
 
 
 def groups(runs: Iterable[Run], order: Iterable[str]) -> list[Group]:
-    """Runs by device, suite (in this order, others after) and settings."""
+    """Group runs by device, suite (those in ``order`` first, in that order) and settings."""
     found: dict[tuple[str, str, str], Group] = {}
     for run in sorted(runs, key=lambda run: run.began):
         device = str(run.environment.get("device", "unknown device"))
@@ -111,7 +114,7 @@ def groups(runs: Iterable[Run], order: Iterable[str]) -> list[Group]:
 
 
 def _clean(value: Any) -> Any:
-    """The same with text that can be shown: no line breaks, and a sign in place of what has none."""
+    """Return the value with printable text: white space becomes blanks, other unprintable characters U+FFFD."""
     if isinstance(value, str):
         return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in value)
     if isinstance(value, dict):
@@ -120,7 +123,7 @@ def _clean(value: Any) -> Any:
 
 
 def _has_form(record: Record) -> bool:
-    """Whether a record has the fields that everything relies on."""
+    """Return whether a record has the fields that the report relies on."""
     if record["kind"] == "absent":
         return isinstance(record.get("variant"), str) and isinstance(record.get("reason"), str)
     if record["kind"] == "ceilings":

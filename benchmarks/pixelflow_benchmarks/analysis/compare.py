@@ -1,11 +1,11 @@
-"""Two result files, measurement by measurement: what became wrong, slower or faster by more than the spread of both.
+"""Compare two result files measurement by measurement: what became wrong, or slower or faster beyond both spreads.
 
-What counts is the time beside an opponent's of the same turns, where there is one: between two runs the machine
-changes, too, by more than it does within a run. An opponent's own time tells of the machine alone.
+If a measurement has an opponent timed in the same turns, the ratio to it is compared instead of the time: the machine
+changes more between two runs than within one. A change of an opponent's own time says something about the machine only.
 
-What a file has several runs of is spread from the lowest to the highest of them. If only chance tells two versions with
-k runs each apart, all of one lie below all of the other in 2 of ``(2k choose k)`` cases: every third for k = 2, every
-tenth for 3, one of 35 for 4.
+Several runs in one file are combined into one spread, from their lowest low to their highest high. If only chance
+separates two versions with k runs each, all of one lie below all of the other in 2 of ``(2k choose k)`` cases: one of
+three for k = 2, one of ten for k = 3, one of 35 for k = 4.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pixelflow_benchmarks.harness.tables import TextTable
 Verdict = Literal["slower", "faster", "within the spread", "the machine"]
 
 CHANGING = ("kind", "commit", "budget_seconds", "load", "sm_mhz", "memory_mhz", "celsius", "watts", "held_down_by")
-"""What the environments of two runs of one kind may differ in."""
+"""Fields of the environment that may differ between runs under the same conditions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The median, and what a fifth of the repeats lies below and above: of several runs the lowest and the highest."""
+    """Median, 20th and 80th percentile of a run's repeats; of several runs the lowest low and the highest high."""
 
     median: float
     low: float
@@ -35,33 +35,33 @@ class Spread:
 
     @classmethod
     def of(cls, record: Mapping[str, float]) -> Spread:
-        """From a record's fields."""
+        """Return the spread in a record."""
         return cls(record["median"], record["low"], record["high"])
 
     @classmethod
     def over(cls, runs: Sequence[Spread]) -> Spread:
-        """Of several runs: the median of their medians, the lowest low and the highest high."""
+        """Combine several runs: the median of their medians, the lowest low and the highest high."""
         median = statistics.median(run.median for run in runs)
         return cls(median, min(run.low for run in runs), max(run.high for run in runs))
 
     @property
     def width(self) -> float:
-        """From low to high, over the median."""
+        """Distance from low to high, relative to the median."""
         return (self.high - self.low) / self.median
 
     def apart(self, other: Spread) -> bool:
-        """Whether what lies between low and high does not overlap."""
+        """Return whether the intervals from low to high do not overlap."""
         return self.low > other.high or self.high < other.low
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """How long one thing took.
+    """The time of one case and variant.
 
     Attributes:
-        seconds: of it.
-        times: by opponent of the same run, how many times faster than that it was; itself left out.
-        opponent: others were compared with it.
+        seconds: spread of the time.
+        times: by opponent of the same run, other than itself, how many times faster than it this variant was.
+        opponent: whether others were compared with this variant.
     """
 
     seconds: Spread
@@ -74,8 +74,8 @@ class Change:
     """One measurement in both files.
 
     Attributes:
-        name: what was measured.
-        before, after: how long it took.
+        name: suite, case and variant.
+        before, after: the measurement in each file.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Change:
 
     @property
     def beside(self) -> tuple[str, Spread, Spread] | None:
-        """The opponent that both were compared with, and times faster than it before and after."""
+        """The first opponent common to both, and the speed relative to it before and after; None without one."""
         for opponent, before in self.before.times.items():
             if opponent in self.after.times:
                 return opponent, before, self.after.times[opponent]
@@ -92,7 +92,7 @@ class Change:
 
     @property
     def ratio(self) -> float:
-        """After over before, beside an opponent where there is one: above 1 is slower."""
+        """Time after over time before, relative to an opponent if there is one: above 1 is slower."""
         if self.beside is not None:
             _, before, after = self.beside
             return before.median / after.median
@@ -100,22 +100,22 @@ class Change:
 
     @property
     def verdict(self) -> Verdict:
-        """Different where the spreads of before and after do not overlap."""
+        """Whether the spreads of before and after are apart, and in which direction."""
         before, after = self.before.seconds, self.after.seconds
         if self.beside is not None:
             _, before, after = self.beside
         if not after.apart(before):
             return "within the spread"
-        if self.before.opponent or self.after.opponent:  # beside another opponent, too: neither is our code
+        if self.before.opponent or self.after.opponent:  # even beside another opponent: neither is our code
             return "the machine"
         return "slower" if self.ratio > 1 else "faster"
 
 
 def measurements(runs: Iterable[Run]) -> dict[str, Measurement]:
-    """Every time in a result file, by what it is of.
+    """Return every time in the runs, by suite, case and variant.
 
-    Runs of a suite under the conditions of its newest one count together; those under other conditions count where the
-    newer ones have nothing.
+    Runs under the conditions of the newest run that has a measurement are combined; its runs under other conditions are
+    ignored.
     """
     found: dict[str, list[tuple[Record, Measurement]]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.began):
@@ -126,7 +126,7 @@ def measurements(runs: Iterable[Run]) -> dict[str, Measurement]:
 
 
 def conditions(run: Run) -> Record:
-    """Hardware, versions, sizes: all that is known of a run but the code and what changes from minute to minute."""
+    """Return a run's environment (hardware, versions, sizes) without commit, time budget and momentary state."""
     return {key: value for key, value in run.environment.items() if key not in CHANGING}
 
 
@@ -143,9 +143,9 @@ def _together(runs: Sequence[Measurement]) -> Measurement:
 
 
 def compare(before: Sequence[Run], after: Sequence[Run]) -> tuple[list[Change], list[str], list[str]]:
-    """What both files measured, the largest change first; and what only the first, or only the second has.
+    """Return the changes, the largest first, then the names that only ``before`` has and that only ``after`` has.
 
-    What became wrong is in neither, see :func:`became_wrong`.
+    What became wrong is in none of them, see :func:`became_wrong`.
 
     Raises:
         ValueError: the files have nothing in common.
@@ -163,13 +163,13 @@ def compare(before: Sequence[Run], after: Sequence[Run]) -> tuple[list[Change], 
 
 
 def became_wrong(before: Sequence[Run], after: Sequence[Run]) -> list[str]:
-    """What passed its check in every run before, and not in every one after."""
+    """Return the names of what passed its check in every run before, and failed it in some run after."""
     was, now = _right(before), _right(after)
     return [name for name, right in was.items() if right and not now.get(name, True)]
 
 
 def _right(runs: Iterable[Run]) -> dict[str, bool]:
-    """Whether a case was right in all runs; of times and of bytes."""
+    """Return, by name, whether the result was right in all runs; for measurements of times and of bytes."""
     found: dict[str, bool] = {}
     for run in runs:
         for record in run.records:
@@ -184,7 +184,7 @@ def _name(run: Run, record: Record) -> str:
 
 
 def different_surroundings(before: Sequence[Run], after: Sequence[Run]) -> list[str]:
-    """In which the last runs of both differ besides the code: hardware, versions, sizes."""
+    """Describe how the newest runs of each suite differ besides the code: hardware, versions, sizes."""
     said = []
     for suite in dict.fromkeys(run.suite for run in before):
         old, new = newest(before, suite), newest(after, suite)
@@ -197,7 +197,7 @@ def different_surroundings(before: Sequence[Run], after: Sequence[Run]) -> list[
 
 
 def compare_table(changes: Sequence[Change]) -> TextTable:
-    """A row for each measurement."""
+    """Return a table with a row for each measurement."""
     rows = []
     for change in changes:
         mark = "" if change.verdict == "within the spread" else change.verdict
@@ -221,7 +221,7 @@ def compare_table(changes: Sequence[Change]) -> TextTable:
 
 
 def agreement_table(before: Sequence[Run], after: Sequence[Run]) -> TextTable:
-    """How two files of one version agree: a row per suite; what lies beyond the spread of both, and how wide it is."""
+    """Tabulate how well two files of one version agree, per suite: changes beyond both spreads, and their width."""
     changes, _, _ = compare(before, after)
     suites = list(dict.fromkeys(change.name.partition(":")[0] for change in changes))
     groups = {suite: [change for change in changes if change.name.startswith(f"{suite}:")] for suite in suites}

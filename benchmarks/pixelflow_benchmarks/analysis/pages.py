@@ -1,14 +1,14 @@
 """Tables in Markdown pages, filled in from result files.
 
-A page says where a table goes and what it is of::
+A page marks the place of a table and names its source::
 
     <!-- table: stages benchmarks/results/nvidia-h100-80gb-hbm3 -->
     <!-- /table -->
 
-First the table's name, then a result file, or a device's folder: of the runs there the newest counts that is complete
-and was asked for nothing but what the command does of itself, so that who tries something out changes no page. Where
-there is no such run, the newest of all counts, and the line below the table says what it lacks. Where there is none at
-all, the page says that it was not measured.
+The table's name is followed by a result file or a device's folder. The table shows the newest complete run there with
+the command's default options, so that trying something out changes no page. If there is no such run, it shows the
+newest run of all, and the line below the table says what that run lacks. If there is no run, the page says that it was
+not measured.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from .suite_tables import OF_SUITES
 PLACE = re.compile(r"(<!-- table: (\S+)((?: [^>\s]+)*) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
 OF_NOTHING: Mapping[str, Callable[[], TextTable]] = {"targets": budget_table}
-"""From what the project aims at, not from results: such a table has no source."""
+"""Tables of the project's targets, which come from no results and have no source."""
 OF_EVALUATIONS: Mapping[str, Callable[..., TextTable]] = {
     "quality": quality_table,
     "again": again_table,
     "gate-spread": spread_table,
 }
-"""From the lines of files that are no runs of a suite: evaluations, and the gate's ratios again and again."""
+"""Tables from lines of files that are not runs of a suite: evaluations, and repeated ratios of the gate."""
 OF_PAIRS: Mapping[str, Callable[[Sequence[Run], Sequence[Run]], TextTable]] = {"agreement": agreement_table}
-"""From the runs of two result files."""
+"""Tables from the runs of two result files."""
 OF_RUNS: Mapping[str, Callable[[Sequence[Run]], TextTable]] = ABLATIONS
-"""From all runs of result files together: each did what those before it had left."""
+"""Tables from all runs of result files together, because each run continued what those before it had left."""
 
 
 def fill(page: str, root: Path) -> str:
-    """The page with every table made anew.
+    """Return the page with every table filled in anew.
 
     Args:
         page: Markdown.
-        root: what the sources' paths are relative to.
+        root: folder that the sources' paths are relative to.
 
     Raises:
-        ValueError: there is no table of a name, or a source cannot be read.
+        ValueError: a table's name is unknown, or a source cannot be read.
     """
     return PLACE.sub(lambda found: f"{found[1]}{_table(found[2], found[3].split(), root)}{found[5]}", page)
 

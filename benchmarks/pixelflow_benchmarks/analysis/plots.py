@@ -1,4 +1,4 @@
-"""The plots of a report: rows of bars, rows of dots, lines, a roofline; each an SVG element."""
+"""The plots of a report, each an SVG element: rows of bars, rows of dots, lines, a roofline."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LETTER = 6.3
-"""Width of an average letter at this size, in the widest of the usual fonts."""
+"""Width in pixels of an average letter at the plots' font size, in the widest of the usual fonts."""
 STEP = 9
-"""Between two dots of a row."""
+"""Pixels between two dots of a row."""
 LOG_FROM = 20
-"""Values that span more are bars no more: a bar starts at zero, which a logarithmic axis has not."""
+"""Ratio of values above which bars become dots: a bar starts at zero, which a logarithmic axis does not have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A median, and what a fifth of the repeats lies below and above."""
+    """The median, 20th and 80th percentile of repeats."""
 
     median: float
     low: float
@@ -35,12 +35,12 @@ class Value:
 
     @classmethod
     def of(cls, spread: Mapping[str, float]) -> Value:
-        """From a record."""
+        """Return the value in a record."""
         return cls(spread["median"], spread["low"], spread["high"])
 
     @property
     def drawable(self) -> bool:
-        """Has a place on a logarithmic axis too: a short time less what is taken off it may be negative."""
+        """Whether it has a place on a logarithmic axis; a short time may be negative once overhead is subtracted."""
         return self.median > 0
 
 
@@ -49,12 +49,12 @@ class Bar:
     """A row of :func:`bars`.
 
     Attributes:
-        label: of the row.
+        label: name of the row.
         look: how it is drawn.
-        value: how long it is; None for who was wrong or absent.
-        floor: as short as it can be.
-        note: beside the value, or instead of it.
-        wrong: the note is a fault.
+        value: length of the bar; None if the result was wrong or absent.
+        floor: the least possible value.
+        note: text after the value, or instead of it.
+        wrong: whether the note is a fault.
     """
 
     label: str
@@ -67,7 +67,7 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """Values at places: rows of :func:`dots`, x of :func:`lines`."""
+    """Values by their place: a row of :func:`dots`, or x in :func:`lines`."""
 
     name: str
     look: Look
@@ -75,7 +75,7 @@ class Series:
 
 
 def bars(rows: Sequence[Bar], unit: str, per: str) -> str:
-    """Horizontal bars from zero with whiskers, a floor and the value beside; dots where values span decades."""
+    """Draw horizontal bars from zero with whiskers, floor and value; dots on a logarithmic axis for a wide range."""
     from matplotlib.ticker import MaxNLocator, MultipleLocator
 
     found = [row.value for row in rows if row.value is not None and row.value.drawable]
@@ -97,7 +97,7 @@ def bars(rows: Sequence[Bar], unit: str, per: str) -> str:
         _time_ticks(axes.xaxis, low, largest, unit, log)
     else:
         axes.set_xlim(0, largest / share)
-        # Bytes are counted in powers of two, and so are their ticks.
+        # Bytes are displayed in powers of two, so their ticks are too.
         step = 2 ** math.ceil(math.log2(largest / 3))
         axes.xaxis.set_major_locator(MultipleLocator(step) if unit == "B" else MaxNLocator(3 if room < 260 else 4))
         axes.xaxis.set_major_formatter(lambda value, place: _round(quantity(value, unit, 2)))
@@ -125,13 +125,13 @@ def bars(rows: Sequence[Bar], unit: str, per: str) -> str:
 
 
 def dots(rows: Sequence[str], series: Sequence[Series], axis: str, share: bool = False) -> str:
-    """Dots with whiskers, a row for each name, a line at 1.
+    """Draw dots with whiskers, a row for each name, and a line at 1.
 
     Args:
-        rows: names; places of the series' values.
+        rows: names, which are the places of the series' values.
         series: drawn one below the other within a row.
-        axis: what the values are.
-        share: they are shares of the floor, and no ratios.
+        axis: label of the values' axis.
+        share: whether the values are shares of the floor instead of ratios.
     """
     labels = [_folded(row) for row in rows]
     within = [[one for one in series if row in one.values and one.values[row].drawable] for row in rows]
@@ -174,15 +174,15 @@ def lines(
     log_x: bool = True,
     small: bool = False,
 ) -> str:
-    """Lines through medians, whiskers on them; the axis of values is logarithmic where they span much.
+    """Draw lines through medians, with whiskers; the axis of values is logarithmic if they span a wide range.
 
     Args:
         series: values by their place on the horizontal axis.
-        across: what that axis is.
-        unit: of the values.
-        floor: as low as they can be, drawn dashed.
-        log_x: places double from one to the next.
-        small: a small plot.
+        across: label of that axis.
+        unit: unit of the values.
+        floor: the least possible value by place, drawn dashed.
+        log_x: whether the horizontal axis is logarithmic, for places that double from one to the next.
+        small: whether the plot is small.
     """
     width, height = (330, 190) if small else (400, 280)
     figure = new_figure(width, height)
@@ -214,7 +214,7 @@ def lines(
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """On a roofline: operations a byte, operations a second."""
+    """A point of a roofline: arithmetic intensity in FLOP per byte, rate in FLOP/s."""
 
     name: str
     look: Look
@@ -223,7 +223,7 @@ class Point:
 
 
 def roofline(points: Sequence[Point], bytes_per_second: float, flops_per_second: float) -> str:
-    """Points below the ceilings of the device; each intensity has its name above."""
+    """Draw points below the device's ceilings, with a name above each intensity."""
     ridge = flops_per_second / bytes_per_second
     places = sorted({(point.intensity, point.name) for point in points})
     left, right = min(places[0][0], ridge) / 2, max(places[-1][0], ridge) * 2
@@ -240,7 +240,7 @@ def roofline(points: Sequence[Point], bytes_per_second: float, flops_per_second:
     axes.grid(alpha=0.6)
     axes.plot([left, ridge, right], [left * bytes_per_second, flops_per_second, flops_per_second], color=INK,
               linewidth=1.5, linestyle=(0, (4, 2)))  # fmt: skip
-    # Names in as many lines above the roof as keep them apart.
+    # Names go onto as many lines above the roof as are needed to keep them apart.
     ends: list[float] = []
     for intensity, name in places:
         x = (width - 100) * math.log(intensity / left) / math.log(right / left)
@@ -259,7 +259,7 @@ def roofline(points: Sequence[Point], bytes_per_second: float, flops_per_second:
 def _row_axes(
     labels: Sequence[str], heights: Sequence[float], width: float, right: float
 ) -> tuple[Figure, Axes, float]:
-    """Axes with a named row for each label, the first on top, and how wide they are; y is in pixels from the top."""
+    """Return a figure, its axes with a labelled row for each label from the top, and their width; y is in pixels."""
     letters = max(_width(line) for label in labels for line in label.split("\n"))
     left, below, total = min(LETTER * letters + 14, width / 2), 42, sum(heights)
     height = total + below + 4
@@ -275,7 +275,7 @@ def _row_axes(
 
 
 def _set_y(axes: Axes, low: float, high: float) -> bool:
-    """Limits around values; whether the axis is logarithmic now."""
+    """Set limits around the values; return whether the axis is logarithmic."""
     if high / low > 5:
         axes.set_yscale("log")
         axes.set_ylim(low / 1.3, high * 1.3)
@@ -296,7 +296,7 @@ def _time_ticks(axis: Axis, low: float, high: float, unit: str, log: bool) -> No
 
 
 def _log_ticks(axis: Axis, low: float, high: float, said: Callable[[float], str]) -> None:
-    """Powers of ten, of a few decades 1, 2 and 5; the formatter gets what is a tick, and no rounding of it."""
+    """Set ticks at powers of ten, over few decades also between; labels are of rounded values, without float noise."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     decades = math.log10(high / low)
@@ -308,14 +308,14 @@ def _log_ticks(axis: Axis, low: float, high: float, said: Callable[[float], str]
 
 
 def _round(text: str) -> str:
-    """Without digits that say nothing."""
+    """Return a quantity without trailing zeros."""
     number, _, unit = text.partition(" ")
     number = number.rstrip("0").rstrip(".") if "." in number else number
     return "0" if number == "0" else f"{number} {unit}"
 
 
 def _places(axis: Axis, places: Sequence[float], log: bool) -> None:
-    """Ticks where something was measured; of runs no more than fit."""
+    """Set ticks at the places that have values; on a linear axis (of runs) no more than fit."""
     from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
     axis.set_minor_locator(NullLocator())
@@ -327,12 +327,12 @@ def _places(axis: Axis, places: Sequence[float], log: bool) -> None:
 
 
 def _width(text: str) -> float:
-    """Letters' widths; those of East Asia count twice."""
+    """Return the text's width in letters; wide East Asian characters count twice."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def _folded(text: str, letters: int = 30, most: int = 3) -> str:
-    """In lines of some letters, broken at blanks and dots where there are any; what goes on after them is cut off."""
+    """Fold a text into at most ``most`` lines, at blanks and dots where possible; the rest is cut off."""
     found, line = [], ""
     for word in re.findall(r"[^\s.]*\.|\S+?(?=\.)|\s+|[^\s.]+", text):
         if line and _width(line + word.rstrip()) > letters:

@@ -1,6 +1,6 @@
-"""Result files as one page of HTML that needs nothing beside it: tables, plots, and what was not measured.
+"""Report on result files as one self-contained HTML page: tables, plots, and what was not measured.
 
-The same files make the same page: it says no other time than theirs.
+The same files always give the same page: it contains no times but those of the results.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ SUITES = {
     "distance": "Distance from float64",
     "curves": "Loss curves",
 }
-"""In the order of the page."""
+"""Titles by suite, in the order of the page."""
 MEASURED = ("images", "stages", "kernels", "training", "memory", "coldstart")
-"""What every device is expected to have."""
+"""Suites that every device is expected to have."""
 TITLE = "pixelflow-engine: benchmark report"
 
 
 def report(path: Path) -> str:
-    """The page of a result file, or of a folder's.
+    """Return the HTML page for a result file, or for all result files of a folder.
 
     Raises:
-        ImportError: there is no Matplotlib.
+        ImportError: Matplotlib is not installed.
         ValueError: see :func:`~.collect.read_results`.
     """
     with drawing():
@@ -85,7 +85,7 @@ def _head(files: Sequence[Path], runs: Sequence[Run], found: Sequence[Group]) ->
 
 
 def _overview(found: Sequence[Group]) -> tuple[TextTable, set[tuple[str, ...]]]:
-    """A row for each suite of each device, also for those that it lacks; and which these are."""
+    """Return a table with a row for each device and suite, missing ones included, and the names of the missing rows."""
     rows: list[tuple[str, ...]] = []
     absent: set[tuple[str, ...]] = set()
     kinds = {group.on_gpu for group in found}
@@ -175,7 +175,7 @@ def _badges(run: Run) -> Iterator[str]:
 
 
 def _notes(run: Run) -> Iterator[str]:
-    """Who was wrong, who was absent, what no time was left for, and what this page has no place for."""
+    """Yield HTML about wrong, absent and skipped results, and about records that the page does not show."""
     if wrong := _wrong(run):
         yield "<p>Wrong, and therefore without a figure:</p>"
         said = (f"{r.get('case')}, {r.get('variant')}: {r.get('fault', 'no reason given')}" for r in wrong)
@@ -200,7 +200,7 @@ def _notes(run: Run) -> Iterator[str]:
 
 
 def _facts(group: Group) -> dict[str, object]:
-    """The environment, settings first, and how the device was at the begin and at the end."""
+    """Return settings, versions and hardware, ceilings, and the device's state at the beginning and at the end."""
     run = group.newest
     head = run.environment
     facts: dict[str, object] = {
@@ -234,12 +234,12 @@ def _value(value: object) -> str:
 
 
 def _held_down(record: Record) -> list[str]:
-    """Why clocks are below their maximum; an idle device's are always."""
+    """Return why clocks are below their maximum; that of an idle device is left out, because it always is."""
     return [str(reason) for reason in record.get("held_down_by", []) if reason != "GpuIdle"]
 
 
 def _headline(run: Run) -> str:
-    """The fastest of the case that was measured first: what matters most is."""
+    """Describe the fastest variant of the case measured first, because suites measure the most important case first."""
     timed = [r for r in run.of_kind("measurement") if "seconds" in r]
     if not timed:
         return ""
@@ -256,7 +256,7 @@ def _headline(run: Run) -> str:
 
 
 def _runs_table(runs: Sequence[Run]) -> TextTable:
-    """The median of everything in every run."""
+    """Return a table with the median of every measurement in every run."""
     found: dict[tuple[str, str], dict[int, str]] = {}
     for place, run in enumerate(runs):
         for r in run.of_kind("measurement"):
@@ -272,7 +272,7 @@ def _not_measured(found: Sequence[Group]) -> list[str]:
 
 
 def _title(group: Group, beside: Sequence[Group]) -> str:
-    """The suite, with what tells it from runs of it with other settings on the same device."""
+    """Return the suite's title, with the settings that distinguish it from the device's other groups of the suite."""
     named = SUITES.get(group.suite, group.suite)
     others = [other.settings for other in beside if other.suite == group.suite and other is not group]
     telling = {
@@ -297,12 +297,12 @@ def _when(run: Run) -> str:
 
 
 def _wrong(run: Run) -> list[Record]:
-    """What failed its check, of whatever kind: times and bytes."""
+    """Return the records of all kinds, times and bytes, that failed their check."""
     return [r for r in run.records if r.get("right") is False]
 
 
 def _skipped(r: Record) -> str:
-    """Case and variants; where a record names neither, its reason."""
+    """Describe a skipped record by its case and variants or, if it names neither, by its reason."""
     variants = ", ".join(map(str, r.get("variants", [r["variant"]] if "variant" in r else [])))
     named = [str(part) for part in (r.get("case"), variants) if part]
     return ": ".join(named) or f"further cases: {r.get('reason', 'no reason given')}"

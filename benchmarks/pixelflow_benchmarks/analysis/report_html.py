@@ -1,4 +1,4 @@
-"""Parts of a report as HTML. What comes from a result file is data: all of it is escaped here, and nowhere else."""
+"""HTML parts of a report. Text from result files is untrusted: all of it is escaped here, and nowhere else."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from .suite_plots import Figure
 from .svg import numbered, swatch
 
 Section = tuple[str, str, Sequence[tuple[str, str]]]
-"""Identifier and name, and those of what is in it."""
+"""Identifier and name of a section, and those of its parts."""
 SHORT = 28
-"""Letters of a row's name that stay in one line where there is room."""
+"""Length up to which a row's name is not broken."""
 _FIGURE = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?( .*)?$")
 
 
 def text_of(value: object) -> str:
-    """Text of a page, also within an attribute."""
+    """Escape a value as text of a page; also valid within an attribute."""
     return escape(str(value))
 
 
 def table_html(
     table: TextTable, wrong: Collection[tuple[str, ...]] = (), absent: Collection[tuple[str, ...]] = ()
 ) -> str:
-    """A table with its title; columns of figures are set right, rows in turn that begin alike share their first cell.
+    """Return a table with its title. Numeric columns are aligned right; consecutive rows share an equal first cell.
 
     Args:
-        table: what it says.
-        wrong: first cells of rows that are marked as wrong.
-        absent: of those that are marked as absent.
+        table: the table.
+        wrong: the first two cells of rows that are marked as wrong.
+        absent: the first two cells of rows that are marked as absent.
     """
     table = table.without_empty()
     right = {
@@ -71,36 +71,36 @@ def table_html(
 
 
 def _breakable(name: str) -> str:
-    """A row's name; a long one may be broken behind its parts, a short one nowhere."""
+    """Return a row's name; a long one may be broken after ``/`` and ``.``, a short one nowhere."""
     if len(name) <= SHORT:
         return f'<span class="short">{text_of(name)}</span>'
     return re.sub(r"([/.])(?=\w)", r"\1<wbr>", text_of(name))
 
 
 def facts_html(facts: Mapping[str, object]) -> str:
-    """Names and what they are."""
+    """Return names and values as a definition list."""
     pairs = (f"<div><dt>{text_of(name)}</dt><dd>{text_of(value)}</dd></div>" for name, value in facts.items())
     return "<dl>\n" + "\n".join(pairs) + "\n</dl>"
 
 
 def list_html(items: Iterable[str], mark: str = "") -> str:
-    """A list; its items are HTML already."""
+    """Return a list of items that are HTML already."""
     return "\n".join(['<ul class="notes">', *(f"<li{_class(mark)}>{item}</li>" for item in items), "</ul>"])
 
 
 def badge(text: str, mark: str) -> str:
-    """A word in a frame: ``bad``, ``warn`` or ``good``."""
+    """Return a word in a frame; ``mark`` is ``bad``, ``warn`` or ``good``."""
     return f'<span class="badge {mark}">{text_of(text)}</span>'
 
 
 class Figures:
-    """Makes figures; each plot of a page has a number of its own."""
+    """Renders figures and numbers the plots of a page, so that their identifiers are unique."""
 
     def __init__(self) -> None:
         self._numbers: Iterator[int] = count(1)
 
     def html(self, figure: Figure) -> str:
-        """Its title, legend, plots and caption."""
+        """Return the figure's title, legend, plots and caption."""
         lines = [f"<h4>{text_of(figure.title)}</h4>", "<figure>"]
         if figure.legend:
             items = (f"<li>{swatch(look)}{text_of(name)}</li>" for name, look in figure.legend.items())
@@ -115,7 +115,7 @@ class Figures:
 
 
 def contents_html(sections: Sequence[Section]) -> str:
-    """Links to sections and what is in them: identifier and name of each."""
+    """Return links to the sections and their parts."""
     lines = ["<ul>"]
     for target, name, parts in sections:
         inner = "".join(f'<li><a href="#{part}">{text_of(said)}</a></li>' for part, said in parts)

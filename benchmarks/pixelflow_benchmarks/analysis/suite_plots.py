@@ -1,4 +1,4 @@
-"""Which plots a run has: whatever its measurements have the fields for, of any suite."""
+"""Choose a run's plots: those for which its measurements have the fields, whatever the suite."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .svg import Look, looks
 from .units import percent, quantity
 
 TOKENS, BATCH = r"\bstage \d+", r"\bbatch \d+"
-"""What in a case's name says how many tokens, how many images: without it stands what such cases have in common."""
+"""Parts of a case's name that give tokens and images; the name without one of them is what such cases share."""
 MOST = 8
-"""Cases with a plot of their own, for what has no more to it than a number."""
+"""Above this number of cases, plots of a single number per variant are limited to the first family of cases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,9 @@ class Panel:
     """One plot.
 
     Attributes:
-        title: what it is of.
+        title: what it shows.
         svg: the plot.
-        said: what it shows, for who cannot see it.
+        said: text alternative, for readers who cannot see the plot.
     """
 
     title: str
@@ -40,11 +40,11 @@ class Figure:
     """Plots of one kind.
 
     Attributes:
-        title: in a few words.
-        caption: how to read it.
+        title: a few words.
+        caption: how to read the plots.
         panels: the plots.
-        legend: names with the look that they have in all of them.
-        small: the plots are small.
+        legend: names and the look that they have in all plots.
+        small: whether the plots are small.
     """
 
     title: str
@@ -55,7 +55,7 @@ class Figure:
 
 
 def figures_of(run: Run) -> Iterator[Figure]:
-    """A run's plots, those that it has no figures for left out; inside :func:`~.svg.drawing`."""
+    """Yield the figures for which a run has data; to be used inside :func:`~.svg.drawing`."""
     records = run.of_kind("measurement")
     look = looks([r["variant"] for r in records], opponents_of(records))
     kernels = run.suite == "kernels"
@@ -68,7 +68,7 @@ def figures_of(run: Run) -> Iterator[Figure]:
         _bars_of(records, look, "joules", "J", "Energy", "By the board's own counter."),
         _bars_of(records, look, "peak_bytes", "B", "Peak memory", "One number for each variant."),
     ]
-    if run.suite != "stages":  # there it is of no interest
+    if run.suite != "stages":  # first calls of a single stage are of no interest
         made.append(
             _bars_of(records, look, "first_seconds", "s", "The first call", "Compilation and capture included.")
         )
@@ -76,7 +76,7 @@ def figures_of(run: Run) -> Iterator[Figure]:
 
 
 def over_runs(runs: Sequence[Run]) -> Figure | None:
-    """The median of each case over runs, oldest first, where at least two have it; inside :func:`~.svg.drawing`."""
+    """Plot each case's median over runs, oldest first, if at least two have it; inside :func:`~.svg.drawing`."""
     names = list(dict.fromkeys(r["variant"] for run in reversed(runs) for r in run.of_kind("measurement")))
     opponents = [name for run in reversed(runs) for name in opponents_of(run.of_kind("measurement"))]
     look = looks(names, opponents)
@@ -100,12 +100,12 @@ def over_runs(runs: Sequence[Run]) -> Figure | None:
 
 
 def opponents_of(records: Sequence[Record]) -> list[str]:
-    """Whom measurements are compared with."""
+    """Return the opponents that measurements are compared with."""
     return list(dict.fromkeys(name for r in records for name in r.get("times", {})))
 
 
 def coordinates(record: Record) -> dict[str, float]:
-    """Tokens of an image and images of a batch, where a record or the name of a kernel's case says them."""
+    """Return tokens of an image and images of a batch, from the record's fields or from the name of a kernel's case."""
     found = {axis: record[axis] for axis in ("tokens", "batch") if isinstance(record.get(axis), int | float)}
     named = re.search(r"/stage(\d)-b(\d+)$", record["case"])
     if named and int(named[1]) < len(STAGE_SIDES):
@@ -114,12 +114,12 @@ def coordinates(record: Record) -> dict[str, float]:
 
 
 def plain(case: str) -> str:
-    """A case's name; that of a kernel's as other suites have them: ``rope2d.rotate, stage 3, batch 16``."""
+    """Return a case's name, a kernel's in the form that other suites use: ``rope2d.rotate, stage 3, batch 16``."""
     return re.sub(r"/stage(\d+)-b(\d+)$", r", stage \1, batch \2", case)
 
 
 def family(case: str, pattern: str) -> str:
-    """What a case's name says beside tokens or batch."""
+    """Return a case's name without the part that gives tokens or batch."""
     parts = (part.strip() for part in re.sub(pattern, "", plain(case)).split(", "))
     return ", ".join(part for part in parts if part)
 
@@ -130,7 +130,7 @@ def _times(run: Run, records: Sequence[Record], look: Mapping[str, Look]) -> Fig
     for case, group in _by_case(records).items():
         rows = [_bar(r, look, _beside_floor(r)) for r in group]
         names = {r["variant"] for r in group}
-        # Who was absent everywhere is in the list above the plots; here it would be a row in each of them.
+        # A variant absent from every case is listed above the plots; here it would be a row in each of them.
         gone = dict.fromkeys(r["variant"] for r in absent if r.get("case") == case)
         rows += [Bar(label=n, look=Look("", "o"), note="absent") for n in gone if n not in names]
         if any("seconds" in r for r in group):
@@ -146,7 +146,7 @@ def _times(run: Run, records: Sequence[Record], look: Mapping[str, Look]) -> Fig
 
 
 def _floors(records: Sequence[Record], look: Mapping[str, Look]) -> Figure:
-    """Of many short kernels: the share of the floor, all of one shape in one plot."""
+    """Plot the share of the floor of many short kernels, all those of one shape in one plot."""
     right = [r for r in records if "seconds" in r and "fraction_of_floor" in r]
     panels = []
     for shape, group in _grouped(right, _shape).items():
@@ -163,7 +163,7 @@ def _floors(records: Sequence[Record], look: Mapping[str, Look]) -> Figure:
 
 
 def _side_by_side(records: Sequence[Record], look: Mapping[str, Look], kernels: bool) -> Figure:
-    """Speed beside each opponent's."""
+    """Plot the speed relative to each opponent."""
     panels: list[Panel] = []
     legend: dict[str, Look] = {}
     opponents = opponents_of(records)
@@ -183,7 +183,7 @@ def _side_by_side(records: Sequence[Record], look: Mapping[str, Look], kernels: 
 def _kernel_ratios(
     compared: Sequence[Record], look: Mapping[str, Look], opponent: str
 ) -> tuple[list[Panel], dict[str, Look]]:
-    """A plot for each shape: kernels below each other, a dot for each variant."""
+    """Return a plot for each shape, with a row for each kernel and a dot for each variant."""
     panels = []
     for shape, group in _grouped(compared, _shape).items():
         rows = list(dict.fromkeys(_kernel(r) for r in group))
@@ -194,7 +194,7 @@ def _kernel_ratios(
 
 
 def _case_ratios(compared: Sequence[Record], opponent: str) -> tuple[list[Panel], dict[str, Look]]:
-    """Variants below each other; cases that differ in nothing but their stage, or their batch, share a plot."""
+    """Return plots with a row for each variant; cases that differ only in stage, or only in batch, share a plot."""
     cases = sorted({r["case"] for r in compared}, key=_natural)
     pattern = next((p for p in (TOKENS, BATCH) if len({family(case, p) for case in cases}) < len(cases)), None)
     parts = {case: _rest(case, pattern) if pattern else "" for case in cases}
@@ -238,7 +238,7 @@ def _roofline(run: Run, records: Sequence[Record], look: Mapping[str, Look]) -> 
 
 
 def _scaling(records: Sequence[Record], look: Mapping[str, Look], axis: str) -> Figure:
-    """Time over tokens or over batch, a plot for what cases have in common beside it."""
+    """Plot time over tokens or over batch; cases that are otherwise equal share a plot."""
     pattern, across = (TOKENS, "tokens of an image") if axis == "tokens" else (BATCH, "images in a batch")
     placed = [r for r in records if "seconds" in r and axis in coordinates(r)]
     panels, shown = [], []
@@ -265,7 +265,7 @@ def _scaling(records: Sequence[Record], look: Mapping[str, Look], axis: str) -> 
 def _bars_of(
     records: Sequence[Record], look: Mapping[str, Look], field: str, unit: str, title: str, caption: str
 ) -> Figure:
-    """A field without a spread, by variant; of many cases those that matter most."""
+    """Plot a field without a spread by variant; if there are many cases, those of the first family only."""
     groups = _by_case([r for r in records if r["right"] and field in r])
     if len(groups) > MOST:
         first = family(next(r["case"] for r in records if r["right"] and field in r), TOKENS)
@@ -304,7 +304,7 @@ def _series(
     place: Callable[[Record], object],
     value: Callable[[Record], Value],
 ) -> list[Series]:
-    """By variant."""
+    """Return a series for each variant."""
     found: dict[str, dict[object, Value]] = {}
     for r in records:
         found.setdefault(r["variant"], {})[place(r)] = value(r)
@@ -312,7 +312,7 @@ def _series(
 
 
 def _share(r: Record) -> Value:
-    """Of the floor; the shortest time has the largest share."""
+    """Return the share of the floor; the shortest time has the largest share."""
     floor, times, share = r["floor_seconds"], r["seconds"], r["fraction_of_floor"]
     low, high = (floor / times[key] if times[key] > 0 else share for key in ("high", "low"))
     return Value(share, low, high)
@@ -348,7 +348,7 @@ def _median(r: Record) -> float:
 
 
 def _by_case(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """What was measured first stands first; of cases that differ in their stage alone the smallest does."""
+    """Group by case in the order of measurement; cases that differ only in stage are sorted by stage."""
     groups = _grouped(records, lambda r: str(r["case"]))
     families = list(dict.fromkeys(family(case, TOKENS) for case in groups))
     return {
@@ -357,7 +357,7 @@ def _by_case(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def _grouped(records: Sequence[Record], key: Callable[[Record], str]) -> dict[str, list[Record]]:
-    """In the order of measuring: what matters most comes first there."""
+    """Group records in the order of measurement, in which the most important come first."""
     found: dict[str, list[Record]] = {}
     for r in records:
         found.setdefault(key(r), []).append(r)
@@ -365,12 +365,12 @@ def _grouped(records: Sequence[Record], key: Callable[[Record], str]) -> dict[st
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
-    """Numbers in a name by their value."""
+    """Return a sort key that orders numbers in a name by value."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text) if part]
 
 
 def _rest(case: str, pattern: str) -> str:
-    """What :func:`family` takes away: ``stage 3``, ``batch 16``."""
+    """Return the part that :func:`family` removes: ``stage 3``, ``batch 16``."""
     found = re.search(pattern, plain(case))
     return found[0] if found else plain(case)
 

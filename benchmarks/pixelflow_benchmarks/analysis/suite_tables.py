@@ -1,4 +1,4 @@
-"""Which table shows which suite; and one for suites that have none of their own."""
+"""The table of each suite, and a general table for suites that have none of their own."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ OF_SUITES: Mapping[str, Callable[[Run], TextTable]] = {
     "stages": stage_table,
     "training": training_table,
 }
-"""By suite: the table that pages and reports carry."""
+"""Tables in pages and reports, by suite."""
 
 _SHOWN = ("kind", "case", "variant", "right", "fault", "seconds", "per", "times", "floor_seconds")
-"""Fields with a place of their own in the general table; the floor is there as a fraction."""
+"""Fields that the general table shows in its own columns or not at all; the floor is shown as a fraction."""
 
 
 def table_of(run: Run) -> list[TextTable]:
-    """The tables of a run, those without rows left out: its suite's own, or the general one.
+    """Return the tables of a run that have rows: its suite's own tables, or the general one.
 
-    The general one also serves where a record lacks what the suite's own needs: an older version wrote it, or the run
-    was cut short before its ceilings.
+    The general table also replaces a suite's own if records lack fields that it needs, because an older version wrote
+    them or because the run was cut short before its ceilings.
     """
     own = OF_SUITES.get(run.suite)
     try:
@@ -55,7 +55,7 @@ def table_of(run: Run) -> list[TextTable]:
 
 
 def general_table(run: Run) -> TextTable:
-    """A row for each measurement: its time, its share of the floor, its speed beside others, whatever else it says."""
+    """Tabulate each measurement's time, speed relative to opponents, share of the floor, and all other fields."""
     records = run.of_kind("measurement")
     opponents = list(dict.fromkeys(name for r in records for name in r.get("times", {})))
     others = {id(r): _others(r) for r in records}
@@ -80,7 +80,7 @@ def general_table(run: Run) -> TextTable:
 
 
 def _others(record: Record) -> dict[str, Any]:
-    """Figures and words without a place of their own, those of a mapping each by itself."""
+    """Return figures and words without a column of their own, each entry of a mapping by itself."""
     found: dict[str, Any] = {}
     for name, value in record.items():
         if name in _SHOWN:

@@ -1,7 +1,7 @@
-"""Figures as SVG that stands inside a page: text in the page's colour and font, no reference to anything outside.
+"""Figures as SVG embedded in a page: text in the page's colour and font, no external references.
 
-Matplotlib draws, without its global state. What it writes is made part of a page: colours that stand for the page's
-own become CSS variables, identifiers become unique, and what says when, by whom and for which schema goes.
+Matplotlib draws without its global state. Its output is then adapted to a page: placeholder colours become CSS
+variables, identifiers become unique, and metadata (date, creator, schemas) is removed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, FAINT, WRONG, ABSENT = "#010203", "#040506", "#070809", "#0a0b0c"
-"""Colours that the page decides on."""
+"""Placeholders for colours that the page defines."""
 _IN_PAGE = {INK: "currentColor", FAINT: "var(--rule)", WRONG: "var(--wrong)", ABSENT: "var(--muted)"}
 
 GREYS = ("#858c96", "#b08f6a")
@@ -31,7 +31,7 @@ _TAG = re.compile(r"<[^<>]*>")
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How a variant is drawn, the same in all plots of a suite."""
+    """How a variant is drawn: the same in all plots of a suite."""
 
     color: str
     marker: str
@@ -39,10 +39,10 @@ class Look:
 
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
-    """Inside, plots look alike whatever a user's own settings say.
+    """Draw the plots in the context in one style, independent of the user's Matplotlib settings.
 
     Raises:
-        ImportError: there is no Matplotlib.
+        ImportError: Matplotlib is not installed.
     """
     try:
         from matplotlib import style
@@ -53,7 +53,7 @@ def drawing() -> Iterator[None]:
 
 
 def looks(names: Sequence[str], measures: Sequence[str] = ()) -> dict[str, Look]:
-    """Colours and markers; ``measures`` are who the others are compared with."""
+    """Return a colour and a marker for each name; ``measures`` are the opponents, which are drawn in muted colours."""
     names = list(dict.fromkeys(names))
     found: dict[str, Look] = {}
     for i, name in enumerate(name for name in names if name in measures):
@@ -64,14 +64,14 @@ def looks(names: Sequence[str], measures: Sequence[str] = ()) -> dict[str, Look]
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure; its unit is a CSS pixel."""
+    """Return an empty figure whose unit is a CSS pixel."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width / 72, height / 72), dpi=72)
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure's SVG element, to stand in a page."""
+    """Return the figure's SVG element for embedding in a page."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
@@ -79,7 +79,7 @@ def to_svg(figure: Figure) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    # Text between tags is somebody's name for something, and stays as it is.
+    # Text between tags consists of names, in which nothing may be replaced.
     text = _TAG.sub(lambda tag: _for_page(tag[0]), text)
     return re.sub(r"\s*\n\s*", "\n", text).strip()
 
@@ -96,7 +96,7 @@ def _for_page(tag: str) -> str:
 
 
 def numbered(svg: str, number: int) -> str:
-    """Identifiers that nothing else in the page has; those that nothing refers to go."""
+    """Make identifiers unique in the page by a number, and remove those that nothing refers to."""
     used = {name for tag in _TAG.findall(svg) for name in re.findall(r'(?:url\(|href=")#([\w-]+)', tag)}
 
     def rename(tag: re.Match[str]) -> str:
@@ -107,7 +107,7 @@ def numbered(svg: str, number: int) -> str:
 
 
 def swatch(look: Look) -> str:
-    """A marker by itself, for a legend."""
+    """Return a single marker as SVG, for a legend."""
     shapes = {
         "o": '<circle cx="7" cy="7" r="4.5"/>',
         "s": '<rect x="3" y="3" width="8" height="8"/>',

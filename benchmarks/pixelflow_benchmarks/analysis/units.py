@@ -1,4 +1,4 @@
-"""Quantities as text, with their unit: what the axes and tables of a report say."""
+"""Quantities as text with their unit, for the axes and tables of a report."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ PREFIXES = ("n", "µ", "m", "", "k", "M", "G", "T", "P")
 
 
 def quantity(value: float, unit: str, digits: int = 3) -> str:
-    """A value with so many significant digits and the prefix that keeps it short: ``24.2 ms``, ``412 TFLOP/s``.
+    """Format a value with ``digits`` significant digits and an SI prefix: ``24.2 ms``, ``412 TFLOP/s``.
 
-    Bytes by themselves (``B``) are counted in powers of 1024.
+    Bytes by themselves (``B``) have binary prefixes (powers of 1024).
     """
     if unit == "B":
         return size(value, digits)
     if value == 0 or not math.isfinite(value):
         return f"{value:g} {unit}"
-    # Rounded first: 0.9996 ms has three digits as 1.00 ms, not as 1000 µs.
+    # Round first: 0.9996 ms with three digits is 1.00 ms, not 1000 µs.
     power = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))) / 3)
     power = min(max(power, -3), 0 if unit == "s" else 5)
     return f"{_significant(value / 1000**power, digits)} {PREFIXES[power + 3]}{unit}"
 
 
 def size(value: float, digits: int = 3) -> str:
-    """Bytes: ``1.25 GiB``."""
+    """Format a number of bytes: ``1.25 GiB``."""
     for unit in ("B", "KiB", "MiB"):
         if abs(value) < 1000:
             return f"{_significant(value, digits)} {unit}"
@@ -32,7 +32,7 @@ def size(value: float, digits: int = 3) -> str:
 
 
 def percent(fraction: float) -> str:
-    """A fraction: ``69 %``, below ten with a digit more."""
+    """Format a fraction as ``69 %``; below ten per cent with one decimal."""
     return f"{100 * fraction:.{0 if abs(fraction) >= 0.0995 else 1}f} %"
 
 

@@ -1,1 +1,1 @@
-"""Commands of ``pixelflow bench`` and ``pixelflow eval``: a file each."""
+"""Commands of ``pixelflow bench`` and ``pixelflow eval``, one module each."""

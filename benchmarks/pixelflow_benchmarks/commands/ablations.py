@@ -23,7 +23,7 @@ def command(
 ) -> None:
     """Train cascades of digits that begin at different resolutions, sample them in many ways, and score the digits.
 
-    Stopped, the same command goes on where it was.
+    If it is stopped, the same command resumes it.
     """
     try:
         import scipy  # noqa: F401

@@ -16,7 +16,7 @@ def command(
     public: Public = None,
     output: Output = None,
 ) -> None:
-    """Count launches and bytes of a transformer block, on fake tensors: needs no GPU."""
+    """Count launches and bytes of a transformer block on fake tensors, which needs no GPU."""
     from pixelflow_benchmarks.harness.environment import CPU
     from pixelflow_benchmarks.harness.results import recording
     from pixelflow_benchmarks.suites.blocks import CITED, block_table, operation_tables, trace_blocks

@@ -25,7 +25,7 @@ def command(
     budget_seconds: Annotated[float, typer.Option(help="After that long no further turn is begun.")] = math.inf,
     output: Output = None,
 ) -> None:
-    """Time what comes before the first image, phase by phase, each time in a new process."""
+    """Time everything up to the first image, phase by phase, each time in a new process."""
     import tempfile
 
     import torch

@@ -14,7 +14,7 @@ def command(
     before: Annotated[Path, typer.Argument(help="A result file.")],
     after: Annotated[Path, typer.Argument(help="The same of another version.")],
 ) -> None:
-    """Compare two result files, measurement by measurement; leaves with 1 where something is slower or wrong."""
+    """Compare two result files, measurement by measurement; exits with 1 if something is slower or became wrong."""
     from pixelflow_benchmarks.analysis.compare import became_wrong, compare, compare_table, different_surroundings
     from pixelflow_benchmarks.harness.results import read_runs
 

@@ -19,9 +19,9 @@ def command(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     output: Output = None,
 ) -> None:
-    """Train a small model on each backend and as the reference does, and compare their loss curves.
+    """Train a small model on each backend and with the reference, and compare their loss curves.
 
-    On a CPU the kernels run under Triton's interpreter, where TRITON_INTERPRET=1 asks for it.
+    On a CPU the kernels run under Triton's interpreter, if TRITON_INTERPRET=1 is set.
     """
     from pixelflow_benchmarks.harness.results import recording
     from pixelflow_benchmarks.suites.curves import curves_table, measure_curves, recipe

@@ -1,4 +1,4 @@
-"""``pixelflow eval``: the quality of generated digits."""
+"""``pixelflow eval digits`` and ``pixelflow eval table``: the quality of generated digits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def evaluate(
         raise ValueError(f"only: got {only!r}, expected a part of one of: {'; '.join(s.name for s in digits.SETTINGS)}")
     engine = PixelFlowEngine.from_pretrained(model)
     records = []
-    # Line by line as they come: an evaluation that is cut short keeps what it has measured.
+    # Records are written as they are measured, so that an interrupted evaluation keeps its results.
     with contextlib.nullcontext() if output is None else output.open("x", encoding="utf-8") as file:
         for record in digits.evaluate_digits(engine, count, repeats, batch_size, settings, quiet):
             records.append(record)
@@ -46,7 +46,7 @@ def evaluate(
 
 
 def table(results: Annotated[Path, typer.Argument(help="JSON lines of an evaluation.")]) -> None:
-    """Print the results of an evaluation as a Markdown table, as the README carries it."""
+    """Print the results of an evaluation as a Markdown table."""
     from pixelflow_benchmarks.quality.table import quality_table
 
     print(quality_table([json.loads(line) for line in results.read_text().splitlines()]).markdown(), end="")

@@ -21,9 +21,9 @@ def command(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     output: Output = None,
 ) -> None:
-    """Compare velocities and images of every way of running a model with float64, at equal noise.
+    """Compare the velocities and images of every way of running a model with float64, from the same noise.
 
-    On a CPU the kernels run under Triton's interpreter, where TRITON_INTERPRET=1 asks for it: take --shape tiny.
+    On a CPU the kernels run under Triton's interpreter, if TRITON_INTERPRET=1 is set; use --shape tiny for that.
     """
     from pixelflow_benchmarks.harness.environment import CPU
     from pixelflow_benchmarks.harness.results import recording

@@ -1,6 +1,6 @@
 """``pixelflow bench all``: every suite in a process of its own.
 
-A suite that runs out of memory, hangs or loses the device leaves the others what they need.
+A suite that runs out of memory, hangs or loses the device therefore does not affect the others.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ import typer
 from .options import Device, Public, console, place_of
 
 GRACE = 120.0
-"""Seconds that a suite may need beyond what it is told, to end by itself: a check, a compilation, a CPU's profiles."""
+"""Seconds beyond its budget that a suite may need to end by itself: a check, a compilation, a CPU's profiles."""
 TO_END = 60.0
-"""Of these, what a suite has at least, or half of its time where that is less."""
+"""The part of the grace that every suite gets, or half of its minimum time if that is less."""
 OVERTIME = 60.0
-"""Seconds after the budget by which the last suite has ended."""
+"""Seconds after the whole budget by which the last suite has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """A suite as a part of the whole.
+    """A suite as a part of the whole run.
 
     Attributes:
         command: its name and options.
-        least: seconds in which something comes of it, kept for it however long others take. It is told of fewer, for
-            it ends after the turn that it is in.
-        share: it is also told, of the time that is kept for nobody when it begins.
-        budgeted: it is told how long it has; another takes as long as it takes.
-        opponent: it knows the published code.
+        least: minimum time in seconds, enough to produce a result, reserved however long other suites take. The budget
+            that the suite is told is shorter, because it ends only after the turn in progress.
+        share: fraction of the unreserved time, at the suite's start, that is added to its budget.
+        budgeted: whether the command takes a time budget; without one it takes as long as it needs.
+        opponent: whether the command takes a checkout of the published code.
     """
 
     command: tuple[str, ...]
@@ -59,7 +59,7 @@ ON_GPU = (
     Suite(("distance",), 25, budgeted=False),
     Suite(("blocks",), 20, budgeted=False, opponent=True),
 )
-"""Most important first: a run that is cut short has measured what matters most."""
+"""The most important first, so that a run that is cut short has measured these."""
 ON_CPU = (
     Suite(("stages",), 120, 0.5, opponent=True),
     Suite(("images", "--steps", "1"), 90, 0.5, opponent=True),
@@ -77,7 +77,7 @@ def command(
     budget_seconds: Annotated[float, typer.Option(min=1, help="Of all suites together.")] = 540,
     public: Public = None,
 ) -> None:
-    """Measure everything, what matters most first: cut short, what is there is of use."""
+    """Measure everything, the most important first: the results of a run that is cut short are still usable."""
     where = place_of(device)
     suites = ON_GPU if where.type == "cuda" else ON_CPU
     if failed := run_suites(suites, str(where), output, budget_seconds, public):
@@ -88,10 +88,10 @@ def command(
 def run_suites(
     suites: Sequence[Suite], device: str, output: Path, budget_seconds: float, public: Path | None
 ) -> list[str]:
-    """Run one suite after the other, each within its part of what is left.
+    """Run one suite after the other, each within its part of the remaining time.
 
     Returns:
-        the suites that failed, or were ended because they did not end.
+        The suites that failed, or were killed because they did not end in time.
     """
     deadline, failed = time.monotonic() + budget_seconds, []
     for place, suite in enumerate(suites):
@@ -110,16 +110,16 @@ def run_suites(
 
 
 def parts_of(left: float, suite: Suite, later: Sequence[Suite]) -> tuple[float, float]:
-    """Seconds that a suite is told, and after which it is ended.
+    """Divide the remaining time: return a suite's budget in seconds, and the limit after which it is killed.
 
-    Beyond its own least it takes of what is kept for nobody: so later suites get theirs, whatever it does. Where too
-    little is left for all, it has its least and no more: those that matter most get theirs, and a moment that is lost
-    between two processes costs none of them its turn.
+    Beyond its own minimum time a suite takes only unreserved time, so later suites get their minimum whatever it does.
+    If too little is left for all, it gets its minimum and no more: the most important suites get theirs, and the
+    moments lost between two processes cost none of them its turn.
 
     Args:
-        left: seconds of the budget.
-        suite: that begins.
-        later: those after it.
+        left: remaining seconds of the whole budget.
+        suite: the suite that begins.
+        later: the suites after it.
     """
     free = left - suite.least - sum(one.least for one in later)
     told = max(suite.least / 2, suite.least - TO_END)
@@ -130,17 +130,17 @@ def parts_of(left: float, suite: Suite, later: Sequence[Suite]) -> tuple[float, 
 
 
 def run_within(line: Sequence[str], limit: float) -> int | None:
-    """Run a command; its exit status, or None where it was ended, with all that it had started, after ``limit``.
+    """Run a command and return its exit status, or None if it was killed after ``limit`` seconds with its children.
 
     Raises:
-        SystemExit: this process was told to end; so was the command.
+        SystemExit: this process received a signal to end; the command was killed as well.
     """
     with _signals_kept() as raise_signals, subprocess.Popen(line, start_new_session=True) as process:
         try:
             raise_signals()
             return process.wait(limit)
         except BaseException as error:
-            # What it started is in its session: a checkout's process, a cold start that goes on.
+            # The session contains the command's own children: a process of the published code, a cold start.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
@@ -150,9 +150,10 @@ def run_within(line: Sequence[str], limit: float) -> int | None:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[Callable[[], None]]:
-    """A session of its own hears of no signal to this process's group: it must be ended by who is left.
+    """Handle signals for a child in a session of its own: it gets no signal sent to this process's group.
 
-    Yields what makes signals raise, those too that came before: while a command starts, nobody could end it.
+    SIGTERM and SIGHUP are kept until the child can be killed. Yields a function that makes them raise SystemExit,
+    including those that arrived before: while a command is being started, there is nothing to kill yet.
     """
     came: list[int] = []
     raising = False
@@ -177,9 +178,9 @@ def _signals_kept() -> Iterator[Callable[[], None]]:
 
 
 def line_of(suite: Suite, device: str, output: Path, seconds: float, public: Path | None) -> list[str]:
-    """The suite's command line."""
+    """Return the suite's command line."""
     line = [sys.executable, "-m", "pixelflow_engine", "bench", *suite.command, "--output", str(output)]
-    if suite.command[0] != "blocks":  # it counts, on no device
+    if suite.command[0] != "blocks":  # it only counts and has no device
         line += ["--device", device]
     if suite.budgeted:
         line += ["--budget-seconds", f"{seconds:.0f}"]

@@ -15,7 +15,7 @@ def command(
     baseline: Annotated[Path | None, typer.Option(help="By default benchmarks/baselines.json of the checkout.")] = None,
     update: Annotated[bool, typer.Option("--update", help="Write the baseline anew and say what changed.")] = False,
 ) -> None:
-    """Compare counts, machine code and CPU ratios with the committed baseline; leaves with 1 where one is worse."""
+    """Compare counts, machine code and CPU ratios with the committed baseline; exits with 1 if one is worse."""
     from pixelflow_benchmarks.suites.gate.baseline import DEFAULT, read_baseline, updated, write_baseline
     from pixelflow_benchmarks.suites.gate.compare import FAILING, change_table, changes
     from pixelflow_benchmarks.suites.gate.measure import measure_gate

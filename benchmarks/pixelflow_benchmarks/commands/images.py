@@ -25,7 +25,7 @@ def command(
     public: Public = None,
     output: Output = None,
 ) -> None:
-    """Time whole images, engine beside reference: the first, and in steady state; nothing wrong gets a time."""
+    """Time whole images, engine against reference: the first call and the steady state. Wrong results get no time."""
     import torch
     import torch._dynamo
 

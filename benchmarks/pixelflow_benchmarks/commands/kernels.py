@@ -24,7 +24,7 @@ def command(
     output: Output = None,
     quiet: Quiet = False,
 ) -> None:
-    """Time every kernel beside PyTorch, at the sizes of the published model; nothing wrong gets a speed."""
+    """Time every kernel against PyTorch, at the sizes of the published model. Wrong results get no time."""
     import torch
 
     from pixelflow_benchmarks.harness.ceilings import measure_ceilings

@@ -23,7 +23,7 @@ def command(
     budget_seconds: Annotated[float, typer.Option(help="After that long no further stage is begun.")] = math.inf,
     output: Output = None,
 ) -> None:
-    """Peak memory per stage, batch and variant; and counts for the published model, which need no GPU."""
+    """Measure peak memory per stage, batch and variant; and count that of the published model, which needs no GPU."""
     import torch
     import torch._dynamo
 

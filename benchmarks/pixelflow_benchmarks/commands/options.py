@@ -1,4 +1,4 @@
-"""What the commands have in common: options, printing, and how they end."""
+"""Common parts of the commands: options, printing, and exit status."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 
 
 def place_of(device: str) -> torch.device:
-    """The device of that name.
+    """Return the device of that name; ``auto`` is a GPU if there is one, otherwise the CPU.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such device.
     """
     import torch
 
@@ -43,18 +43,18 @@ def place_of(device: str) -> torch.device:
 
 
 NEUTRAL = ("device", "output", "budget_seconds", "public", "quiet")
-"""Options that change where something runs, how much of it, and who else does, not what."""
+"""Options that change where a suite runs, how much of it, and against which opponents, but not what is measured."""
 
 
 def asked(context: typer.Context, **usual: Any) -> dict[str, str]:
-    """What a command's options ask for that it does not do of itself, as its environment record says it.
+    """Return the options that differ from a command's defaults, for its environment record.
 
     Args:
-        context: of the command.
-        usual: what it takes where an option has no default that the command line shows.
+        context: context of the command.
+        usual: effective defaults of options whose declared default is None.
 
     Returns:
-        ``options``, as one would write them; nothing where all is as usual.
+        ``options``, as on a command line; empty if all options have their defaults.
     """
     words = []
     for option in context.command.params:
@@ -66,12 +66,12 @@ def asked(context: typer.Context, **usual: Any) -> dict[str, str]:
 
 
 def _texts(value: Any) -> list[str]:
-    """An option's value, or its values where it may be repeated; none of one that was not given."""
+    """Return an option's value, or the values of a repeatable one, as text; empty if it was not given."""
     return [str(part) for part in (value if isinstance(value, list | tuple) else [value]) if part is not None]
 
 
 def show(text: TextTable) -> None:
-    """Print a table, without empty columns; in a narrow terminal its cells fold at blanks."""
+    """Print a table without empty columns; in a narrow terminal its cells wrap at blanks."""
     text = text.without_empty()
     table = Table(*text.header, title=text.title, padding=(0, 0))
     for row in text.rows:
@@ -80,10 +80,10 @@ def show(text: TextTable) -> None:
 
 
 def finish(run: Run) -> None:
-    """Say who was absent and what was wrong.
+    """Print which variants were absent and which results were wrong.
 
     Raises:
-        typer.Exit: something was wrong.
+        typer.Exit: with status 1, if something was wrong.
     """
     for reason, names in missing(run).items():
         console.print(f"absent: {', '.join(dict.fromkeys(names))}: {reason}", highlight=False)
@@ -93,10 +93,13 @@ def finish(run: Run) -> None:
 
 
 def known(**asked: tuple[Sequence[Any], Sequence[Any]]) -> None:
-    """Refuse names that nothing has.
+    """Check option values against the known names.
+
+    Args:
+        asked: by option, the given values and the known names.
 
     Raises:
-        ValueError: naming the option, what came and what was expected.
+        ValueError: a value is unknown; the message names the option, the value and what was expected.
     """
     for option, (given, names) in asked.items():
         for value in given:

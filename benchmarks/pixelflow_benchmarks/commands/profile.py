@@ -13,10 +13,10 @@ from .options import Device, Repeats, console, finish, known, place_of, show
 
 
 class KeyValueCommand(TyperCommand):
-    """A command whose options may be written ``stage=3``, too."""
+    """A command whose options may also be written as ``stage=3``."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """See :class:`click.Command`; every option here takes a value."""
+        """Turn words such as ``stage=3`` into options; every option here takes a value. See :class:`click.Command`."""
         names = {option for parameter in self.params for option in parameter.opts}
         words = [
             f"--{word}" if f"--{word.partition('=')[0]}" in names and "=" in word and before not in names else word
@@ -43,9 +43,9 @@ def command(
         Path | None, typer.Option(help="A new folder for traces and records; by default profile-DATE-TIME here.")
     ] = None,
 ) -> None:
-    """Profile a stage: a trace to look at, its longest kernels, and each class of them beside its floor.
+    """Profile a stage: a trace to open, its longest kernels, and the time of each class of them beside its floor.
 
-    Options may be written as in `profile stage=3 batch=4`, too.
+    Options may also be written as in `profile stage=3 batch=4`.
     """
     import torch
     import torch._dynamo
@@ -77,7 +77,7 @@ def command(
     head = {"shape": shape, "dtype": str(dtype).removeprefix("torch.")}
     with (
         recording(folder / "profile.jsonl", "profile", where, **head) as keep,
-        # Many models of one class are compiled here, a sampling has one: its limit would be reached too soon.
+        # Many models of one class are compiled here, which exceeds the default limit; sampling compiles only one.
         torch._dynamo.config.patch(recompile_limit=64),
     ):
         ceilings = measure_ceilings(where, dtype)
@@ -96,10 +96,10 @@ def command(
 
 
 def _new_folder(path: Path) -> Path:
-    """Make it.
+    """Create the folder.
 
     Raises:
-        ValueError: something is there already.
+        ValueError: it is a file, or a folder that is not empty.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"output: got {path}, where something is already, expected the name of a new folder")

@@ -14,7 +14,7 @@ def command(
     results: Annotated[Path, typer.Argument(help="A result file, or a folder of them.")],
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
-    """Write one HTML page with the tables and plots of result files; it needs no network and nothing beside it."""
+    """Write one self-contained HTML page with the tables and plots of result files; it needs no network."""
     from pixelflow_benchmarks.analysis.report import report
 
     if output.is_dir():

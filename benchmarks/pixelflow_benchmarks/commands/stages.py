@@ -32,7 +32,7 @@ def command(
     public: Public = None,
     output: Output = None,
 ) -> None:
-    """Time the stages of the model, engine beside reference; nothing wrong gets a time."""
+    """Time the stages of the model, engine against reference. Wrong results get no time."""
     import torch
     import torch._dynamo
 
@@ -65,7 +65,7 @@ def command(
         keep(ceilings.record())
         opponents = Opponents(config, random_weights(config, where, what), what, public)
         try:
-            # Many models of one class are compiled here, a sampling has one: its limit would be reached too soon.
+            # Many models of one class are compiled here, which exceeds the default limit; sampling compiles only one.
             with torch._dynamo.config.patch(recompile_limit=64):
                 keep.all(measure_stages(work, opponents, ceilings, repeats, budget_seconds))
         finally:

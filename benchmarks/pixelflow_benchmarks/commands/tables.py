@@ -16,7 +16,7 @@ def command(
         bool, typer.Option("--check", help="Write nothing; leave with 1 where a page is out of date.")
     ] = False,
 ) -> None:
-    """Fill the tables of Markdown pages in from the result files that they name."""
+    """Fill in the tables of Markdown pages from the result files that they name."""
     from pixelflow_benchmarks.analysis.pages import fill
 
     old = False

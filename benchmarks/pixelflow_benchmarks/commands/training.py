@@ -26,7 +26,7 @@ def command(
     public: Public = None,
     output: Output = None,
 ) -> None:
-    """Time steps of training, the project's loop beside others; nothing wrong gets a time."""
+    """Time training steps, the project's loop against others. Wrong results get no time."""
     import torch
     import torch._dynamo
 

@@ -31,10 +31,10 @@ def command(
     write: Annotated[bool, typer.Option("--write", help="Write the choices into the GPU's table.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure launch configurations on this GPU and propose what is clearly faster.
+    """Measure launch configurations on this GPU and propose those that are clearly faster.
 
-    A configuration decides the order of sums, and so bits: outputs that are not bitwise PyTorch's may change in their
-    last places with a table. Every candidate is checked before it is timed; nothing is changed without --write.
+    A configuration decides the order of sums and therefore the bits: outputs that are not bitwise PyTorch's may change
+    in their last places with a table. Every candidate is checked before it is timed. Only --write changes the table.
     """
     from pixelflow_benchmarks.suites.tuning.choose import choose, merged, tuning_table
     from pixelflow_kernels import configs
@@ -84,7 +84,7 @@ def _tune(
     budget: float,
     jobs: int,
 ) -> Iterator[dict[str, Any]]:
-    """All records of a run; a wrong argument is refused before the first."""
+    """Yield all records of a run; wrong arguments are refused before the first."""
     import torch
 
     from pixelflow_benchmarks.harness.environment import environment, state

@@ -1,1 +1,1 @@
-"""What every suite measures with: time, energy, ceilings, counts; and where results go."""
+"""Measuring tools that all suites share (time, energy, hardware ceilings, launch counts) and the result files."""

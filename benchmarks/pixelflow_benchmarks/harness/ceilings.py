@@ -1,4 +1,4 @@
-"""What a device can do at best, measured in the same run: the ceilings that a kernel's figures are a fraction of."""
+"""Hardware ceilings: the best rates that a device reaches in the same run, against which other figures are compared."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Ceilings:
     """Measured rates of a device.
 
     Attributes:
-        bytes_per_second: read and written by a copy too large for the cache.
-        flops_per_second: of a large square matrix product in ``dtype``; a multiplication and an addition are two.
-        dtype: of the product.
+        bytes_per_second: bytes read plus bytes written, by a copy too large for the cache.
+        flops_per_second: of a large square matrix product in ``dtype``; a multiply-add counts as two operations.
+        dtype: type of the product.
     """
 
     bytes_per_second: float
@@ -24,11 +24,11 @@ class Ceilings:
     dtype: torch.dtype
 
     def floor(self, flops: float, bytes_moved: float) -> float:
-        """Seconds that products and what is bound by memory take at these rates, one after the other."""
+        """Return the seconds that products and memory traffic take at these rates, one after the other."""
         return flops / self.flops_per_second + bytes_moved / self.bytes_per_second
 
     def record(self) -> dict[str, object]:
-        """As a result file has it."""
+        """Return the record that is written to a result file."""
         return {
             "kind": "ceilings",
             "bytes_per_second": self.bytes_per_second,
@@ -38,11 +38,11 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = REPEATS) -> Ceilings:
-    """Measure both ceilings, with tensors that no cache holds.
+    """Measure both ceilings, with the copy's buffers larger than any cache.
 
     Args:
-        device: where.
-        dtype: of the matrix product.
+        device: device to measure.
+        dtype: type of the matrix product.
         repeats: see :func:`~pixelflow_benchmarks.harness.timing.time_calls`.
     """
     copied, side = (2**30, 8192) if device.type == "cuda" else (2**27, 1024)
@@ -51,7 +51,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = RE
     a = torch.randn(side, side, device=device).to(dtype)
     b = torch.randn(side, side, device=device).to(dtype)
     out = torch.empty_like(a)
-    # A copy may be left to the device's copy engines, a pointwise kernel is not: whichever is faster is the ceiling.
+    # The driver may hand a copy to the device's copy engines, a pointwise kernel never uses them: the faster one counts
     values, negated = source.view(torch.float32), target.view(torch.float32)
     copies: dict[str, Call] = {
         "copy": lambda: target.copy_(source),
@@ -59,7 +59,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = RE
     }
     calls: dict[str, Call] = {**copies, "product": lambda: torch.mm(a, b, out=out)}
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        # The other library of a CPU: which is the faster depends on who made the processor.
+        # oneDNN is the alternative to MKL on a CPU. Which one is faster depends on the processor's vendor.
         calls["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     timings = time_calls(calls, device, repeats)
     copy = min(timings.pop(name).median for name in copies)

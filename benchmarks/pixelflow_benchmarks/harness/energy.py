@@ -1,8 +1,8 @@
-"""Energy that a GPU uses, from its own counter.
+"""Energy used by a GPU, from the board's own counter.
 
-The counter moves in steps, some tens of milliseconds apart, and is read late by as much. A figure is therefore taken
-from one step that was seen to the next that was seen after the window: both are late alike, and what was run between
-them is known.
+The counter advances in steps some tens of milliseconds apart and is read with a delay of about as much. A figure is
+therefore taken from one observed step to the next step observed after the window: both readings are delayed alike, and
+the number of runs between them is known.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from .environment import nvml_handle, state
 from .timing import Call, wait_for
 
 WINDOW = 2.0
-"""Seconds of running that a figure is taken over, at least."""
+"""Minimum duration in seconds over which energy is measured."""
 PATIENCE = 2.0
-"""Seconds beyond the window that are waited for a step of the counter: one that stands still says nothing."""
+"""Seconds to wait for the counter's next step beyond the window; a counter that has stopped yields no figure."""
 
 
 def joules_of(run: Call, device: torch.device, window: float = WINDOW) -> dict[str, Any]:
-    """Run again and again for a while.
+    """Measure the energy of a run by repeating it for at least ``window`` seconds.
 
     Args:
         run: correct and warm; it may return before the device is done.
-        device: a GPU; for a CPU there is nothing to say.
-        window: seconds, at least.
+        device: a GPU; on a CPU the result is empty.
+        window: minimum duration in seconds.
 
     Returns:
-        ``joules`` of one run, ``watts``, ``energy_seconds``, and ``at_work``: the device's state while a run was under
-        way. Nothing where the board does not count; then nothing is run, either.
+        ``joules`` of one run, ``watts``, ``energy_seconds``, and ``at_work``: the device's state while a run was in
+        progress. Empty if the board has no counter, in which case nothing is run, or if the counter stops.
     """
     with nvml_handle(device) as found:
         if found is None:
@@ -50,11 +50,11 @@ def joules_of(run: Call, device: torch.device, window: float = WINDOW) -> dict[s
 
 def _counted(run: Call, device: torch.device, window: float, millijoules: Callable[[], int | None]) -> dict[str, Any]:
     wait_for(device)
-    at_work: dict[float, dict[str, Any]] = {}  # at first and, of shorter runs, in the middle
+    at_work: dict[float, dict[str, Any]] = {}  # by elapsed time: at the start and, if runs are short, in mid-window
     runs, seen = 0, millijoules()
     began = since = time.perf_counter()
     first = None if seen is None else (began, seen, 0)
-    stepped = False  # the first step that is seen begins the figure, unless one run is longer than it has to be
+    stepped = False  # the figure begins at the first observed step, unless a single run lasts long enough by itself
     while first is not None:
         run()
         passed = time.perf_counter() - began

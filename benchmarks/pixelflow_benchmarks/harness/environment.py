@@ -1,4 +1,4 @@
-"""What a measurement depends on: the machine, its state, the versions, the code's commit."""
+"""The conditions that a measurement depends on: machine, device state, library versions and commit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def environment(device: torch.device = CPU) -> dict[str, str]:
-    """Versions and hardware as text: commit, python, torch, numpy, processor, threads; a GPU's name and driver."""
+    """Return commit, versions and hardware as text: python, torch, numpy, triton, processor, threads, GPU, driver."""
     found = {
         "commit": commit(),
         "python": platform.python_version(),
@@ -46,16 +46,16 @@ def environment(device: torch.device = CPU) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """A device's name as that of a folder: ``nvidia-h100-80gb-hbm3``, ``amd-epyc-7b13``."""
+    """Return the device's name in the form of a folder name: ``nvidia-h100-80gb-hbm3``, ``amd-epyc-7b13``."""
     name = torch.cuda.get_device_properties(device).name if device.type == "cuda" else processor()
     words = "".join(c if c.isalnum() else " " for c in name.lower().replace("(r)", "").replace("(tm)", "")).split()
     return "-".join(words) or "unknown"
 
 
 def state(device: torch.device) -> dict[str, Any]:
-    """How the device is now: MHz, degrees Celsius, watts, the limit, why clocks are held down; a CPU's load.
+    """Return the device's current state: clocks in MHz, degrees Celsius, watts and their limit, throttling reasons.
 
-    What a driver does not tell is left out.
+    For a CPU it is the system's load. Readings that the driver does not support are left out.
     """
     if device.type != "cuda":
         return {"load": os.getloadavg()[0]}
@@ -79,13 +79,13 @@ def state(device: torch.device) -> dict[str, Any]:
 
 
 def _holding_down(nvml: Any, handle: Any) -> list[str]:
-    """Names of what keeps clocks below their maximum, ``GpuIdle`` and the like; a bit without a name as a number."""
+    """Return why clocks are below their maximum, such as ``GpuIdle``; a bit without a name is given as a number."""
     try:
         bits = nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-    except nvml.NVMLError:  # an older driver has the call under its older name
+    except nvml.NVMLError:  # an older driver has the call under its former name only
         bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
     names: dict[int, str] = {}
-    for prefix in ("nvmlClocksEventReason", "nvmlClocksThrottleReason"):  # some have the older name alone
+    for prefix in ("nvmlClocksEventReason", "nvmlClocksThrottleReason"):  # some reasons have the former name only
         for name in sorted(name for name in dir(nvml) if name.startswith(prefix)):
             names.setdefault(getattr(nvml, name), name.removeprefix(prefix))
     found = (1 << place for place in range(bits.bit_length()) if bits >> place & 1)
@@ -94,9 +94,10 @@ def _holding_down(nvml: Any, handle: Any) -> list[str]:
 
 @contextlib.contextmanager
 def nvml_handle(device: torch.device) -> Iterator[tuple[Any, Any] | None]:
-    """The NVML bindings and their handle of a CUDA device.
+    """Yield the NVML bindings and the handle of a CUDA device.
 
-    None for a CPU, where there is no driver, and for what the driver knows by no such name, like a part of a GPU.
+    Yields None for a CPU, without a driver, and for a device that NVML does not know by its UUID, such as a MIG
+    partition.
     """
     with _nvml() as nvml:
         if nvml is None or device.type != "cuda":
@@ -110,7 +111,7 @@ def nvml_handle(device: torch.device) -> Iterator[tuple[Any, Any] | None]:
 
 
 def commit() -> str:
-    """The commit of the checkout that this file is in, marked where files differ from it; ``unknown`` elsewhere."""
+    """Return the checkout's commit, with ``+changes`` if tracked files are modified; ``unknown`` outside one."""
     folder = Path(__file__).parent
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         head = _git(folder, "rev-parse", "HEAD")
@@ -119,7 +120,7 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """The CPU's name, where the system tells it."""
+    """Return the CPU's model name, or what :mod:`platform` reports where the system does not provide it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -133,7 +134,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 @contextlib.contextmanager
 def _nvml() -> Iterator[Any]:
-    """The NVML bindings, initialised; None where there is no driver."""
+    """Yield the initialized NVML bindings; None without a driver."""
     import pynvml
 
     try:

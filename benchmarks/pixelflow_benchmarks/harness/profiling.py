@@ -1,4 +1,4 @@
-"""PyTorch's profiler of a CPU's operators, as a source of figures."""
+"""PyTorch's profiler of CPU operators, used as a source of figures."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def cpu_profile(memory: bool = False) -> Iterator[profile]:
-    """Profile what runs inside.
+    """Profile the code in the context.
 
     Args:
-        memory: whether what the allocator gives out and takes back is recorded too.
+        memory: whether to record allocations and frees as well.
 
     Yields:
-        the profiler, whose events are there once the context is left.
+        The profiler, whose events are available after the context exits.
     """
-    # Torch 2.13 announces every start and stop on stderr, amid the tables, at every level but this one. It is read when
-    # the profiler is first used.
+    # Torch 2.13 logs every start and stop to stderr, between the tables, at every level but this one. The variable is
+    # read when the profiler is first used.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from torch.profiler import ProfilerActivity, profile
 

@@ -1,26 +1,26 @@
-"""Result files: a line of JSON for each record, appended as it is measured and never rewritten.
+"""Result files: one line of JSON per record, appended as it is measured and never rewritten.
 
-A file holds any number of runs, of any suites. A run is a suite's records under one ``run``, the time it began: first
-its ``environment``, then what it measured, ``end`` last; without an ``end`` it was cut short, and what is there stands.
-The environment's ``options`` are those of its command that asked for something else than the command does of itself.
+A file holds any number of runs of any suites. The records of a run share the value of ``run``, the time at which it
+began. The first record is the ``environment``, the last one ``end``; a run without ``end`` was cut short, and its
+records remain valid. ``options`` in the environment lists the command's options that differed from their defaults.
 
-What was timed is a record of kind ``measurement``:
+A timing is a record of kind ``measurement``:
 
 ======================  ===============================================================================================
-``case``, ``variant``   what was done, and who did it; together unique in a run
-``right``               its result passed its check; where it did not, ``fault`` says why and there is no time
+``case``, ``variant``   what was computed, and by which implementation; together unique in a run
+``right``               whether the result passed its check; if not, ``fault`` says why and there is no time
 ``per``                 what the seconds are for: ``"call"``, ``"image"``, ``"image and evaluation"``, ``"step"``,
                         ``"process"``
-``seconds``             ``median``, ``low``, ``high`` (a fifth of the repeats lies below, a fifth above), ``repeats``
-``times``               by opponent, how many times faster than it: the same four of the ratios of one turn
-``floor_seconds``       what products and bytes take at the ``ceilings`` of the same run, where they are declared
-``fraction_of_floor``   that over the median: 1 is as fast as can be
-``joules``, ``watts``   of what the seconds are for, and while it ran, by a GPU's own counter; ``at_work`` has clocks,
-                        temperature and what held clocks down meanwhile
+``seconds``             ``median``, ``low``, ``high`` (20th and 80th percentile of the repeats), ``repeats``
+``times``               by opponent, how many times faster than it: the same four figures of the ratios within a turn
+``floor_seconds``       time of the products and bytes at the ``ceilings`` of the same run, where they are declared
+``fraction_of_floor``   ``floor_seconds`` over the median: 1 is the best possible
+``joules``, ``watts``   energy per unit of ``per`` and mean power, by a GPU's own counter; ``at_work`` has clocks,
+                        temperature and throttling reasons during the runs
 ======================  ===============================================================================================
 
-A suite adds fields of its own. Who could not be had is a record of kind ``absent`` with ``variant`` and ``reason``.
-Bytes are records of kind ``memory``, see :mod:`pixelflow_benchmarks.suites.memory.records`.
+Suites add fields of their own. A variant that cannot run is a record of kind ``absent`` with ``variant`` and
+``reason``. Bytes are records of kind ``memory``, see :mod:`pixelflow_benchmarks.suites.memory.records`.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Run:
     """One run of a suite.
 
     Attributes:
-        suite: its name.
-        began: when, UTC, ISO 8601.
-        records: in the order of measuring, the environment first.
+        suite: name of the suite.
+        began: time of the start, UTC, ISO 8601.
+        records: in the order of measurement, the environment first.
     """
 
     suite: str
@@ -56,17 +56,17 @@ class Run:
 
     @property
     def environment(self) -> Record:
-        """Versions, hardware, sizes."""
+        """The environment record: versions, hardware, sizes."""
         return self.records[0]
 
     @property
     def cut_short(self) -> bool:
-        """Whether it has no end."""
+        """Whether the run has no ``end`` record."""
         return bool(self.records[-1]["kind"] != "end")
 
     @property
     def lacks(self) -> list[str]:
-        """What tells it from a complete run of what its command does of itself: sentences for a table's caption."""
+        """Differences from a complete run with default options, as sentences for a table's caption."""
         options, skipped = self.environment.get("options"), len(self.of_kind("skipped"))
         return [
             *([f"Run with `{options}`."] if options else []),
@@ -75,39 +75,47 @@ class Run:
         ]
 
     def of_kind(self, kind: str) -> list[Record]:
-        """The records of one kind."""
+        """Return the records of one kind."""
         return [record for record in self.records if record["kind"] == kind]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Recorder:
-    """Takes the records of a run that goes on."""
+    """Collects the records of a run in progress.
+
+    Attributes:
+        run: the run, whose records grow.
+        file: result file that records are appended to; None keeps them in memory only.
+    """
 
     run: Run
     file: TextIO | None
 
     def __call__(self, record: Record) -> None:
-        """Keep a record; it is in the file at once."""
+        """Add a record and, if there is a file, write it at once."""
         self.run.records.append(record)
         if self.file is not None:
             line = json.dumps({"suite": self.run.suite, "run": self.run.began, **record}, allow_nan=False)
             print(line, file=self.file, flush=True)
 
     def all(self, records: Iterable[Record]) -> None:
-        """Keep records as they come."""
+        """Add records as the iterable produces them."""
         for record in records:
             self(record)
 
 
 @contextlib.contextmanager
 def recording(output: Path | None, suite: str, device: torch.device, **head: Any) -> Iterator[Recorder]:
-    """A run, its environment first and, unless something is raised, its end last.
+    """Record a run: its environment first and, unless an exception is raised, its end last.
 
     Args:
-        output: see :func:`result_file`; None keeps records in memory alone.
-        suite: the suite's name.
-        device: what is measured.
-        head: what else the environment record says: shape, batch, ...
+        output: see :func:`result_file`; None keeps records in memory only.
+        suite: name of the suite.
+        device: the measured device.
+        head: further entries of the environment record: shape, batch, ...
+
+    Yields:
+        The recorder of the run.
     """
     began = datetime.now(UTC)
     with contextlib.nullcontext() if output is None else result_file(output, device, began).open("a") as file:
@@ -118,13 +126,13 @@ def recording(output: Path | None, suite: str, device: torch.device, **head: Any
 
 
 def result_file(output: Path, device: torch.device, when: datetime) -> Path:
-    """Where records go: ``output`` itself if its name ends in ``.jsonl``, else a file in that folder.
+    """Return the file for records: ``output`` itself if its name ends in ``.jsonl``, otherwise a file in that folder.
 
     Returns:
-        ``output/<device>/<date>-<commit>.jsonl``, its folder made.
+        ``output``, or ``output/<device>/<date>-<commit>.jsonl``, whose folder is created.
 
     Raises:
-        ValueError: ``output`` is neither.
+        ValueError: ``output`` is a file with another suffix.
     """
     if output.suffix == ".jsonl" and not output.is_dir():
         return output
@@ -137,10 +145,11 @@ def result_file(output: Path, device: torch.device, when: datetime) -> Path:
 
 
 def read_runs(path: Path) -> list[Run]:
-    """All runs of a file, in the order of their beginning.
+    """Read all runs of a file, sorted by the time they began.
 
     Raises:
-        ValueError: a line is not a record; the message names file and line.
+        ValueError: a line is not a record, or a run does not begin with its environment; the message names file and
+            line.
     """
     runs: dict[tuple[str, str], Run] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -158,15 +167,15 @@ def read_runs(path: Path) -> list[Run]:
 
 
 def result_files(folder: Path) -> list[Path]:
-    """The files in a folder and below it that have the names which :func:`result_file` gives."""
+    """Return the files in a folder and below it whose names have the form that :func:`result_file` gives."""
     return sorted(folder.rglob("[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-*.jsonl"))
 
 
 def newest(runs: Sequence[Run], suite: str) -> Run | None:
-    """The last run of a suite; None where there is none."""
+    """Return the latest run of a suite; None if there is none."""
     return max((run for run in runs if run.suite == suite), key=lambda run: run.began, default=None)
 
 
 def to_show(runs: Sequence[Run], suite: str) -> Run | None:
-    """The last complete run of what a suite's command does of itself; where none is, the last at all."""
+    """Return the latest complete run of a suite with default options; if there is none, the latest run of all."""
     return newest([run for run in runs if not run.lacks], suite) or newest(runs, suite)

@@ -1,4 +1,4 @@
-"""A table of results, for the terminal and for Markdown pages."""
+"""Tables of results, for the terminal and for Markdown pages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TextTable:
     rows: tuple[tuple[str, ...], ...]
 
     def without_empty(self) -> TextTable:
-        """The table without the columns in which no row has anything; one without rows as it is."""
+        """Return the table without columns that are empty in every row; a table without rows is returned as it is."""
         kept = [place for place in range(len(self.header)) if any(row[place] for row in self.rows)]
         if not self.rows or len(kept) == len(self.header):
             return self
@@ -27,20 +27,20 @@ class TextTable:
         return TextTable(self.title, header, tuple(rows))
 
     def markdown(self) -> str:
-        """The table as Markdown, its title as a line of text below; columns that are empty are left out."""
+        """Return the table as Markdown with its title as a line of text below it; empty columns are left out."""
         table = self.without_empty()
         lines = [table.header, tuple("---" for _ in table.header), *table.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{self.title}\n"
 
 
 def interval(of: Mapping[str, float], scale: float, digits: int) -> str:
-    """``median (low to high)`` of a spread of repeats."""
+    """Format a spread of repeats as ``median (low to high)``."""
     low, median, high = (f"{of[key] * scale:.{digits}f}" for key in ("low", "median", "high"))
     return f"{median} ({low} to {high})"
 
 
 def missing(run: Run) -> dict[str, list[str]]:
-    """Who could not be had, by reason."""
+    """Return the variants that could not run, by reason."""
     found: dict[str, list[str]] = {}
     for record in run.of_kind("absent"):
         found.setdefault(record["reason"], []).append(record["variant"])
@@ -48,5 +48,5 @@ def missing(run: Run) -> dict[str, list[str]]:
 
 
 def faults(run: Run) -> list[str]:
-    """What was wrong, a line each."""
+    """Describe each failed check in one line."""
     return [f"{r['case']}, {r['variant']}: {r['fault']}" for r in run.records if "fault" in r]

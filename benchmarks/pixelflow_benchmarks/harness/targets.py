@@ -1,9 +1,9 @@
-"""What the project aims at, as data; tables say beside each figure whether it gets there.
+"""The project's performance targets as data; tables show each of them beside the figure, with a verdict.
 
-The budget is of the published class-to-image model in bfloat16 on one H100 (SXM, 80 GB HBM3) whose large products ran
-at 798 TFLOP/s and whose copies at 3.0 TB/s. Another device has no budget of its own: its figures stand beside the
-H100's, and that is said. What is relative, a share of the floor or of a copy's rate, or so many times an opponent's
-speed, asks the same of every GPU in the terms of its own run.
+The budget is for the published class-to-image model in bfloat16 on one H100 (SXM, 80 GB HBM3) whose large products ran
+at 798 TFLOP/s and whose copies ran at 3.0 TB/s. Other devices have no budget of their own: their figures are compared
+with the H100's, and the table says so. Relative targets (a share of the floor, a share of a copy's rate, a multiple of
+an opponent's speed) ask the same of every GPU, in terms of its own run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .tables import TextTable
 
 WHOSE, DEVICE = "H100", "NVIDIA H100 80GB HBM3"
 PEAK_FLOPS = PEAKS[DEVICE]
-"""Operations a second that its data sheet has for dense bfloat16 products: training's share is of these."""
+"""Dense bfloat16 operations a second on the data sheet; training's share is relative to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,9 @@ class Target:
     """A figure to reach.
 
     Attributes:
-        value: that has to be reached.
-        stretch: what would be better still.
-        lower: less is better: a time.
+        value: the target.
+        stretch: a better value to aim for; None if there is none.
+        lower: whether less is better, as for a time.
     """
 
     value: float
@@ -36,7 +36,7 @@ class Target:
     lower: bool = False
 
     def verdict(self, got: float) -> str:
-        """``stretch``, ``hit``, or by how much it was missed."""
+        """Return ``stretch``, ``hit``, or by how much the target was missed."""
         sign = -1 if self.lower else 1
         if self.stretch is not None and sign * got >= sign * self.stretch:
             return "stretch"
@@ -47,11 +47,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class StageBudget:
-    """Milliseconds of a stage for an image and step, batch 16, Euler, with guidance (stage 0 has no null half).
+    """Milliseconds of a stage per image and step, batch 16, Euler, with guidance (stage 0 has no null half).
 
     Attributes:
-        floor: what products and bytes take at the rates above.
-        milliseconds: to reach.
+        floor: milliseconds that products and bytes take at the rates in the module's docstring.
+        milliseconds: the target.
     """
 
     floor: float
@@ -59,7 +59,7 @@ class StageBudget:
 
     @property
     def share(self) -> Target:
-        """The same as shares of the floor, in which any device's run can be compared."""
+        """The target as a share of the floor, which can be compared with any device's run."""
         best = self.milliseconds.stretch
         return Target(self.floor / self.milliseconds.value, None if best is None else self.floor / best)
 
@@ -72,42 +72,43 @@ STAGES = {
 }
 STAGE_BATCH = 16
 IMAGES = {(16, 30): Target(0.9, lower=True), (16, 10): Target(0.3, lower=True), (1, 30): Target(1.0, lower=True)}
-"""Seconds an image, by batch and Euler steps a stage."""
+"""Seconds per image, by (batch, Euler steps per stage)."""
 TIMES_PUBLIC = Target(6.0)
-"""Whole images: the speed over the published code's, its loop over blocks of noise included."""
+"""Whole images: speed relative to the published code, including its loop over blocks of noise."""
 ATTENTION = {1024: Target(330.0), 4096: Target(400.0, 450.0)}
-"""TFLOP/s forward at head dimension 72, counted at 72, by tokens of an image."""
+"""Forward pass, TFLOP/s at head dimension 72 (counted at 72, without padding), by tokens of an image."""
 ATTENTION_BACKWARD = {4096: Target(300.0, 380.0)}
+"""Backward pass alone, in the same units."""
 POINTWISE = Target(0.8)
-"""Share of a copy's rate, of kernels bound by memory, from stage 2 up."""
+"""Share of a copy's rate that memory-bound kernels should reach, from stage 2 up."""
 POINTWISE_FROM = 1024
-"""Tokens of an image there."""
+"""Smallest number of tokens of an image for :data:`POINTWISE`: stage 2."""
 TRAINING_BATCH = 32
-"""Images a step, at least, that the following are for."""
+"""Smallest batch, in images per step, to which the following targets apply."""
 TRAINING_SHARE = Target(0.39, 0.45)
-"""Of :data:`PEAK_FLOPS`."""
+"""Share of :data:`PEAK_FLOPS`."""
 TRAINING_IMAGES = Target(72.0)
-"""A second and GPU."""
+"""Images per second and GPU."""
 TRAINING_TIMES_PUBLIC = Target(3.0)
 
 
 def is_whose(head: Mapping[str, object]) -> bool:
-    """Whether a run was on the GPU that the budget is of."""
+    """Return whether a run was on the GPU of the budget."""
     return head.get("gpu") == DEVICE
 
 
 def applies(head: Mapping[str, object]) -> bool:
-    """Whether a run is of the budget's model and type, on a GPU."""
+    """Return whether a run used the budget's model and type, on a GPU."""
     return "gpu" in head and head.get("shape", "xl") == "xl" and head.get("dtype") == "bfloat16"
 
 
 def heading(head: Mapping[str, object], said: str) -> str:
-    """A column's title, which says whose target it is on another GPU than that."""
+    """Return a column's title, which names the budget's device if the run was on another GPU."""
     return said if is_whose(head) else f"{WHOSE}'s {said}"
 
 
 def stage_cells(head: Mapping[str, object], record: Record) -> tuple[str, str]:
-    """The time and the share of the floor that a stage's measurement should have, each with the verdict; or nothing."""
+    """Return a stage's target time and target share of the floor, each with the verdict; empty if none applies."""
     budget = STAGES.get(record["stage"])
     fits = record["batch"] == STAGE_BATCH and record["solver"] == "euler"
     if budget is None or not (fits and applies(head)):
@@ -120,7 +121,7 @@ def stage_cells(head: Mapping[str, object], record: Record) -> tuple[str, str]:
 
 
 def image_cell(head: Mapping[str, object], record: Record, public: str) -> str:
-    """What whole images should take, and be beside the published code, each with the verdict."""
+    """Return the targets of whole images, absolute and relative to the published code, each with the verdict."""
     if not applies(head):
         return ""
     said = []
@@ -132,14 +133,14 @@ def image_cell(head: Mapping[str, object], record: Record, public: str) -> str:
 
 
 def kernel_cell(head: Mapping[str, object], record: Record, tokens: int, forward: Record | None) -> str:
-    """What a kernel should reach, with the verdict.
+    """Return a kernel's target with the verdict.
 
     Args:
-        head: of the run.
+        head: environment of the run.
         record: the measurement.
-        tokens: of an image.
-        forward: of an attention's forward and backward pass, the same variant's forward pass: what the backward pass
-            takes by itself is the difference.
+        tokens: tokens of an image.
+        forward: if ``record`` is attention's forward and backward pass, the same variant's forward pass, which is
+            subtracted to obtain the backward pass alone; None otherwise.
     """
     if not applies(head):
         return ""
@@ -160,7 +161,7 @@ def kernel_cell(head: Mapping[str, object], record: Record, tokens: int, forward
 
 
 def training_cell(head: Mapping[str, object], record: Record, public: str) -> str:
-    """What a step of training should reach, each with the verdict."""
+    """Return the targets of a training step, each with the verdict."""
     if not applies(head) or record["batch"] < TRAINING_BATCH:
         return ""
     share = record["flops"] / _median(record) / PEAK_FLOPS
@@ -174,7 +175,7 @@ def training_cell(head: Mapping[str, object], record: Record, public: str) -> st
 
 
 def budget_table() -> TextTable:
-    """All of it, for the documentation."""
+    """Return all targets as a table for the documentation."""
     rows = [
         (f"stage {stage}, ms an image and step, batch {STAGE_BATCH}", _row(of.milliseconds), f"{of.floor:g}")
         for stage, of in STAGES.items()

@@ -1,11 +1,11 @@
-"""How long calls take on a device, side by side, with cold caches.
+"""Times of calls on a device, measured side by side, with cold caches on a GPU.
 
-On a GPU each variant is captured: a CUDA graph of several calls, each after a read of more than the L2 cache holds, and
-beside it a graph of the reads alone. Their difference is the time of the calls without the host's share and without
-what an event costs; a short kernel timed by two events around it would show the launch instead. Before the first event
-the device has work, so that it waits for no launch between both. The reads leave clean lines behind: a cache full of
-zeros just written would be written back on the measured kernel's time. Variants take turns, so that a clock that sags
-hits all of them alike.
+On a GPU each variant is captured as a CUDA graph of several calls, each preceded by a read of more than the L2 cache
+holds. A second graph holds the reads alone. The difference of the two times is that of the calls, without the host's
+launch overhead and without the cost of an event; two events around a single short kernel would measure the launch.
+Before the first event the device is given work, so that it does not wait for a launch between the events. The cache is
+flushed by reads because they leave clean lines: freshly written zeros would be written back during the measured kernel.
+Variants take turns, so that a drop of the clock affects all of them alike.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ T = TypeVar("T")
 Call = Callable[[], object]
 
 REPEATS = 20
-"""Measurements of each call, unless less time is given."""
+"""Default number of measurements of each call."""
 
 TURNS_SECONDS = 60.0
-"""After which no further turn of long runs is begun, see :func:`end_of_turns`."""
+"""Seconds after which no further turn of long runs is begun, see :func:`end_of_turns`."""
 
 UNROLL = 10
-"""Calls in one graph."""
+"""Number of calls in one graph."""
 
 RESOLUTION = 0.5e-6
-"""Seconds that an event of CUDA tells apart: of a replay, less is not told from nothing."""
+"""Resolution of CUDA events in seconds: a shorter replay cannot be told from nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class Timing:
     """Seconds of one call, measured several times.
 
     Attributes:
-        turns: in the order of measuring; a place among them is the same turn for all that were measured together.
-        captured: the calls were replayed from a CUDA graph; otherwise the host's time is part of the figure.
+        turns: in the order of measurement; entries with the same index in timings measured together are of one turn.
+        captured: whether the calls were replayed from a CUDA graph; if not, the figure includes the host's time.
     """
 
     turns: tuple[float, ...]
@@ -54,20 +54,20 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Of the turns."""
+        """Median over the turns."""
         return statistics.median(self.turns)
 
     def spread(self) -> dict[str, float]:
-        """As a result file has it, see :func:`spread`."""
+        """Return the spread that is written to a result file, see :func:`spread`."""
         return spread(self.turns)
 
     def times_faster_than(self, other: Timing) -> dict[str, float]:
-        """The other's time over this one's, turn by turn: a machine that others use disturbs both alike."""
+        """Return the spread of the other's time over this one's, turn by turn: load on the machine hits both."""
         return spread([b / a for a, b in zip(self.turns, other.turns, strict=False)])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """``median``, ``low`` and ``high`` (a fifth of the values lies below, a fifth above), ``repeats``."""
+    """Return ``median``, ``low`` and ``high`` (the 20th and 80th percentile) and ``repeats``, the number of values."""
     low, median, high = np.percentile(values, (20, 50, 80)).tolist()
     return {"median": median, "low": low, "high": high, "repeats": len(values)}
 
@@ -76,9 +76,12 @@ def time_calls(variants: Mapping[str, Call], device: torch.device, repeats: int 
     """Time short calls on ``device``.
 
     Args:
-        variants: calls by name, each already correct; they are called several times.
-        device: CUDA, or a CPU, where calls are timed one by one with warm caches.
-        repeats: measurements of each; at least 3.
+        variants: calls by name, each already known to be correct; every one is called several times.
+        device: a CUDA device; or a CPU, where calls are timed one by one with warm caches.
+        repeats: number of measurements of each call; at least 3.
+
+    Returns:
+        Timings by name.
 
     Raises:
         ValueError: fewer than 3 repeats.
@@ -93,11 +96,11 @@ def time_calls(variants: Mapping[str, Call], device: torch.device, repeats: int 
 
 @dataclass(slots=True)
 class Runs:
-    """Long runs that were timed in turns.
+    """Result of timing long runs in turns.
 
     Attributes:
         timings: by name.
-        failed: who raised meanwhile, and what.
+        failed: first line of the error of each variant that raised, by name; these have no timing.
     """
 
     timings: dict[str, Timing] = field(default_factory=dict)
@@ -107,13 +110,13 @@ class Runs:
 def time_runs(
     variants: Mapping[str, Call], device: torch.device, repeats: int = REPEATS, deadline: float = math.inf
 ) -> Runs:
-    """Time runs that take long beside a launch: wall time, the device idle before and after each.
+    """Time runs that are long compared with a launch: wall time, the device idle before and after each.
 
     Args:
-        variants: runs by name, each already correct and warm.
+        variants: runs by name, each already known to be correct, and warm.
         device: where they run.
-        repeats: turns; in each every variant runs once.
-        deadline: after which no turn is begun, on the clock of ``time.perf_counter``; there is one turn at least.
+        repeats: number of turns; in each turn every variant runs once.
+        deadline: ``time.perf_counter()`` after which no further turn is begun; the first turn always runs.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     failed: dict[str, str] = {}
@@ -123,19 +126,19 @@ def time_runs(
         for name in list(seconds):
             try:
                 seconds[name].append(seconds_of(variants[name], device)[0])
-            except Exception as error:  # the others are measured all the same
+            except Exception as error:  # the other variants are measured nevertheless
                 failed[name] = first_line(error)
                 del seconds[name]
     return Runs({name: Timing(tuple(values)) for name, values in seconds.items()}, failed)
 
 
 def end_of_turns(deadline: float) -> float:
-    """Until when turns are begun that begin now: a minute, and no longer than to the deadline of the whole."""
+    """Return the deadline for turns that begin now: in a minute, but not after the deadline of the whole command."""
     return min(deadline, time.perf_counter() + TURNS_SECONDS)
 
 
 def seconds_of(run: Callable[[], T], device: torch.device) -> tuple[float, T]:
-    """Wall time of one run, and what it returns."""
+    """Return the wall time in seconds of one run, and what it returned."""
     wait_for(device)
     began = time.perf_counter()
     found = run()
@@ -144,20 +147,20 @@ def seconds_of(run: Callable[[], T], device: torch.device) -> tuple[float, T]:
 
 
 def graphs_compiled() -> int:
-    """How many graphs torch.compile has made so far in this process."""
+    """Return how many graphs torch.compile has compiled so far in this process."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
 
 
 def wait_for(device: torch.device) -> None:
-    """Until a GPU is done."""
+    """Block until a GPU has finished its work; a no-op on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a table."""
+    """Return the type and the first line of an error, short enough for a table."""
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
@@ -178,7 +181,7 @@ def _time_on_gpu(variants: Mapping[str, Call], device: torch.device, repeats: in
     flush = make_flush(device)
     capture = CudaCapture(device)
     idle = capture.capture(_unrolled(lambda: None, flush))
-    replays: dict[str, Call] = {}  # they keep their graphs, and graphs their memory
+    replays: dict[str, Call] = {}  # each replay keeps its graph alive, and the graph its memory
     captured = dict.fromkeys(variants, True)
     for name, call in variants.items():
         try:
@@ -198,7 +201,7 @@ def _time_on_gpu(variants: Mapping[str, Call], device: torch.device, repeats: in
 
 
 def make_flush(device: torch.device) -> Call:
-    """A call that reads more than the L2 cache of a CUDA device holds."""
+    """Return a call that reads more than the L2 cache of a CUDA device holds."""
     properties = torch.cuda.get_device_properties(device)
     values = max(2 * properties.L2_cache_size, 64 * 2**20) // 4
     buffer, largest = torch.zeros(values, device=device), torch.zeros((), device=device)
@@ -219,12 +222,12 @@ def _unrolled(call: Call, flush: Call) -> Callable[[], None]:
 
 
 def _elapsed(replay: Call, ahead: Call) -> float:
-    """Seconds between two events around a replay.
+    """Return the seconds between two events around a replay.
 
     Args:
-        replay: what is launched.
-        ahead: keeps the device busy while both events and the replay are launched: on an idle device the first event
-            passes at once, and the time would be that until the host has launched the rest.
+        replay: what is measured.
+        ahead: keeps the device busy while both events and the replay are launched. On an idle device the first event
+            would pass at once, and the time would include the host's launch of the rest.
     """
     began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     ahead()

@@ -1,7 +1,7 @@
-"""What a computation launches and moves, counted without a GPU: it runs on fake CUDA tensors, which have no values.
+"""Count the launches and the memory traffic of a computation without a GPU, on fake CUDA tensors that have no values.
 
-A view launches nothing, any other operation of PyTorch one kernel. Our own operations are asked: their launch code runs
-on the fake tensors, and the kernels that it starts are counted instead of started.
+A view launches nothing; any other PyTorch operation counts as one kernel. For the project's own operations the launch
+code runs on the fake tensors, and the kernels that it would start are counted.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ Kind = Literal["product", "attention", "pointwise"]
 
 PRODUCTS = {"addmm", "mm", "bmm", "baddbmm", "_addmm_activation", "convolution", "addmv", "mv"}
 FREE = {"_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "empty", "new_empty", "empty_like", "empty_strided"}
-"""What launches nothing though it is not called a view."""
+"""Operations that launch nothing although they are not views."""
 OVERWRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
-"""What does not read the tensor that it writes."""
+"""Operations that do not read the tensor they write."""
 
 
 @dataclass(frozen=True, slots=True)
 class TracedOp:
-    """One operation that did something.
+    """One operation that launches kernels.
 
     Attributes:
         name: without overload.
-        kind: ``product`` (of matrices), ``attention`` or ``pointwise``: everything else.
-        launches: kernels.
-        bytes_moved: of its operands and results, each read or written once.
+        kind: ``product`` (of matrices), ``attention``, or ``pointwise`` for everything else.
+        launches: number of kernels.
+        bytes_moved: bytes of its operands and results, each read or written once.
     """
 
     name: str
@@ -47,10 +47,10 @@ class TracedOp:
 
 
 class Trace(TorchDispatchMode):
-    """While active, notes operations in ``ops``.
+    """Dispatch mode that records operations in ``ops`` while it is active.
 
     Args:
-        weights: tensors whose casts do not count: autocast makes them once for a whole sampling and keeps them.
+        weights: tensors whose casts do not count, because autocast makes them once per sampling call and keeps them.
     """
 
     def __init__(self, weights: Iterable[Tensor] = ()) -> None:
@@ -59,7 +59,7 @@ class Trace(TorchDispatchMode):
         self._weights = {id(weight) for weight in weights}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note the operation and run it."""
+        """Run the operation and record it."""
         out = func(*args, **(kwargs or {}))
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "pixelflow":
@@ -72,7 +72,7 @@ class Trace(TorchDispatchMode):
         return name == "_to_copy" and id(args[0]) in self._weights
 
     def _note_aten(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        if not _tensors(out):  # a question about types or sizes
+        if not _tensors(out):  # a query of types or sizes
             return
         read = [*_tensors(args), *_tensors(kwargs)][name in OVERWRITING :]
         kind: Kind = "product" if name in PRODUCTS else "pointwise"
@@ -85,15 +85,15 @@ class Trace(TorchDispatchMode):
         self.ops.append(TracedOp(short, kind, _launches_of(name, args, kwargs), moved))
 
     def note_attention(self, operands: list[Tensor]) -> None:
-        """One launch of a library's attention."""
+        """Record one launch of a library's attention."""
         self.ops.append(TracedOp("scaled_dot_product_attention", "attention", 1, _size(operands)))
 
 
 class _WithoutCuda(TorchFunctionMode):
-    """Indexing and copies by operations with fake versions; the built-in ones ask for CUDA, which need not be there."""
+    """Index and copy by operations that have fake versions; the built-in ones need CUDA, which may be absent."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace indexing of CUDA tensors and copies into them, pass on everything else."""
+        """Replace indexing of CUDA tensors and copies into them; pass on everything else."""
         if func is Tensor.copy_ and args[0].device.type == "cuda":
             return torch.ops.aten.copy_.default(*args, **(kwargs or {}))
         if func is not Tensor.__getitem__ or args[0].device.type != "cuda":
@@ -121,10 +121,10 @@ class _WithoutCuda(TorchFunctionMode):
 
 
 class OneAttention(TorchFunctionMode):
-    """PyTorch's attention as the one kernel that it is on a GPU; a build without CUDA would write it out.
+    """Treat PyTorch's attention as the single kernel that it is on a GPU; a build without CUDA would decompose it.
 
     Args:
-        trace: who notes it; None where nobody does.
+        trace: where attention is recorded; None to record nothing.
     """
 
     def __init__(self, trace: Trace | None = None) -> None:
@@ -132,12 +132,12 @@ class OneAttention(TorchFunctionMode):
         self.trace = trace
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace attention, pass on everything else."""
+        """Replace attention; pass on everything else."""
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = args[:3]
         batch, heads, tokens, head_dim = q.shape
-        out = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)  # the layout that FlashAttention leaves
+        out = q.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)  # the layout of FlashAttention's output
         if self.trace is not None:
             self.trace.note_attention([q, k, v, out])
         return out
@@ -145,18 +145,21 @@ class OneAttention(TorchFunctionMode):
 
 @contextmanager
 def fake_cuda() -> Iterator[None]:
-    """Inside, tensors are fake, also on CUDA devices that are not there; no gradients."""
+    """Make tensors fake, also on CUDA devices that do not exist, and disable gradients."""
     with FakeTensorMode(), torch.no_grad(), _WithoutCuda():
         yield
 
 
 @contextmanager
 def tracing(weights: Iterable[Tensor] = (), autocast: torch.dtype | None = None) -> Iterator[Trace]:
-    """Trace what runs inside, itself inside :func:`fake_cuda`.
+    """Trace the operations in the context; to be used inside :func:`fake_cuda`.
 
     Args:
         weights: see :class:`Trace`.
         autocast: see :func:`autocasting`.
+
+    Yields:
+        The trace.
     """
     trace = Trace(weights)
     with OneAttention(trace), trace, autocasting(autocast):
@@ -165,7 +168,7 @@ def tracing(weights: Iterable[Tensor] = (), autocast: torch.dtype | None = None)
 
 @contextmanager
 def autocasting(dtype: torch.dtype | None) -> Iterator[None]:
-    """CUDA's automatic casts to a type; none for None. (``torch.autocast`` refuses where there is no CUDA.)"""
+    """Enable CUDA autocast to a type; None leaves it as it is. ``torch.autocast`` refuses to do so without CUDA."""
     if dtype is None:
         yield
         return
@@ -181,12 +184,12 @@ def autocasting(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def fake(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor on the fake CUDA device; inside :func:`fake_cuda`."""
+    """Return a tensor on the fake CUDA device; to be used inside :func:`fake_cuda`."""
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
 def fake_parameters(module: nn.Module, dtype: torch.dtype) -> list[Tensor]:
-    """Give a module from the meta device parameters on a fake CUDA device; inside :func:`fake_cuda`."""
+    """Replace a meta module's parameters by ones on the fake CUDA device and return them; inside :func:`fake_cuda`."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             setattr(part, name, nn.Parameter(fake(parameter.shape, dtype), requires_grad=False))
@@ -204,7 +207,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _size(tensors: Iterable[Tensor]) -> int:
-    """Bytes; what is repeated by expansion is there once."""
+    """Return the number of bytes; expanded dimensions count once."""
     return sum(
         t.element_size() * math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride != 0)
         for t in tensors
@@ -212,7 +215,7 @@ def _size(tensors: Iterable[Tensor]) -> int:
 
 
 def _launches_of(name: str, args: Any, kwargs: Any) -> int:
-    """How many kernels one of our operations launches on a GPU, from its launch code."""
+    """Return how many kernels one of the project's operations launches on a GPU, according to its launch code."""
     from torch._library.custom_ops import OPDEFS
     from triton.runtime.jit import JITFunction
 
@@ -229,7 +232,7 @@ def _launches_of(name: str, args: Any, kwargs: Any) -> int:
         mock.patch.object(JITFunction, "run", note),
         mock.patch.object(torch.cuda, "device_of", nullcontext),
         mock.patch.object(configs, "_capability", return_value=90),
-        mock.patch.object(forward, "_one", return_value=None),  # made once, and kept: a fake one must not be
+        mock.patch.object(forward, "_one", return_value=None),  # a cached tensor: no fake one may enter the cache
         Trace() as inside,
     ):
         launch(*args, **kwargs)
