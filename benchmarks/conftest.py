@@ -1,7 +1,8 @@
-"""What the entry points for pytest-benchmark share: ``pytest benchmarks --benchmark-only``.
+"""Fixtures of the pytest-benchmark entry points: ``pytest benchmarks --benchmark-only``.
 
-On a GPU, where there is one, at the published model's sizes; else on the CPU at tiny ones: the commands' own would take
-many minutes there. Nothing wrong gets a time: a variant whose output fails its check fails its benchmark.
+They run on a GPU if there is one, at the published model's sizes; otherwise on the CPU at tiny sizes, because the
+commands' own would take many minutes there. A variant whose output fails its check fails its benchmark and gets no
+time.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ WARM_UP = 3
 
 
 class Time(Protocol):
-    """See :func:`time_right`."""
+    """Type of the fixture :func:`time_right`."""
 
     def __call__(self, case: str, variant: str, call: Callable[[], object], faults: Sequence[str], **more: Any) -> None:
-        """Fail where there are faults, else time the call."""
+        """Fail if there are faults, otherwise time the call."""
 
 
 @pytest.fixture
 def time_right(benchmark: Any) -> Time:
-    """Times a call that is right, until the device is done; variants of a case are one group of the report."""
+    """Return a function that times a correct call until the device is done; a case's variants form one report group."""
     device = place_of("auto")
 
     def time(case: str, variant: str, call: Callable[[], object], faults: Sequence[str], **more: Any) -> None:
@@ -49,6 +50,6 @@ def time_right(benchmark: Any) -> Time:
 
 @pytest.fixture(autouse=True, scope="session")
 def many_models() -> Iterator[None]:
-    """Many models of one class are compiled here, a sampling has one: its limit would be reached too soon."""
+    """Raise Dynamo's limit: many models of one class are compiled here, whereas sampling compiles only one."""
     with torch._dynamo.config.patch(recompile_limit=64):
         yield

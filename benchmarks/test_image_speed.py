@@ -1,4 +1,4 @@
-"""Whole images, engine beside reference, in steady state: the cases of ``pixelflow bench images``."""
+"""Whole images in steady state, engine against reference: the cases of ``pixelflow bench images``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GPU = DEVICE.type == "cuda"
 CONFIG = SHAPES["xl" if GPU else "tiny"]
 DTYPE = torch.bfloat16 if GPU else torch.float32
 VARIANTS = [name for name in (ON_GPU if GPU else ON_CPU) if name != PUBLIC]
-"""The published code needs a checkout, which ``bench images`` is told."""
+"""All variants but the published code, which needs a checkout (``bench images --public``)."""
 
 PROBLEMS = [
     ImageProblem(config=CONFIG, batch=batch, steps=10 if GPU else 2, dtype=DTYPE, device=DEVICE)
@@ -30,14 +30,14 @@ PROBLEMS = [
 
 
 class Expected:
-    """Models of all variants, each made when it is first asked for; the reference's images and those in float64."""
+    """All variants' models, each made on first use, with the reference's images and those in float64."""
 
     def __init__(self) -> None:
         self.opponents = ImageOpponents(CONFIG, random_weights(CONFIG, DEVICE, DTYPE), DTYPE, DEVICE)
         self.known: dict[ImageProblem, tuple[Tensor, Tensor]] = {}
 
     def get(self, problem: ImageProblem) -> tuple[Tensor, Tensor]:
-        """Both."""
+        """Return the reference's images and the float64 images of a problem."""
         if problem not in self.known:
             self.known[problem] = self.opponents.call(REFERENCE, problem)(), self.opponents.truth(problem)
         return self.known[problem]
@@ -54,7 +54,7 @@ def expected() -> Iterator[Expected]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: f"b{problem.batch}")
 def test_images(problem: ImageProblem, variant: str, expected: Expected, time_right: Any) -> None:
-    """One variant; seconds are of the whole batch."""
+    """Time one variant; seconds are of the whole batch."""
     plain, truth = expected.get(problem)
     try:
         call = expected.opponents.call(variant, problem)

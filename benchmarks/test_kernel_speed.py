@@ -1,6 +1,7 @@
-"""Every kernel beside plain PyTorch: the cases of ``pixelflow bench kernels``.
+"""Every kernel against plain PyTorch: the cases of ``pixelflow bench kernels``.
 
-A call is timed as a program makes it, with warm caches and the launch; ``bench kernels`` flushes and replays graphs.
+Calls are timed as a program makes them, with warm caches and including the launch, whereas ``bench kernels`` flushes
+the cache and replays graphs.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ VARIANTS = {
     "cascade.training_pairs": BOTH,
     "adamw.update": ("ours", "eager", "torch fused"),
 }
-"""By kernel, so that collecting them makes no tensors."""
+"""Variants by kernel, listed so that collecting the tests creates no tensors."""
 
 DEVICE = place_of("auto")
 ON_GPU = DEVICE.type == "cuda"
@@ -50,7 +51,7 @@ BATCH, DTYPE = (16, torch.bfloat16) if ON_GPU else (1, torch.float32)
 
 
 def stages_of(kernel: str) -> list[int]:
-    """Where a kernel has a case, the largest first; on a CPU only its smallest."""
+    """Return the stages for which a kernel has a case, the largest first; on a CPU only its smallest."""
     last = len(STAGE_SIDES) - 1
     first = {"cascade.draw_renoise": 1, "cascade.renoise": 1, "cascade.training_pairs": last, "adamw.update": last}.get(
         kernel, 0
@@ -59,7 +60,7 @@ def stages_of(kernel: str) -> list[int]:
 
 
 def cases() -> Iterator[Any]:
-    """A kernel, a stage, a variant: most important first; what belongs to one case is together."""
+    """Yield kernel, stage and variant, the most important first; the variants of a case are adjacent."""
     for op in OPS:
         for kernel in (name for name in VARIANTS if name.startswith(f"{op}.")):
             for stage in stages_of(kernel):
@@ -69,13 +70,13 @@ def cases() -> Iterator[Any]:
 
 @dataclass
 class Current:
-    """The one case whose tensors live, with what its variants are checked against."""
+    """The one case whose tensors are in memory, with the results that its variants are checked against."""
 
     name: str = ""
     case: Case | None = None
 
     def get(self, kernel: str, stage: int) -> Case:
-        """Make it, unless it is there."""
+        """Return the case, making it and dropping the previous one if it is another."""
         problem = Problem(stage, BATCH, DTYPE, DEVICE)
         name = f"{kernel}/{problem.label}"
         if self.case is None or self.name != name:
@@ -97,7 +98,7 @@ def current() -> Current:
 
 @pytest.mark.parametrize(("kernel", "stage", "variant"), [*cases()])
 def test_kernel(kernel: str, stage: int, variant: str, current: Current, time_right: Any) -> None:
-    """One variant of one case."""
+    """Time one variant of one case."""
     case = current.get(kernel, stage)
     if variant in case.absent:
         pytest.skip(f"{variant}: {case.absent[variant]}")

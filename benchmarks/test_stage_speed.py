@@ -1,4 +1,4 @@
-"""The stages of the model, engine beside reference: the cases of ``pixelflow bench stages``."""
+"""The stages of the model, engine against reference: the cases of ``pixelflow bench stages``."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ CONFIG = SHAPES["xl" if ON_GPU else "tiny"]
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 BATCH, STEPS = (16, None) if ON_GPU else (2, 2)
 WANTED = tuple(name for name in VARIANTS if name != PUBLIC)
-"""The published code needs a checkout, which ``bench stages`` is told."""
+"""All variants but the published code, which needs a checkout (``bench stages --public``)."""
 
 
 def cases() -> Iterator[Any]:
-    """Problems and variants, most important first."""
+    """Yield problems and variants, the most important first."""
     stages = range(CONFIG.scheduler.num_stages)
     work = tasks(CONFIG, WANTED, stages, [BATCH], ["euler", "dopri5"], STEPS, DTYPE, DEVICE)
     for problem, variant in dict.fromkeys((task.problem, variant) for task in work for variant in task.variants):
@@ -39,7 +39,7 @@ def cases() -> Iterator[Any]:
 
 @dataclass
 class Known:
-    """The reference's run; of Euler the first state in float64, of Dopri5 the reference's first attempt."""
+    """The reference's run, with the first state in float64 for Euler, or the reference's first attempt for Dopri5."""
 
     ran: Ran
     truth: tuple[Tensor, float] | None
@@ -48,13 +48,13 @@ class Known:
 
 @dataclass
 class Expected:
-    """What variants of the problem at hand are checked against."""
+    """Results that variants of the current problem are checked against."""
 
     opponents: Opponents
     known: dict[StageProblem, Known] = field(default_factory=dict)
 
     def get(self, problem: StageProblem) -> Known:
-        """Of the problem."""
+        """Return those of a problem, dropping the previous problem's."""
         if problem not in self.known:
             self.known.clear()
             gc.collect()
@@ -69,7 +69,7 @@ class Expected:
 
 @pytest.fixture(scope="module")
 def expected() -> Iterator[Expected]:
-    """Models of all variants, each made when it is first asked for."""
+    """Yield the opponents, whose models are made on first use."""
     opponents = Opponents(CONFIG, random_weights(CONFIG, DEVICE, DTYPE), DTYPE, None)
     yield Expected(opponents)
     opponents.close()
@@ -77,7 +77,7 @@ def expected() -> Iterator[Expected]:
 
 @pytest.mark.parametrize(("problem", "variant"), [*cases()])
 def test_stage(problem: StageProblem, variant: str, expected: Expected, time_right: Any) -> None:
-    """One variant of one problem; seconds are of a whole run."""
+    """Time one variant of one problem; seconds are of a whole run."""
     known = expected.get(problem)
     run = expected.opponents.runs(variant, problem)
     if run is None:

@@ -1,4 +1,4 @@
-"""Steps of training, the project's loop beside the reference's: the cases of ``pixelflow bench training``."""
+"""Training steps, the project's loop against the reference's: the cases of ``pixelflow bench training``."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ GPU = DEVICE.type == "cuda"
 SHAPE = "xl" if GPU else "tiny"
 CONFIG, DTYPE = SHAPES[SHAPE], torch.bfloat16 if GPU else torch.float32
 VARIANTS = [name for name in (ON_GPU if GPU else ON_CPU) if name != PUBLIC]
-"""The published code needs a checkout, which ``bench training`` is told."""
+"""All variants but the published code, which needs a checkout (``bench training --public``)."""
 
 PROBLEMS = [TrainingProblem(config=CONFIG, batch=batch, dtype=DTYPE, device=DEVICE) for batch in BATCHES[SHAPE]]
 
 
 class Known:
-    """Models of all variants, each made when it is first asked for; of each problem the gradients to expect."""
+    """All variants' models, each made on first use, and the expected gradients of the current problem."""
 
     def __init__(self) -> None:
         self.opponents = TrainingOpponents(CONFIG, random_weights(CONFIG, DEVICE), DTYPE, DEVICE, None)
         self._expected: dict[TrainingProblem, Expected] = {}
 
     def get(self, problem: TrainingProblem) -> Expected:
-        """Those of the reference, and in float64."""
+        """Return the expected gradients, the reference's, in the variants' types and in float64."""
         if problem not in self._expected:
             batch, weights = problem.fixed_batch(), self.opponents.weights
             plain, truth = (reference_gradients(problem, weights, batch, t) for t in (torch.float32, torch.float64))
@@ -59,7 +59,7 @@ def known() -> Iterator[Known]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: f"b{problem.batch}")
 def test_training(problem: TrainingProblem, variant: str, known: Known, time_right: Any) -> None:
-    """One variant; seconds are of a step, drawing its batch included."""
+    """Time one variant; seconds are of a step, which includes drawing its batch."""
     expected, opponents = known.get(problem), known.opponents
     opponents.reset()
     run = opponents.run(variant, problem)

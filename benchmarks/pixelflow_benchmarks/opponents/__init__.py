@@ -1,1 +1,1 @@
-"""Who runs beside the engine: the reference with random weights, a checkout of the published code."""
+"""Opponents of the engine in benchmarks: the reference with random weights, and a checkout of the published code."""

@@ -1,7 +1,7 @@
-"""A checkout of the published code, in a process of its own: ``python -m pixelflow_benchmarks.opponents.public_code``.
+"""Run a checkout of the published code in its own process: ``python -m pixelflow_benchmarks.opponents.public_code``.
 
-It is never needed, and nothing of it is here: it is imported from where it lies, with what it imports in turn. It runs
-apart because its packages would otherwise be loaded beside ours, and because it prints what it likes.
+The checkout is optional and nothing of it is copied here: it is imported from its folder, with its own dependencies. It
+runs in a process of its own so that these packages are not loaded beside the project's, and because it prints freely.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .published import import_published, rotary_places
 
 
 def trace(path: Path, sequences: int, side: int) -> list[dict[str, Any]]:
-    """Operations of one of its blocks under bf16 autocast; the places' table comes from the CPU, as in its sampler."""
+    """Trace a published block under bf16 autocast; its position table is on the CPU, as in the published sampler."""
     published = import_published(path, "pixelflow.model")
     places = rotary_places(side, HEAD_DIM)
     with torch.device("meta"):
@@ -39,7 +39,7 @@ def trace(path: Path, sequences: int, side: int) -> list[dict[str, Any]]:
 
 
 def serve(make: Callable[[], Any]) -> None:
-    """Answer requests, a line of JSON each, until there are no more: ``do`` names a method of what ``make`` gives."""
+    """Answer requests, one line of JSON each, until stdin ends; ``do`` names a method of what ``make`` returns."""
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         server = make()
@@ -49,9 +49,10 @@ def serve(make: Callable[[], Any]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """``trace PATH SEQUENCES SIDE``: JSON on the last line of the output.
+    """Run a command line.
 
-    ``sample PATH SHAPE DTYPE DEVICE`` and ``train PATH SHAPE DTYPE DEVICE``: requests are answered.
+    ``trace PATH SEQUENCES SIDE`` prints JSON on the last line of the output. ``sample PATH SHAPE DTYPE DEVICE`` and
+    ``train PATH SHAPE DTYPE DEVICE`` answer requests.
     """
     command, path, *rest = arguments
     if command == "sample":

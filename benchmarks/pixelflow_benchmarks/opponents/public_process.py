@@ -1,4 +1,4 @@
-"""The published code as an opponent: its process answers one request at a time, so that it takes turns with ours."""
+"""The published code as an opponent: its process answers one request at a time, so it takes turns with the others."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class PublicProcess:
 
     Args:
         path: the checkout.
-        config: of the model, one of :data:`~.random_models.SHAPES`.
-        dtype: bfloat16 by automatic casts, or float32.
-        device: where.
-        serve: what it does, ``sample`` or ``train``.
+        config: configuration of the model, one of :data:`~.random_models.SHAPES`.
+        dtype: bfloat16 by autocast, or float32.
+        device: where the model runs.
+        serve: what the process serves, ``sample`` or ``train``.
 
     Raises:
-        RuntimeError: it does not start; the message has the last line of what it said.
+        RuntimeError: the process does not start; the message contains the last line of its stderr.
     """
 
     def __init__(
@@ -62,11 +62,15 @@ class PublicProcess:
 
     @property
     def ended(self) -> bool:
-        """Whether the process is no more."""
+        """Whether the process has exited."""
         return self.process.poll() is not None
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send a request, wait for the answer."""
+        """Send a request and wait for the answer.
+
+        Raises:
+            RuntimeError: the process has ended; the message contains the last line of its stderr.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -81,9 +85,9 @@ class PublicProcess:
         return found
 
     def close(self) -> None:
-        """End it."""
+        """Close the process's stdin, wait for it to exit, and remove its temporary folder."""
         if self.process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):  # what it did not read any more
+            with contextlib.suppress(BrokenPipeError):  # requests that it no longer reads
                 self.process.stdin.close()
         self.process.wait()
         if self.process.stdout is not None:

@@ -1,4 +1,4 @@
-"""The sampler of a checkout of the published code, served from its process, see :mod:`.public_code`."""
+"""The published code's sampler, served from its own process, see :mod:`.public_code`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .random_models import SHAPES, random_weights
 
 
 class Enough(Exception):  # noqa: N818
-    """An integration has had as many attempts as it is given.
+    """Raised to stop an integration after its allowed number of attempts.
 
     Args:
-        x: the state that it asked for next.
+        x: the state that the solver asked to evaluate next.
     """
 
     def __init__(self, x: torch.Tensor) -> None:
@@ -29,17 +29,17 @@ class Enough(Exception):  # noqa: N818
 
 
 class Counted:
-    """A velocity field that is evaluated at most so often; its solver has no bound of its own.
+    """A velocity field with a limit on evaluations, for a solver that has no limit of its own.
 
     Raises:
-        Enough: when it is asked once more.
+        Enough: at the first evaluation beyond the limit.
     """
 
     def __init__(self, field: Callable[..., torch.Tensor], most: int) -> None:
         self.field, self.most, self.evaluations = field, most, 0
 
     def __call__(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        """The velocity."""
+        """Return the velocity."""
         if self.evaluations == self.most:
             raise Enough(x)
         self.evaluations += 1
@@ -47,13 +47,13 @@ class Counted:
 
 
 class SamplingServer:
-    """Its model with random weights, run on request: a stage, or whole images.
+    """The published model with random weights, run on request: a stage, or whole images.
 
     Args:
         path: the checkout.
         shape: a name of :data:`pixelflow_benchmarks.opponents.random_models.SHAPES`.
-        dtype: bfloat16 by automatic casts, as its sampler is run, or float32.
-        device: where.
+        dtype: bfloat16 by autocast, as the published sampler is run, or float32.
+        device: where the model runs.
     """
 
     def __init__(self, path: Path, shape: str, dtype: str, device: str) -> None:
@@ -66,11 +66,11 @@ class SamplingServer:
         self.scheduler = scheduling.PixelFlowScheduler(scheduler.num_train_timesteps, num_stages=scheduler.num_stages)
 
     def hello(self) -> dict[str, Any]:
-        """It is there."""
+        """Answer that the process is ready."""
         return {}
 
     def prepare(self, stage: int, batch: int, steps: int, solver: Literal["euler", "dopri5"]) -> dict[str, Any]:
-        """Make what does not belong to a step."""
+        """Set up everything that is not part of a step, and reset the peak of memory."""
         self.problem = StageProblem(
             config=self.config,
             stage=stage,
@@ -93,7 +93,11 @@ class SamplingServer:
 
     @torch.no_grad()
     def run(self, keep: str | None = None) -> dict[str, Any]:
-        """All steps of the stage, its states to the file ``keep``; how many, and the peak of memory on a GPU."""
+        """Run all steps of the stage and save its states to the file ``keep``.
+
+        Returns:
+            The number of steps (attempts, for Dopri5), of evaluations, and the peak memory in bytes on a GPU.
+        """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             states, evaluations = self._euler() if self.problem.solver == "euler" else self._dopri5()
         peak = None
@@ -106,7 +110,7 @@ class SamplingServer:
         return {"steps": steps, "evaluations": evaluations, "peak_bytes": peak}
 
     def _euler(self) -> tuple[dict[str, torch.Tensor], int]:
-        """The first state and the last."""
+        """Return the state after the first step and after the last, and the number of steps."""
         steps, x, first = self.problem.steps, self.x, self.x
         self.scheduler.set_timesteps(steps, self.problem.stage, device=self.device, shift=1.0)
         for step, moment in enumerate(self.scheduler.Timesteps):
@@ -121,7 +125,7 @@ class SamplingServer:
         return {"first": first, "end": x}, steps
 
     def _dopri5(self) -> tuple[dict[str, torch.Tensor], int]:
-        """The last state by its wrapper of torchdiffeq, or that which is looked at after enough attempts."""
+        """Return the final state from the published wrapper of torchdiffeq, or the one evaluated after all attempts."""
         solving = importlib.import_module("pixelflow.solver_ode_wrapper")
         tolerance = Tolerance()
         solver = solving.ODE(
@@ -151,7 +155,7 @@ class SamplingServer:
 
     @torch.no_grad()
     def images(self, labels: list[int], steps: int, guidance: float, seed: int, keep: str | None) -> dict[str, Any]:
-        """Whole images by its pipeline; they go to the file ``keep``, ``[B, c, H, W]`` in [0, 1]."""
+        """Generate whole images by the published pipeline, saved to the file ``keep`` as ``[B, c, H, W]`` in [0, 1]."""
         pipelines = importlib.import_module("pixelflow.pipeline_pixelflow")
         pipeline = pipelines.PixelFlowPipeline(self.scheduler, self.model)
         torch.manual_seed(seed)

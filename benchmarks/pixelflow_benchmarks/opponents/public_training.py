@@ -1,8 +1,8 @@
-"""The training step of a checkout of the published code, served from its process, see :mod:`.public_code`.
+"""The published code's training step, served from its own process, see :mod:`.public_code`.
 
-Batches, model and averages are the checkout's own; what stands in its script between them is done here in its order.
-It trains in one process, so nothing is reduced between devices. Its loader's other processes are left out: a batch is
-made in the step, like everybody's.
+Batches, model and averages are the checkout's own code; the parts between them, which stand in its script, are repeated
+here in the same order. Training runs in one process, so nothing is reduced between devices. The published loader's
+worker processes are left out: a batch is made within the step, as for all other variants.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .random_models import SHAPES, random_weights
 
 
 class TrainingServer:
-    """Its model with random weights, trained step by step on request.
+    """The published model with random weights, trained step by step on request.
 
     Args:
         path: the checkout.
         shape: a name of :data:`pixelflow_benchmarks.opponents.random_models.SHAPES`.
-        dtype: bfloat16 by automatic casts, as it trains, or float32.
-        device: where.
+        dtype: bfloat16 by autocast, as in published training, or float32.
+        device: where the model runs.
 
     Raises:
-        RuntimeError: nothing here can attend to its packs.
+        RuntimeError: no available attention can run its packs.
     """
 
     def __init__(self, path: Path, shape: str, dtype: str, device: str) -> None:
@@ -59,7 +59,7 @@ class TrainingServer:
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
 
     def _give_attention(self) -> None:
-        """It asks for flash-attn; PyTorch's own kernel of the same kind serves as well."""
+        """Provide variable-length attention if flash-attn is missing: PyTorch's own kernel of the same kind."""
         if self.published.flash_attn_varlen_func is not None:
             return
         if self.device.type != "cuda" or (reason := flash.why_not(self.dtype)) is not None:
@@ -83,11 +83,11 @@ class TrainingServer:
         self.published.flash_attn_varlen_func = attend
 
     def hello(self) -> dict[str, Any]:
-        """It is there."""
+        """Answer that the process is ready."""
         return {}
 
     def prepare(self, batch: int) -> dict[str, Any]:
-        """Begin anew, with the first weights."""
+        """Start again from the initial weights."""
         self.problem = TrainingProblem(config=self.config, batch=batch, dtype=self.dtype, device=self.device)
         self.data, self.position = self.problem.images(), 0
         random.seed(SEED)
@@ -100,7 +100,7 @@ class TrainingServer:
         return {}
 
     def draw(self, keep: str) -> dict[str, Any]:
-        """A batch of its loader goes to the file ``keep``."""
+        """Save a batch of the published loader to the file ``keep``."""
         found = self._batch()
         sizes = found["batch_latent_size"]
         largest = self.config.resolution // self.config.model.patch_size
@@ -117,7 +117,7 @@ class TrainingServer:
         return {}
 
     def gradients(self, batch: str, keep: str) -> dict[str, Any]:
-        """Losses and gradients of the batch in a file, no label dropped, to the file ``keep``."""
+        """Save losses and gradients of the batch in the file ``batch``, dropping no label, to the file ``keep``."""
         given = torch.load(batch, weights_only=True)
         sides = given["sizes"].tolist()
         lengths = [side * side for side in sides]
@@ -147,7 +147,7 @@ class TrainingServer:
         return {}
 
     def step(self, timed: bool) -> dict[str, Any]:
-        """A whole step, and how long its parts took if that is asked."""
+        """Run a whole step and report it, with the time of its parts if ``timed``."""
         if not timed:
             return self._report(*self._step(UNTIMED))
         clock = PhaseClock(self.device)
@@ -156,13 +156,13 @@ class TrainingServer:
         return self._report(*reported) | {"seconds": clock.seconds, "whole": clock.whole}
 
     def probe(self, keep: str) -> dict[str, Any]:
-        """A parameter and its average, to the file ``keep``."""
+        """Save a parameter and its average to the file ``keep``."""
         found = (dict(model.named_parameters())[PROBE].detach().cpu() for model in (self.model, self.ema))
         torch.save(dict(zip(("weight", "average"), found, strict=True)), keep)
         return {}
 
     def peak(self) -> dict[str, Any]:
-        """The most memory that a step needs."""
+        """Return the peak memory of a step in bytes; None on a CPU."""
         if self.device.type != "cuda":
             return {"bytes": None}
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -171,7 +171,7 @@ class TrainingServer:
         return {"bytes": torch.cuda.max_memory_allocated(self.device)}
 
     def release(self) -> dict[str, Any]:
-        """Make room for others."""
+        """Free gradients and cached memory for the other variants."""
         self.optimizer.zero_grad()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -206,7 +206,7 @@ class TrainingServer:
         return {name: x.to(self.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
 
     def _losses(self, batch: dict[str, Any]) -> Tensor:
-        """Of each image."""
+        """Return the loss of each image."""
         batch = self._on_device(batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.problem.casts):
             out = self.model(

@@ -1,4 +1,4 @@
-"""What is taken out of a checkout of the published code, in the process that imports it (see :mod:`.public_code`)."""
+"""Parts taken from a checkout of the published code, in the process that imports it (see :mod:`.public_code`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pixelflow_engine import PixelFlowConfig
 
 
 def rotary_places(side: int, head_dim: int) -> torch.Tensor:
-    """The table of cosines and sines that its sampler makes for square images."""
+    """Return the table of cosines and sines that the published sampler makes for square images."""
     embeddings = importlib.import_module("diffusers.models.embeddings")
     table = embeddings.get_2d_rotary_pos_embed(
         embed_dim=head_dim, crops_coords=((0, 0), (side, side)), grid_size=(side, side)
@@ -22,10 +22,10 @@ def rotary_places(side: int, head_dim: int) -> torch.Tensor:
 
 
 def import_published(path: Path, name: str) -> Any:
-    """A module of the checkout.
+    """Import a module of the checkout.
 
     Raises:
-        FileNotFoundError: there is no checkout.
+        FileNotFoundError: there is no checkout at ``path``.
     """
     if not (path / "pixelflow" / "model.py").is_file():
         raise FileNotFoundError(f"public: got {path}, expected a folder with pixelflow/model.py")
@@ -34,7 +34,7 @@ def import_published(path: Path, name: str) -> Any:
 
 
 def published_model(published: Any, config: PixelFlowConfig) -> Any:
-    """Its model of that shape, as it draws it."""
+    """Return the published model of that shape, with its own initialization."""
     names = ("in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "depth", "patch_size")
     fields = {name: getattr(config.model, name) for name in (*names, "attention_bias", "num_classes")}
     return published.PixelFlowModel(**fields)

@@ -1,4 +1,4 @@
-"""Models of a given shape with random weights: speed does not depend on values, and nothing need be downloaded."""
+"""Models of given shapes with random weights: speed does not depend on values, and nothing has to be downloaded."""
 
 from __future__ import annotations
 
@@ -30,22 +30,23 @@ SHAPES = {
         resolution=16,
     ),
 }
-"""``xl`` is the published class-to-image model; ``cpu`` a narrow one of the same tokens; ``small`` the
-bundled one's, 32 pixels wide; ``tiny`` is for tests."""
+"""``xl`` is the published class-to-image model; ``cpu`` is a narrow model with the same token counts; ``small`` is of
+the bundled model's shape, 32 pixels wide; ``tiny`` is for tests."""
 
 
 def random_weights(
     config: PixelFlowConfig, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Weights under the published names, every one random; the same numbers for one seed and kind of device.
+    """Draw random weights under the published names, the same for one seed and kind of device.
 
-    Matrices keep the size of what they multiply, modulations are small, so that activations of any depth stay tame.
+    Matrices preserve the magnitude of their inputs and modulations are small, so that activations stay bounded at any
+    depth.
 
     Args:
-        config: of the model.
-        device: where they are drawn and stay.
-        dtype: what they are rounded to; they come in float32.
-        seed: of the draws.
+        config: configuration of the model.
+        device: where the weights are drawn and stay.
+        dtype: type that the values are rounded to; the tensors are float32.
+        seed: seed of the draws.
     """
     generator = torch.Generator(device).manual_seed(seed)
     weights = {}
@@ -71,7 +72,7 @@ def random_engine(
     compile: bool = False,
     graphs: bool = False,
 ) -> PixelFlowEngine:
-    """An engine whose weights are its own."""
+    """Return an engine with its own copy of the weights."""
     with torch.device("meta"):
         model = PackedTransformer(config.model)
     _load(model, weights, dtype)
@@ -81,14 +82,14 @@ def random_engine(
 def random_reference(
     config: PixelFlowConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> PixelFlowTransformer:
-    """The reference model, its weights its own, without gradients."""
+    """Return the reference model with its own copy of the weights, without gradients."""
     model = reference_without_weights(config)
     _load(model, weights, dtype)
     return model.requires_grad_(False).eval()
 
 
 def reference_without_weights(config: PixelFlowConfig) -> PixelFlowTransformer:
-    """The reference model on the meta device."""
+    """Return the reference model on the meta device."""
     names = (
         "depth", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size",
         "num_classes",
@@ -98,7 +99,7 @@ def reference_without_weights(config: PixelFlowConfig) -> PixelFlowTransformer:
 
 
 def compile_blocks(model: PixelFlowTransformer) -> None:
-    """The reference under torch.compile, block by block, a graph for each shape."""
+    """Apply torch.compile to the reference block by block, with one graph per shape."""
     for block in model.transformer_blocks:
         block.compile(dynamic=False)
 

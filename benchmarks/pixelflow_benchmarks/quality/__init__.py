@@ -1,1 +1,1 @@
-"""How good generated images are."""
+"""Quality of generated images."""

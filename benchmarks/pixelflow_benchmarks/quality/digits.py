@@ -1,4 +1,4 @@
-"""The evaluation of the bundled digits: settings of the sampler side by side, over several seeds."""
+"""Evaluation of generated digits: several settings of the sampler, each over several seeds."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Setting:
     """One way to sample.
 
     Attributes:
-        solver: of every stage.
-        steps: Euler's, of every stage or of each.
+        solver: solver of every stage.
+        steps: Euler's steps, one number for every stage or one for each.
         rtol: Dopri5's relative tolerance.
-        guidance_schedule, guidance_scale: the weights of guidance.
+        guidance_schedule, guidance_scale: the guidance weights.
     """
 
     solver: Literal["euler", "dopri5"] = "euler"
@@ -39,7 +39,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """What a reader calls it."""
+        """The setting's name in tables."""
         tolerance = "" if self.rtol == 1e-3 else f" {self.rtol:g}"
         steps = f"Euler {self.steps}" if self.solver == "euler" else f"Dopri5{tolerance}"
         guidance = "no guidance" if self.guidance_scale == 1 else f"{self.guidance_schedule} {self.guidance_scale:g}"
@@ -60,7 +60,11 @@ SETTINGS = (
 def sample_digits(
     engine: PixelFlowEngine, setting: Setting, count: int, seed: int, batch_size: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], list[tuple[StageReport, ...]]]:
-    """``count`` images ``[N, R, R, c]`` with classes in turn, their classes, and the stages of each batch."""
+    """Sample ``count`` images, the classes in turn.
+
+    Returns:
+        Images ``[N, R, R, c]``, their classes ``[N]``, and the stage reports of each batch.
+    """
     classes = engine.config.model.num_classes
     labels = [i % classes for i in range(count)]
     parts, reports = [], []
@@ -83,10 +87,10 @@ def sample_digits(
 def evaluate_digits(
     engine: PixelFlowEngine, count: int, repeats: int, batch_size: int, settings: tuple[Setting, ...], quiet: bool
 ) -> Iterator[dict[str, Any]]:
-    """Score every setting with ``repeats`` disjoint sets of seeds; first real digits and noise.
+    """Score real digits and noise, then every setting with ``repeats`` disjoint sets of seeds.
 
     Yields:
-        records: ``kind`` (``environment``, ``judge``, ``real``, ``noise`` or ``generated``) and figures; see
+        Records with ``kind`` (``environment``, ``judge``, ``real``, ``noise`` or ``generated``) and figures; see
         :class:`Scores`.
     """
     yield {"kind": "environment", **environment()}

@@ -1,7 +1,7 @@
-"""Quality of generated digits, each measure beside what real and meaningless images get.
+"""Measures of the quality of generated digits, each compared with the values of real digits and of noise.
 
 Everything is measured on the 8x8 grid of the original scans (block means of the larger images, values 0..16), because
-that is all the detail that real digits have.
+real digits contain no more detail than that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FEATURES = 64
 
 
 def scan_values(images: NDArray[np.float32] | NDArray[np.uint8]) -> Float:
-    """Images ``[N, R, R, c]`` (uint8, or float in [0, 1]) as scans ``[N, 64]`` of values 0..16, channels averaged."""
+    """Convert images ``[N, R, R, c]`` (uint8, or float in [0, 1]) to scans ``[N, 64]``, 0..16, channels averaged."""
     scale = 16 / 255 if images.dtype == np.uint8 else 16.0
     grey = images.mean(axis=-1, dtype=np.float64) * scale
     count, side, _ = grey.shape
@@ -33,15 +33,15 @@ def scan_values(images: NDArray[np.float32] | NDArray[np.uint8]) -> Float:
 
 
 def set_values(images: ImageSet) -> tuple[Float, Labels]:
-    """The scans and labels of an image set."""
+    """Return the scans ``[N, 64]`` and labels ``[N]`` of an image set."""
     return scan_values(images.images.permute(0, 2, 3, 1).numpy()), images.labels.numpy()
 
 
 def frechet_distance(a: Float, b: Float) -> float:
-    """Frechet distance of two Gaussians fitted to ``[n, d]`` and ``[m, d]``.
+    """Return the Frechet distance between two Gaussians fitted to ``[n, d]`` and ``[m, d]``.
 
-    ``|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))``; the trace of the root is the sum of the roots of the
-    eigenvalues of ``S_a^(1/2) S_b S_a^(1/2)``.
+    ``|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))``. The trace of the root is computed as the sum of the square
+    roots of the eigenvalues of ``S_a^(1/2) S_b S_a^(1/2)``.
     """
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = linalg.eigh(cov_a)
@@ -51,24 +51,24 @@ def frechet_distance(a: Float, b: Float) -> float:
 
 
 def nearest(queries: Float, points: Float) -> Float:
-    """Distance of each query ``[n, d]`` to its nearest point ``[m, d]``, as root mean square over ``d``."""
+    """Return each query's distance to its nearest point, ``[n, d]`` and ``[m, d]``, as root mean square over ``d``."""
     squares = np.square(queries).sum(1)[:, None] + np.square(points).sum(1)[None] - 2 * queries @ points.T
     return np.sqrt(squares.min(1).clip(min=0) / queries.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """How good a set of digits is.
+    """Quality of a set of digits.
 
     Attributes:
-        agreement: fraction that the classifier reads as the class asked for.
+        agreement: fraction of digits that the classifier assigns to the requested class.
         frechet: Frechet distance to held-out real digits in the 64 hidden features of a small network.
         frechet_scan: the same on the 64 scan values.
         novelty: share of digits whose nearest real digit is a held-out one, over the share of held-out digits among
-            the real ones: about 1 for digits that know neither set, 0 for copies of training digits.
-        copies: fraction nearer to a training digit than 99 of 100 held-out digits are.
+            the real ones: about 1 for digits that depend on neither set, 0 for copies of training digits.
+        copies: fraction of digits that are closer to a training digit than 99 % of the held-out digits are.
         nearest: median distance to the nearest training digit, in scan values (root mean square over the 64).
-        nearest_low: the same distance for the nearest 1 % of the digits.
+        nearest_low: 1 % quantile of the same distance.
     """
 
     agreement: float
@@ -81,11 +81,11 @@ class Scores:
 
 
 class Judge:
-    """Scores digits by models fitted to the real training digits.
+    """Scores digits with models fitted to the real training digits.
 
     Args:
         train, held_out: the real digits.
-        seed: of the hidden features.
+        seed: seed of the network that provides the features, and of the noise that is scored.
     """
 
     def __init__(self, train: ImageSet, held_out: ImageSet, seed: int = 0) -> None:
@@ -98,11 +98,11 @@ class Judge:
         self.near = self.nearest_real()[1]
 
     def features(self, scans: Float) -> Float:
-        """The network's hidden layer: ``[N, 64] -> [N, 64]``."""
+        """Return the network's hidden layer: ``[N, 64] -> [N, 64]``."""
         return np.maximum(scans / 16 @ self.network.coefs_[0] + self.network.intercepts_[0], 0)
 
     def score(self, scans: Float, labels: Labels) -> Scores:
-        """Score digits ``[N, 64]`` that were asked to show ``labels``."""
+        """Score digits ``[N, 64]`` that were requested with ``labels``."""
         to_train, to_held_out = nearest(scans, self.train), nearest(scans, self.held_out)
         held_out_share = len(self.held_out) / (len(self.held_out) + len(self.train))
         return Scores(
@@ -116,20 +116,20 @@ class Judge:
         )
 
     def score_real(self) -> Scores:
-        """Training digits against held-out ones: what a perfect model that knows the training set would get."""
+        """Score training digits against held-out ones: what a perfect model of the training set would get."""
         return self.score(self.train, self.train_labels)
 
     def score_noise(self, count: int = 1000) -> Scores:
-        """Independent uniform values with random labels: what knowing nothing gets."""
+        """Score independent uniform values with random labels: what a model without knowledge would get."""
         rng = np.random.default_rng(self.seed)
         return self.score(rng.uniform(0, 16, (count, FEATURES)), rng.integers(0, 10, count))
 
     def nearest_real(self) -> tuple[float, float]:
-        """Distances of held-out digits to their nearest training digit: the median, and that of the nearest 1 %."""
+        """Return the median and the 1 % quantile of held-out digits' distances to their nearest training digit."""
         distances = nearest(self.held_out, self.train)
         return float(np.median(distances)), float(np.quantile(distances, 0.01))
 
     def held_out_accuracy(self) -> tuple[float, float]:
-        """Accuracy on held-out real digits of the classifier and of the network whose features are used."""
+        """Return the accuracy on held-out digits of the classifier and of the network whose features are used."""
         network = self.network.score(self.held_out / 16, self.held_out_labels)
         return float(self.classifier.score(self.held_out, self.held_out_labels)), float(network)

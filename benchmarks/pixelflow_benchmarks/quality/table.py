@@ -1,4 +1,4 @@
-"""Records of ``pixelflow eval`` as a table."""
+"""Tables of the records of ``pixelflow eval digits``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pixelflow_benchmarks.harness.tables import TextTable
 
 
 def quality_table(records: Sequence[Record]) -> TextTable:
-    """A row per setting of an evaluation: mean and half the range over repeats; real digits and noise first.
+    """Tabulate an evaluation: real digits and noise, then each setting with mean and half the range over repeats.
 
-    ``nearest`` holds two distances to the nearest training digit: the median and that of the nearest 1 %.
+    ``nearest`` holds two distances to the nearest training digit: the median and the 1 % quantile.
     """
     environment, judge, *scored = records
     groups: dict[str, list[Record]] = defaultdict(list)
@@ -25,7 +25,7 @@ def quality_table(records: Sequence[Record]) -> TextTable:
         ("held-out digits", f"{100 * judge['held_out_accuracy_svm']:.1f} %", "", "", distances, "", "", "")
     ]
     for name, group in groups.items():
-        # The real digits are the training set itself.
+        # The real digits are the training set itself, to which distances would be zero.
         newness = (
             ["", "", ""]
             if name == "real"
@@ -55,7 +55,7 @@ def quality_table(records: Sequence[Record]) -> TextTable:
 
 
 def again_table(*evaluations: Sequence[Record]) -> TextTable:
-    """The first setting of other weights: the recipe with another seed, and the short recipe."""
+    """Tabulate evaluations of other weights (the recipe with another seed; the short recipe): their last setting."""
     names = ("`digits`, seed 1", "`digits-two-minutes`")
     tables = [quality_table(records) for records in evaluations]
     rows = [(name, *table.rows[-1][1:7]) for name, table in zip(names, tables, strict=True)]
@@ -63,6 +63,6 @@ def again_table(*evaluations: Sequence[Record]) -> TextTable:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean, and half the range where there are several."""
+    """Format the mean and, for several values, half the range."""
     mean = f"{np.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"

@@ -1,1 +1,1 @@
-"""The paper's ablations on real digits, at a size that a CPU can do."""
+"""The paper's ablations on real digits, at a size that a CPU can run."""

@@ -1,4 +1,4 @@
-"""Train, sample and score, one record at a time; what is there already is neither trained nor sampled again."""
+"""Train, sample and score, one record at a time; existing runs and records are not made again."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from .plan import PLAN, STAGES, TRUTH, has_truth, tokens_seen, training_config
 
 BATCH = 250
 TRUTH_COUNT = 200
-"""Digits of a set that are sampled to the solution as well."""
+"""Digits of a set that are also sampled with the accurate solver, to measure the error."""
 
 
 def matched_name(setting: Setting) -> str:
-    """Of Euler's steps that evaluate the model as often as an adaptive solver did."""
+    """Return the name of Euler with as many evaluations as an adaptive solver took."""
     return f"Euler, evaluations of {setting.name}"
 
 
 def measure_ablations(
     recipe: str, work: Path, seeds: Sequence[int], steps: int, count: int, before: Sequence[Record], quiet: bool
 ) -> Iterator[Record]:
-    """Measure what ``before`` has not.
+    """Measure what is missing in ``before``.
 
     Args:
-        recipe: path or name of the recipe that gives what the plan does not.
-        work: a folder for the run directories, ``3-stages-seed-0`` and so on.
-        seeds: of the trainings; each also has noise of its own, the same for all that is sampled.
-        steps: of each training.
+        recipe: path or name of the recipe that provides what the plan does not.
+        work: folder of the run directories, ``3-stages-seed-0`` and so on.
+        seeds: seeds of the trainings; each also determines its own noise, the same for everything sampled with it.
+        steps: optimizer steps of each training.
         count: digits in a set.
         before: records of earlier runs.
-        quiet: no progress bars.
+        quiet: disable progress bars.
 
     Yields:
-        records: ``judge``: how good the judge is; ``training``: images and tokens seen, seconds, the held-out loss of
-        each stage; ``generated``: a setting's scores, its evaluations at each stage, and its ``error`` where the
-        solution is known: the root mean square of the difference to it, pixels from 0 to 1.
+        Records of three kinds. ``judge``: quality of the judge itself. ``training``: images and tokens seen, seconds,
+        and the held-out loss of each stage. ``generated``: a setting's scores, its evaluations at each stage and, where
+        the solution is known, its ``error``: the root mean square difference from it, for pixels from 0 to 1.
     """
     judge: Judge | None = None
     with tqdm(total=len(seeds) * len(STAGES), disable=quiet, unit="training") as bar:
@@ -105,7 +105,7 @@ def _training_record(config: TrainConfig, folder: Path) -> Record:
 def _sample(
     engine: PixelFlowEngine, judge: Judge, settings: Sequence[Setting], seed: int, count: int, known: dict[str, Record]
 ) -> Iterator[Record]:
-    first = seed * 1_000_000  # the noise of a set: apart from those of the other trainings
+    first = seed * 1_000_000  # first seed of the noise, disjoint from those of the other trainings
     truth: NDArray[np.float32] | None = None
     for setting in settings:
         tries = [(setting.name, setting)]

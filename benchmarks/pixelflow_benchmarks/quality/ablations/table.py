@@ -1,4 +1,4 @@
-"""Records of the ablations as tables: mean and half the range over the seeds of training."""
+"""Tables of the ablations: mean and half the range over the seeds of training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCORES = ("agreement", "Fréchet", "Fréchet, scans", "novelty")
 
 
 def trainings_table(runs: Sequence[Run]) -> TextTable:
-    """A row for each cascade: what it was trained with, and how well it predicts held-out digits."""
+    """Tabulate the trainings of each cascade: batch size, images, tokens, seconds, and held-out loss of each stage."""
     rows = []
     for stages in STAGES:
         found = [r for r in _records(runs, "training") if r["stages"] == stages]
@@ -37,7 +37,7 @@ def trainings_table(runs: Sequence[Run]) -> TextTable:
 
 
 def kick_off_table(runs: Sequence[Run]) -> TextTable:
-    """A row for each cascade and weight of guidance, the same at all stages."""
+    """Tabulate the scores of each cascade and guidance weight, where the weight is the same at all stages."""
     resolution = _records(runs, "training")[0]["resolution"]
     rows = [
         (cascade(stages, resolution), setting.name, *_scores(_generated(runs, stages, setting.name)))
@@ -48,14 +48,14 @@ def kick_off_table(runs: Sequence[Run]) -> TextTable:
 
 
 def guidance_table(runs: Sequence[Run]) -> TextTable:
-    """A row for each schedule and weight of guidance."""
+    """Tabulate the scores of each guidance schedule and weight."""
     settings = (NO_GUIDANCE, *STAGEWISE, *CONSTANT)
     rows = [(s.name, *_scores(_generated(runs, FULL, s.name))) for s in settings]
     return TextTable(_title(runs), ("sampled by", *SCORES), tuple(rows))
 
 
 def solvers_table(runs: Sequence[Run]) -> TextTable:
-    """A row for each solver, with its distance to the solution."""
+    """Tabulate evaluations, distance from the solution, and scores of each solver."""
     names = [s.name for s in EULER] + [name for s in DOPRI5 for name in (s.name, matched_name(s))]
     rows = []
     for name in names:
@@ -68,7 +68,13 @@ def solvers_table(runs: Sequence[Run]) -> TextTable:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What should be better than what, by a measure of which less is better."""
+    """A claim that one setting is better than another, by measures of which less is better.
+
+    Attributes:
+        claim: the claim in words.
+        better, worse: number of stages and name of each setting.
+        measures: fields of the records that are compared.
+    """
 
     claim: str
     better: tuple[int, str]
@@ -77,7 +83,7 @@ class Order:
 
 
 def orders() -> list[Order]:
-    """All that is asked of the digits. The first three questions are the published figures' orders; see docs."""
+    """Return all claims that are tested; ``docs/ablations.md`` says which of them the published figures make."""
 
     def guided(schedule: tuple[Setting, ...], scale: float) -> tuple[int, str]:
         return FULL, next(s.name for s in schedule if s.guidance_scale == scale)
@@ -102,7 +108,7 @@ def orders() -> list[Order]:
 
 
 def orders_table(runs: Sequence[Run]) -> TextTable:
-    """A row for each order and measure: the two values' difference seed by seed, where equal noise was sampled."""
+    """Tabulate, per claim and measure, the differences between the two settings seed by seed, at equal noise."""
     names = {"error": "error", "frechet": "Fréchet", "frechet_scan": "Fréchet, scans"}
     rows = []
     for order in orders():
@@ -126,7 +132,7 @@ def orders_table(runs: Sequence[Run]) -> TextTable:
 
 
 def verdict(gains: Sequence[float]) -> str:
-    """Yes or no where all seeds say so and their mean is further from zero than their range is wide; else undecided."""
+    """Return yes or no if all seeds agree and the mean is further from zero than the range is wide; else undecided."""
     mean, width = sum(gains) / len(gains), max(gains) - min(gains)
     if abs(mean) <= width or min(gains) <= 0 <= max(gains):
         return "undecided"
@@ -140,11 +146,11 @@ TABLES: Mapping[str, Callable[[Sequence[Run]], TextTable]] = {
     "ablation-solvers": solvers_table,
     "ablation-orders": orders_table,
 }
-"""By name, as pages ask for them."""
+"""Tables by the names that pages use."""
 
 
 def cascade(stages: int, resolution: int) -> str:
-    """Its sides in pixels."""
+    """Return the cascade's sides in pixels."""
     return " → ".join(str(resolution >> halvings) for halvings in reversed(range(stages))) + " px"
 
 
