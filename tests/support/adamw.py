@@ -1,4 +1,4 @@
-"""For the tests of adamw: lists of tensors in poison, and the same mathematics in float64 with a bound of errors."""
+"""Helpers for the adamw tests: guarded lists of tensors, and the same equations in float64 with error bounds."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from support import ode
 from support.kernels import Poisoned, assert_filled, poisoned
 
 F32, F64 = torch.float32, torch.float64
-UNIT = 2.0**-24  # float32 rounds by at most this, relative
-ALIGNED, ODD = 64, 61  # values of a red zone: the second leaves nothing on 16 bytes
+UNIT = 2.0**-24  # unit roundoff of float32: the largest relative rounding error
+ALIGNED, ODD = 64, 61  # values in a red zone; the second leaves no tensor aligned to 16 bytes
 SETTINGS: dict[str, Any] = {
     "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.05, "max_norm": 0.7, "ema_decay": 0.6
 }  # fmt: skip
@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Lists:
-    """Lists of tensors, each between red zones of its own."""
+    """Lists of tensors, each tensor between red zones of its own."""
 
     guarded: dict[str, list[Poisoned]]
 
@@ -31,11 +31,11 @@ class Lists:
         return [one.out for one in self.guarded.get(name, [])]
 
     def values(self) -> dict[str, list[Tensor]]:
-        """Copies of all of them."""
+        """Return copies of all lists."""
         return {name: [one.out.clone() for one in tensors] for name, tensors in self.guarded.items()}
 
     def assert_inside(self) -> None:
-        """Nothing was written beside a tensor."""
+        """Assert that nothing was written outside the tensors."""
         for name, tensors in self.guarded.items():
             for one in tensors:
                 assert_filled(one.buffer, one.out, name)
@@ -52,7 +52,7 @@ def lists(
     hostile: bool = False,
     device: str = "cpu",
 ) -> Lists:
-    """Random ones; second moments are not negative. ``guards`` are taken in turn, tensor after tensor."""
+    """Draw random lists; second moments are not negative. Tensors take the sizes in ``guards`` in turn."""
     types = {"gradients": gradient, "parameters": F32, "exp_avgs": F32, "exp_avg_sqs": F32}
     types |= ({"averages": F32} if averaged else {}) | ({} if copy is None else {"copies": copy})
     made: dict[str, list[Poisoned]] = {name: [] for name in types}
@@ -68,7 +68,7 @@ def lists(
 
 
 def expected(before: dict[str, list[Tensor]], numbers: Tensor, zeroed: bool = False) -> dict[str, list[Tensor]]:
-    """What a step that counts makes of the lists, tensor by tensor."""
+    """Return the lists after a step that is not skipped, computed tensor by tensor."""
     after: dict[str, list[Tensor]] = {name: [] for name in before}
     for i, gradient in enumerate(before["gradients"]):
         average = before["averages"][i] if "averages" in before else None
@@ -86,16 +86,17 @@ def expected(before: dict[str, list[Tensor]], numbers: Tensor, zeroed: bool = Fa
 
 
 class Truth:
-    """AdamW and its average in float64, as the papers write them, beside a bound of what float32 may be off by.
+    """AdamW and its average in float64, written as in the papers, with a bound on the error of float32.
 
-    The bounds are of the first order in the rounding unit, with a hundredth more for the rest. A moving average ``x +=
-    w (y - x)`` forgets an error by ``1 - w`` in each step and adds: the difference's rounding, the product's and that
-    of ``w`` (3 units of ``w (y - x)``), the sum's (a unit of the result), and ``w`` times y's own error.
+    The bounds are of first order in the unit roundoff, plus one per cent for higher orders. A moving average ``x += w
+    (y - x)`` scales a previous error by ``1 - w`` in each step and adds: the roundings of the difference, of the
+    product and of ``w`` (3 units of ``w (y - x)``), the rounding of the sum (a unit of the result), and ``w`` times
+    the error of y.
 
     Args:
-        parameters: at the start, float32.
-        plain: also bound what torch's own AdamW does otherwise: ``beta2`` and ``1 - lr weight_decay`` rounded to
-            float32, and another rounding of the second moment and of the parameter.
+        parameters: initial parameters, float32.
+        plain: also bound the differences of torch's own AdamW: it rounds ``beta2`` and ``1 - lr weight_decay`` to
+            float32, and rounds the second moment and the parameter once more.
     """
 
     def __init__(self, parameters: Sequence[Tensor], *, plain: bool = False) -> None:
@@ -116,7 +117,7 @@ class Truth:
         extra = UNIT if self.plain else 0.0
         for i, gradient in enumerate(gradients):
             g = gradient.double() * clip
-            eg = 4 * UNIT * g.abs()  # the norm's rounding, the factor's two in float32, the product's
+            eg = 4 * UNIT * g.abs()  # roundings of the norm, two of the factor in float32, and that of the product
             self.em[i] = self._moved(self.m[i], g, 1 - betas[0], self.em[i], eg)
             self.m[i] = betas[0] * self.m[i] + (1 - betas[0]) * g
             square_error = 2 * g.abs() * eg + UNIT * g * g
@@ -144,7 +145,7 @@ class Truth:
 
 
 def assert_near(got: Sequence[Tensor], true: Sequence[Tensor], bound: Sequence[Tensor], name: str) -> float:
-    """Every value within its bound; returns the largest share of it that was used."""
+    """Assert that every value is within its bound; return the largest fraction of a bound that was used."""
     shares = [((g.double() - t).abs() / b).max().item() for g, t, b in zip(got, true, bound, strict=True) if g.numel()]
     worst = max(shares)
     assert worst <= 1, f"{name}: {worst:.3g} times the bound"

@@ -1,4 +1,4 @@
-"""Inputs for the attention tests, and the same mathematics written a second time, in float64 and without our code."""
+"""Inputs for the attention tests, and an independent implementation in float64 without the project's code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pack(NamedTuple):
     scale: float
 
     def to(self, device: str) -> Pack:
-        """On another device, with the same strides."""
+        """Return the pack on another device, with the same strides."""
         moved = []
         for x in (self.q, self.k, self.v):
             extra = x.stride(0) - 3 * x.shape[1] * x.shape[2] if x.shape[0] else 0
@@ -56,12 +56,12 @@ def pack(
     rising: bool = False,
     odd: bool = False,
 ) -> Pack:
-    """Slices of wider products, each with a token stride of its own.
+    """Draw q, k and v as slices of wider products, each with its own token stride.
 
     Args:
-        largest_logit: q is scaled until the largest logit of the pack has this size.
+        largest_logit: q is scaled so that the largest logit of the pack has this size.
         rising: later keys are longer, so that the maximum of a row keeps growing.
-        odd: token strides are no multiples of 8.
+        odd: token strides are not multiples of 8.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -81,7 +81,7 @@ def pack(
 
 
 def _slice(x: Tensor, dtype: torch.dtype, extra: int) -> Tensor:
-    """The same values in the middle of rows more than three times as long, the rest of them NaN."""
+    """Return the same values in the middle of rows more than three times as long, which are NaN elsewhere."""
     width = x.shape[1] * x.shape[2]
     wide = torch.full((x.shape[0], 3 * width + extra), torch.nan, dtype=dtype, device=x.device)
     wide[:, width : 2 * width] = x.flatten(1)
@@ -89,14 +89,14 @@ def _slice(x: Tensor, dtype: torch.dtype, extra: int) -> Tensor:
 
 
 def gradient_of(of: Pack, seed: int = 9) -> Tensor:
-    """Of the output, in a slice with a stride of its own too."""
+    """Draw a gradient of the output, also a slice with its own stride."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(of.q.shape, generator=generator, dtype=torch.float64)
     return _slice(x.to(of.q.device), of.q.dtype, 40)
 
 
 def masked_logits(of: Pack, dtype: torch.dtype = torch.float64) -> Tensor:
-    """``[H, T, L]`` over the whole pack, minus infinity between members."""
+    """Return the logits ``[H, T, L]`` of the whole pack, minus infinity between different members."""
     q_lengths, k_lengths = of.lengths
     s = of.q.to(dtype).transpose(0, 1) @ of.k.to(dtype).permute(1, 2, 0) * of.scale
     members = torch.arange(len(q_lengths), device=s.device)
@@ -112,7 +112,7 @@ def logit_size(of: Pack) -> float:
 
 
 def truth(of: Pack) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp in float64, differentiable: one masked softmax over the whole pack."""
+    """Return output and log-sum-exp in float64, differentiable, as one masked softmax over the whole pack."""
     if of.k.shape[0] == 0:
         nothing = of.q.double() * 0 + (of.k.sum() + of.v.sum())
         return nothing, torch.full(nothing.shape[1::-1], -torch.inf, dtype=torch.float64, device=nothing.device)
@@ -127,7 +127,7 @@ def truth(of: Pack) -> tuple[Tensor, Tensor]:
 
 
 def plain(of: Pack) -> Tensor:
-    """The same in plain PyTorch in the type of the operands, every step rounded to it; differentiable."""
+    """Return the output in plain PyTorch in the operands' type, with every step rounded to it; differentiable."""
     out = of.q * 0
     row = key = 0
     for rows, keys in zip(*of.lengths, strict=True):
@@ -142,7 +142,7 @@ def plain(of: Pack) -> Tensor:
 
 
 def gradients(of: Pack, grad: Tensor, function: object = plain) -> tuple[Tensor, ...]:
-    """Of q, k and v by autograd through ``truth`` or ``plain``."""
+    """Return the gradients of q, k and v, by autograd through ``truth`` or ``plain``."""
     leaves = [x.detach().clone().requires_grad_() for x in (of.q, of.k, of.v)]
     out = function(of._replace(q=leaves[0], k=leaves[1], v=leaves[2]))  # type: ignore[operator]
     out = out[0] if isinstance(out, tuple) else out
@@ -155,15 +155,16 @@ def largest(x: Tensor) -> float:
 
 
 def assert_output(out: Tensor, of: Pack, name: str = "out") -> None:
-    """Level D of the forward."""
+    """Assert level D for the forward pass."""
     scale = (1 + logit_size(of)) * largest(of.v.double())
     assert_level_d(out, plain(of), truth(of)[0], name, scale=scale)
 
 
 def assert_lse(lse: Tensor, of: Pack) -> None:
-    """Level D in the type that it is computed in, and one rounding to the type of v: where the product with V leaves
-    the row sum, it has summed rounded weights, and a relative error of a sum is an absolute one of its logarithm.
-    Roundings happen at the size of the logits and of the lse: scale, maximum, sum, logarithm, their sum, base.
+    """Assert level D in the type of the computation, plus one rounding to the type of v: where the row sum comes from
+    the product with V, it is a sum of rounded weights, and a relative error of a sum is an absolute error of its
+    logarithm. Roundings occur at the size of the logits and of the lse: scale, maximum, sum, logarithm, their sum,
+    base.
     """
     expected = truth(of)[1]
     assert lse.shape == expected.shape
@@ -180,9 +181,9 @@ def assert_lse(lse: Tensor, of: Pack) -> None:
 
 
 def assert_gradients(found: Sequence[Tensor], of: Pack, grad: Tensor) -> None:
-    """Level D of the backward. What is rounded are the terms of the sums over queries or keys: P dO for dV, and for
-    dQ and dK ``scale P (dP - delta)`` times a key or a query. ``P = exp(s - lse)`` carries the error of its exponent,
-    an inner product like dP one that is relative to the sum of its terms' sizes.
+    """Assert level D for the backward pass. Roundings affect the terms of the sums over queries or keys: P dO for dV,
+    and for dQ and dK ``scale P (dP - delta)`` times a key or a query. ``P = exp(s - lse)`` carries the error of its
+    exponent; an inner product such as dP has an error relative to the sum of its terms' magnitudes.
     """
     expected, in_type = gradients(of, grad, truth), gradients(of, grad)
     share = torch.nan_to_num(masked_logits(of).softmax(-1)) if of.k.shape[0] else masked_logits(of)

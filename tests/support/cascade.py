@@ -1,4 +1,4 @@
-"""Inputs for the cascade tests, and the same mathematics written a second time: numpy, no code of ours."""
+"""Inputs for the cascade tests, and an independent implementation in NumPy without the project's code."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ U = 2.0**-24
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-42, -1.1e-38, 3.4e38, -3.4e38, 1.0, 1 / 3]
 SEEDS = [0, 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 0x0123456789ABCDEF]
 ALPHA, BETA = 0.8, 0.4618802153517006
-SPANS = ((0.0, 0.25), (1 / 7, 0.5), (1 / 3, 0.75), (0.6, 1.0))  # of four stages
+SPANS = ((0.0, 0.25), (1 / 7, 0.5), (1 / 3, 0.75), (0.6, 1.0))  # of the four stages
 
 
 # --- noise -------------------------------------------------------------------------------------------------
 
 
 def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]:
-    """Philox4x32-10 in Python integers, as its paper defines it."""
+    """Philox4x32-10 in Python integers, as defined in its paper."""
     x, k = list(counter), list(key)
     for _ in range(10):
         a, b = x[0] * 0xD2511F53, x[2] * 0xCD9E8D57
@@ -39,7 +39,7 @@ def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]:
 
 
 def normals(seed: int, stage: int, purpose: int, position: int) -> list[float]:
-    """The four normals of one counter, in double precision."""
+    """Return the four normals of one counter, in double precision."""
     words = philox((position, stage, purpose, 0), (seed % 2**32, seed >> 32))
     found = []
     for first, second in (words[:2], words[2:]):
@@ -50,7 +50,7 @@ def normals(seed: int, stage: int, purpose: int, position: int) -> list[float]:
 
 
 def image_normals(seed: int, stage: int, purpose: int, shape: tuple[int, int, int]) -> np.ndarray:
-    """Independent normals ``[c, h, w]`` in double precision, one counter for every 2x2 block."""
+    """Return independent normals ``[c, h, w]`` in double precision, one counter per 2x2 block."""
     channels, height, width = shape
     out = np.empty(shape)
     position = 0
@@ -63,18 +63,18 @@ def image_normals(seed: int, stage: int, purpose: int, shape: tuple[int, int, in
 
 
 def covariance(gamma: float = -1 / 3) -> np.ndarray:
-    """Of a 2x2 block of block noise."""
+    """Return the covariance of a 2x2 block of block noise."""
     return (1 - gamma + 1e-6) * np.eye(4) + gamma * np.ones((4, 4))
 
 
 def symmetric_root(matrix: np.ndarray) -> np.ndarray:
-    """The symmetric square root, which is what block noise is made with."""
+    """Return the symmetric square root, by which block noise is made."""
     values, vectors = np.linalg.eigh(matrix)
     return np.asarray(vectors * np.sqrt(values) @ vectors.T)
 
 
 def correlated(z: np.ndarray) -> np.ndarray:
-    """Block noise ``[c, h, w]`` of independent normals."""
+    """Make block noise ``[c, h, w]`` from independent normals."""
     root, out = symmetric_root(covariance()), np.empty_like(z)
     for y in range(0, z.shape[1], 2):
         for x in range(0, z.shape[2], 2):
@@ -84,7 +84,7 @@ def correlated(z: np.ndarray) -> np.ndarray:
 
 
 def renoised_bits(x: Tensor, noise: Tensor, alpha: float, beta: float) -> Tensor:
-    """``alpha * upsample(x) + beta * noise`` in numpy's float32 (or float64), one rounding after the other."""
+    """``alpha * upsample(x) + beta * noise`` in NumPy's float32 (or float64), each operation rounded by itself."""
     number = x.numpy().dtype.type
     big = x.numpy().repeat(2, -1).repeat(2, -2)
     with np.errstate(all="ignore"):
@@ -92,7 +92,7 @@ def renoised_bits(x: Tensor, noise: Tensor, alpha: float, beta: float) -> Tensor
 
 
 def states(shape: Sequence[int], dtype: torch.dtype, seed: int, device: str = "cpu") -> Tensor:
-    """Normals, every seventh value special: zeros of both signs, infinities, NaN, denormals, the largest."""
+    """Draw normals in which every seventh value is special: signed zeros, infinities, NaN, denormals, the largest."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*shape, generator=generator).to(dtype).flatten()
     values = torch.tensor(SPECIAL).to(dtype)
@@ -101,7 +101,7 @@ def states(shape: Sequence[int], dtype: torch.dtype, seed: int, device: str = "c
 
 
 def specials(shape: Sequence[int], seed: int) -> Tensor:
-    """Nothing but special values, all finite: sums of neighbours overflow, halves of denormals round."""
+    """Draw finite special values only: sums of neighbours overflow, halves of denormals round."""
     finite = torch.tensor([v for v in SPECIAL if math.isfinite(v)])
     return finite[torch.randint(0, len(finite), tuple(shape), generator=torch.Generator().manual_seed(seed))]
 
@@ -111,7 +111,7 @@ def specials(shape: Sequence[int], seed: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """Everything that training pairs are made of, in the order in which the operation takes it."""
+    """The inputs of training pairs, in the order of the operation's arguments."""
 
     images: Tensor
     grids: list[tuple[int, int]]
@@ -128,27 +128,27 @@ class Pack:
         return PackedLayout.from_grids(self.grids, self.images.device)
 
     def arguments(self) -> tuple[Any, ...]:
-        """Of a launch, up to its outputs."""
+        """Return the arguments of a launch, up to its outputs."""
         cu_seqlens = self.layout.cu_seqlens
         return self.images, self.index, self.flip, cu_seqlens, self.spans, self.tau, self.seeds, self.noise
 
     def keywords(self) -> dict[str, Any]:
-        """Of the public function."""
+        """Return the keyword arguments of the public function."""
         names = ("index", "flip", "spans", "tau", "seeds", "noise", "patch_size")
         return {name: getattr(self, name) for name in names}
 
     def to(self, device: str) -> Pack:
-        """The same on another device."""
+        """Return the pack on another device."""
         moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in vars(self).items()}
         return Pack(**moved)
 
     def shape(self) -> tuple[int, int]:
-        """Of both outputs."""
+        """Return the shape of both outputs."""
         return sum(r * c for r, c in self.grids), self.images.shape[1] * self.patch_size**2
 
 
 def truth(pack: Pack, eps: Callable[[int, tuple[int, int, int], int], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and targets in double precision; ``eps(sample, shape, stage)`` gives a sample's noise ``[c, h, w]``."""
+    """Return tokens and targets in double precision; ``eps(sample, shape, stage)`` gives noise ``[c, h, w]``."""
     p, S = pack.patch_size, len(pack.spans)
     tokens, targets = [np.empty((0, pack.shape()[1]))], [np.empty((0, pack.shape()[1]))]
     for i, (rows, columns) in enumerate(pack.grids):
@@ -177,7 +177,7 @@ def truth(pack: Pack, eps: Callable[[int, tuple[int, int, int], int], np.ndarray
 
 
 def given(pack: Pack) -> Callable[[int, tuple[int, int, int], int], np.ndarray]:
-    """The noise of each sample out of a pack's tokens."""
+    """Return a function that takes each sample's noise from the pack's tokens."""
     assert pack.noise is not None
     first = np.cumsum([0, *(r * c for r, c in pack.grids)])
 
@@ -193,18 +193,18 @@ def given(pack: Pack) -> Callable[[int, tuple[int, int, int], int], np.ndarray]:
 
 
 def drawn(pack: Pack) -> Callable[[int, tuple[int, int, int], int], np.ndarray]:
-    """The noise of each sample from its seed; purpose 1 is training."""
+    """Return a function that draws each sample's noise from its seed; purpose 1 is training."""
     assert pack.seeds is not None
     seeds = [seed % 2**64 for seed in pack.seeds.tolist()]
     return lambda i, shape, stage: image_normals(seeds[i], stage, 1, shape)
 
 
 def bounds(pack: Pack, largest_eps: float) -> tuple[float, float]:
-    """How far float32 tokens and targets may be from the truth.
+    """Return bounds on the errors of float32 tokens and of targets.
 
-    Of the size ``M = max|x| + max|eps|``: two roundings per halving and two of uint8's signs; for each end of the
-    path two products of rounded coefficients and a sum (5, the halves of a sum share their M); the same again for the
-    interpolation (3); both ends and a difference (2 more) for the target.
+    Counted in roundings at the size ``M = max|x| + max|eps|``: two per halving and two for converting uint8; for each
+    end of the path two products of rounded coefficients and a sum (5, the halves of a sum share their M); 3 for the
+    interpolation; for the target both ends and their difference (2 more).
     """
     x = 1.0 if pack.images.dtype == torch.uint8 else pack.images.abs().max().item()
     values = 2 * len(pack.spans) + 2
@@ -227,7 +227,7 @@ def make_pack(
     low_tau: bool = False,
     strided: bool = False,
 ) -> Pack:
-    """A pack of ``smallest`` patches at the smallest stage, in units that keep every size even."""
+    """Make a pack whose smallest stage has ``smallest`` patches, in units that keep every size even."""
     r = torch.Generator().manual_seed(seed)
     unit = 1 if patch_size % 2 == 0 else 2
     rows, columns = (n * unit << (stages - 1) for n in smallest)
@@ -236,7 +236,7 @@ def make_pack(
         images = torch.randint(0, 256, shape, generator=r, dtype=torch.uint8)
     else:
         images = 2 * torch.rand(shape, generator=r) - 1
-    if strided:  # height, width, channel in memory, columns apart and NaN (or a number never meant) between them
+    if strided:  # stored as height, width, channel; columns apart, with NaN (or an unused number) between them
         outer = torch.full((*shape[:1], *shape[2:], channels + 2), 170 if uint8 else torch.nan, dtype=images.dtype)
         outer[..., 1:-1] = images.permute(0, 2, 3, 1)
         images = outer[..., 1:-1].permute(0, 3, 1, 2)
@@ -259,7 +259,7 @@ def make_pack(
 
 @st.composite
 def pair_packs(draw: st.DrawFn, *, drawn_noise: bool | None = None, max_samples: int = 4, max_side: int = 3) -> Pack:
-    """Packs of 0 to 4 samples at any of 1 to 4 stages, any patch size, odd channels, not square."""
+    """Draw packs of 0 to 4 samples at any of 1 to 4 stages: any patch size, odd channels, not square."""
     stages = draw(st.integers(1, 4))
     largest = min(max_side, 4 - stages // 2)
     return make_pack(
@@ -279,7 +279,7 @@ def pair_packs(draw: st.DrawFn, *, drawn_noise: bool | None = None, max_samples:
 
 
 def launched(pack: Pack, token_dtype: torch.dtype, config: dict[str, int] | None = None) -> tuple[Tensor, Tensor]:
-    """Tokens and targets by the kernel, into the middle of poison."""
+    """Return tokens and targets from the kernel, written into poisoned buffers that are checked."""
     from pixelflow_kernels.cascade import pairs
 
     device = pack.images.device

@@ -1,7 +1,7 @@
-"""The cascade a second time, image by image and for every solver with fixed steps, around the reference model.
+"""An independent cascade around the reference model, image by image, for every solver with fixed steps.
 
-Nothing is packed or padded here, the guidance halves are two calls, and the updates are written out. The noise is the
-engine's, which tests of its own hold against the reference's.
+Nothing is packed or padded, the guidance halves are two calls, and the updates are written out. The noise is the
+engine's, which other tests compare with the reference's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Picture:
-    """One image to be made: size in pixels, a guidance weight per stage, what to show (prompts ``[L, E]``)."""
+    """One image to generate: size in pixels, a guidance weight per stage, and a class or prompts ``[L, E]``."""
 
     height: int
     width: int
@@ -39,7 +39,7 @@ class Picture:
 
 
 class Noise:
-    """The engine's counter noise of one image, as the reference's sampler asks for it."""
+    """The engine's counter noise of one image, with the interface that the reference's sampler uses."""
 
     def __init__(self, seed: int) -> None:
         self.source = CounterNoise((seed,), CPU)
@@ -54,7 +54,7 @@ class Noise:
 def cascade(
     model: PixelFlowTransformer, picture: Picture, steps: Sequence[int], solver: str = "euler", shift: float = 1.0
 ) -> list[Tensor]:
-    """The state ``[c, h, w]`` at the end of every stage, in the model's type."""
+    """Return the state ``[c, h, w]`` at the end of every stage, in the model's type."""
     dtype, noise, num_stages = model.proj_out_2.weight.dtype, Noise(picture.seed), len(steps)
     shrink, channels = 2 ** (num_stages - 1), model.patch_embed.proj.in_channels
     x = noise.initial((1, channels, picture.height // shrink, picture.width // shrink)).to(dtype)
@@ -63,7 +63,7 @@ def cascade(
         if stage.index > 0:
             x = enter_stage(x, stage, noise)
         tau, t_model = euler_times(stage, count, shift)
-        # A slope at the stage's end is told the last time of its window.
+        # A slope at the stage's end is evaluated at the last time of its window.
         times = [*t_model.tolist(), stage.window[1]]
         x = fixed_steps(lambda y, i, w=weight, t=times: guided(model, picture, y, t[i], w), x, tau.tolist(), solver)
         ends.append(x[0])
@@ -71,7 +71,7 @@ def cascade(
 
 
 def fixed_steps(slope: Callable[[Tensor, int], Tensor], x: Tensor, tau: Sequence[float], solver: str) -> Tensor:
-    """Steps over the grid ``tau``, as long as between its float32 times; ``slope(x, i)`` is the velocity there."""
+    """Integrate over the grid ``tau`` with float32 step lengths; ``slope(x, i)`` is the velocity at ``tau[i]``."""
     lengths = [float(np.float32(b) - np.float32(a)) for a, b in pairwise(tau)]
     before: Tensor | None = None
     for i, h in enumerate(lengths):
@@ -89,7 +89,7 @@ def fixed_steps(slope: Callable[[Tensor, int], Tensor], x: Tensor, tau: Sequence
 
 @torch.no_grad()
 def guided(model: PixelFlowTransformer, picture: Picture, x: Tensor, t: float, weight: float) -> Tensor:
-    """Guided velocity of one image ``[1, c, h, w]``: two calls of the model, or one at weight 1."""
+    """Return the guided velocity of one image ``[1, c, h, w]``: two calls of the model, or one at weight 1."""
     time = torch.tensor([t], dtype=torch.float32)
 
     def half(label: int | None, prompt: Tensor | None) -> Tensor:
@@ -108,7 +108,7 @@ def guided(model: PixelFlowTransformer, picture: Picture, x: Tensor, t: float, w
 
 
 def checkpoint_of(model: PixelFlowTransformer, num_stages: int, resolution: int) -> Checkpoint:
-    """The reference model's weights as a checkpoint."""
+    """Return the reference model's weights as a checkpoint."""
     block, proj = model.transformer_blocks[0], model.patch_embed.proj
     text = getattr(block, "attn2", None)
     config = ModelConfig(
@@ -128,14 +128,14 @@ def checkpoint_of(model: PixelFlowTransformer, num_stages: int, resolution: int)
 
 
 def exact_engine(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PixelFlowEngine:
-    """Host-driven, bit-equal to the reference."""
+    """Return the host-driven engine, which is bit-equal to the reference."""
     engine = PixelFlowEngine.from_checkpoint(checkpoint, dtype=dtype, backend="torch")
     assert engine.exact
     return engine
 
 
 def packed_engine(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PixelFlowEngine:
-    """Packed tokens and programs in plain PyTorch: the compiled engine with torch.compile left out."""
+    """Return an engine with packed tokens and programs in plain PyTorch: the compiled engine without torch.compile."""
     with uncompiled():
         engine = PixelFlowEngine.from_checkpoint(checkpoint, dtype=dtype, backend="torch", compile=True)
     assert not engine.exact
@@ -143,7 +143,7 @@ def packed_engine(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) ->
 
 
 def keep_programs(engine: PixelFlowEngine) -> None:
-    """Make the engine use its programs again, as it does with graphs, launching where a graph would be replayed."""
+    """Make the engine reuse its programs, as with graphs, but launch where a graph would be replayed."""
 
     class Launched:
         def capture(self, launch: Callable[[], None]) -> Callable[[], None]:

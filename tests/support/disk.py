@@ -1,7 +1,7 @@
-"""A disk that fails on purpose: the n-th operation under a folder kills, cuts the power, or finds no room.
+"""A disk that fails on purpose: at the n-th operation under a folder it kills, cuts the power, or has no space left.
 
-Operations are writes to a file, fsync, renames, and the making and deleting of files and folders, wherever in Python
-they come from. After a cut, every later one fails as well: the dead write nothing.
+Operations are writes to a file, fsync, renames, and creating and deleting files and folders, wherever in Python they
+come from. After a power cut every later operation fails as well, because a dead process writes nothing.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from unittest.mock import patch
 
 
 class PowerCut(BaseException):
-    """What the process would not live to see."""
+    """A power cut: the process would not live to see this exception."""
 
 
 class Disk:
-    """Counts operations below ``root``, and fails at the ``cut``-th (from 0); used inside ``with``.
+    """Counts operations below ``root`` and fails at the ``cut``-th one (from 0); a context manager.
 
     Args:
-        root: other paths are left alone.
-        cut: None for never.
-        how: ``cut`` raises PowerCut from there on; ``kill`` is SIGKILL; ``full`` lets all writes from there on find no
-            room, and counts nothing else.
-        counted: which operations are counted, by name; by default all.
+        root: folder whose operations are counted; other paths are unaffected.
+        cut: number of the operation; None for never.
+        how: ``cut`` raises PowerCut from that operation on; ``kill`` sends SIGKILL; ``full`` makes all writes from
+            there on fail for lack of space, and counts only writes.
+        counted: selects the operations to count, by name; by default all.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class Disk:
     ) -> None:
         self.root, self.cut, self.how, self.counted = str(root), cut, how, counted
         self.count = 0
-        self.names: list[str] = []  # what was counted
+        self.names: list[str] = []  # names of the counted operations
         self._durable: dict[int, int] = {}  # inode -> size that has reached the disk
-        self._born: dict[int, int] = {}  # inode -> inode of the folder that has not reached the disk with it
-        # Not yet on the disk: from, to, what was there, and whether the old name had not reached the disk either.
+        self._born: dict[int, int] = {}  # inode -> inode of the folder whose entry for it has not reached the disk
+        # Renames not yet on the disk: from, to, previous content, and whether the old name was not on the disk either.
         self._renames: list[tuple[str, str, bytes | None, bool]] = []
         self._stack = ExitStack()
         self._one = threading.RLock()  # training logs while a checkpoint is written
@@ -69,7 +69,7 @@ class Disk:
         return self.how != "full" and self.cut is not None and self.count > self.cut
 
     def step(self, name: str) -> None:
-        """Count an operation before it is done."""
+        """Count an operation before it is carried out."""
         if self.how == "full":
             if name != "write":
                 return
@@ -125,7 +125,7 @@ class Disk:
             return
         with self._one:
             self.step("fsync")
-            status = os.fstat(descriptor)  # the real call is left out: this disk is made of notes
+            status = os.fstat(descriptor)  # the real call is left out, because this disk is simulated by bookkeeping
             self._durable[status.st_ino] = status.st_size
             self._born = {child: folder for child, folder in self._born.items() if folder != status.st_ino}
             self._renames = [
@@ -149,9 +149,9 @@ class Disk:
         return call
 
     def lose(self) -> None:
-        """What a power cut does: everything that was not brought to the disk is gone.
+        """Do what a power cut does: discard everything that has not reached the disk.
 
-        Of several renames, the last one was: a file system need not keep their order.
+        Of several renames, only the last one is kept, because a file system need not keep their order.
         """
         lost = self._renames[:-1] or self._renames
         for source, target, there, newborn in reversed(lost):
@@ -177,7 +177,7 @@ def _remove(path: Path) -> None:
 
 
 class _Stream:
-    """A file whose writes are counted. The write at which it ends is half done."""
+    """A file whose writes are counted. The write at which the power is cut is half done."""
 
     def __init__(self, stream: Any, disk: Disk) -> None:
         self._stream, self._disk = stream, disk

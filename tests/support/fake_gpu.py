@@ -1,8 +1,8 @@
-"""A GPU that is two clocks, the host's and the device's: what launches, events and graphs cost where there is none.
+"""A GPU simulated by two clocks, the host's and the device's: the time that launches, events and graphs take.
 
-It has the rules that time on a GPU obeys: a launch costs the host time and is done by the device in its order, never
-before it was launched; an event passes when what was launched before it is done; whoever waits, waits for the device; a
-graph is launched at once, which takes the host the longer the more is in it; nothing may wait while one is captured.
+It follows the rules of time on a GPU: a launch costs host time, and the device executes launches in order, never before
+they were launched; an event completes when everything launched before it is done; a wait lasts until the device is
+done; a graph is launched at once, which takes host time that grows with its size; nothing may wait during a capture.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import pytest
 import torch
 
 LAUNCH = 5e-6
-"""Seconds of the host for a kernel or an event."""
+"""Host seconds for launching a kernel or an event."""
 GRAPH, NODE = 20e-6, 2e-6
-"""Seconds of the host for a graph, and for each kernel in it."""
+"""Host seconds for launching a graph, and for each kernel in it."""
 
 
 @dataclass
@@ -26,13 +26,14 @@ class FakeGpu:
     """Both clocks, in seconds.
 
     Attributes:
-        host, device: now, and when all that was launched is done.
-        cold: the cache was flushed since the last kernel.
-        kept: kernels of the graph that is being captured.
-        broken: whether something that may not be captured has ended that capture.
-        pools: that graphs were given, one each.
-        ended: pools of failed captures that the allocator was told of; that of pinned memory cannot be told.
-        current: the streams that were made current, the last of which is.
+        host, device: the host's time now, and the time when the device has finished everything launched.
+        cold: whether the cache was flushed since the last kernel.
+        kept: kernels of the graph being captured; None outside a capture.
+        broken: whether an operation that is not permitted has invalidated the capture.
+        pools: memory pools of the captures, one each.
+        ended: pools of failed captures that were reported to the device allocator; the allocator of pinned memory has
+            no such call.
+        current: stack of the streams made current; the last one is current.
     """
 
     host: float = 0.0
@@ -45,7 +46,7 @@ class FakeGpu:
     current: list[object] = field(default_factory=list)
 
     def launch(self, seconds: Callable[[], float]) -> None:
-        """A kernel of that duration, which is asked for when it begins."""
+        """Launch a kernel; ``seconds`` is called when it begins and returns its duration."""
         if self.kept is not None:
             self.kept.append(seconds)
             return
@@ -53,7 +54,7 @@ class FakeGpu:
         self.device = max(self.device, self.host) + seconds()
 
     def kernel(self, cold: float, warm: float) -> None:
-        """A kernel that is faster where the cache holds what it reads."""
+        """Launch a kernel that is faster if the cache holds its inputs."""
 
         def seconds() -> float:
             found, self.cold = (cold if self.cold else warm), False
@@ -62,7 +63,7 @@ class FakeGpu:
         self.launch(seconds)
 
     def flush(self, seconds: float = 40e-6) -> None:
-        """A read of more than the cache holds."""
+        """Launch a read of more than the cache holds."""
 
         def flushed() -> float:
             self.cold = True
@@ -71,14 +72,14 @@ class FakeGpu:
         self.launch(flushed)
 
     def wait(self, device: object = None) -> None:
-        """Until the device is done."""
+        """Wait until the device is done."""
         if self.kept is not None:
             self.broken = True
             raise RuntimeError("operation not permitted when stream is capturing")
         self.host = max(self.host, self.device)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Put it in the place of ``torch.cuda``, as far as events and graphs go."""
+        """Replace the parts of ``torch.cuda`` that concern events, streams and graphs."""
         gpu = self
 
         class Event:
@@ -128,7 +129,7 @@ class FakeGpu:
                 yield
             finally:
                 kernels, gpu.kept = gpu.kept, None
-                if gpu.broken:  # the stream stays current, and pinned memory goes on being recorded
+                if gpu.broken:  # the stream stays current, and pinned memory remains in recording
                     recording.append(pool)
                     raise RuntimeError("operation failed due to a previous error during capture")
                 made.kernels = kernels

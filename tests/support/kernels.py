@@ -1,4 +1,4 @@
-"""What the tests of every kernel need: poisoned outputs with red zones, hostile inputs, bits, the level D bound."""
+"""Helpers for all kernel tests: poisoned outputs with red zones, hostile inputs, bit comparison, the level D bound."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 GUARD = 64  # poisoned elements on either side of every row of an output
-INPUT_GUARD = (
-    32  # of an input: its rows must not be as far apart as an output's, or a stride taken for the other passes
-)
+INPUT_GUARD = 32  # for an input: other row strides than an output's, so that confusing the two strides is detected
 
-# A NaN that no arithmetic yields (its payload is ours), so that a NaN that a kernel wrote is told from one it left.
+# A NaN that no arithmetic produces (by its payload), so that a NaN written by a kernel differs from an unwritten one.
 POISON = {
     torch.bfloat16: (torch.int16, 0x7FDB),
     torch.float16: (torch.int16, 0x7EDB),
@@ -27,7 +25,7 @@ POISON = {
 
 
 class Poisoned(NamedTuple):
-    """``out`` is a view in the middle of ``buffer``; all of both is poison until somebody writes."""
+    """``out`` is a view into the middle of ``buffer``; both are all poison until something is written."""
 
     buffer: Tensor
     out: Tensor
@@ -40,14 +38,14 @@ def poisoned(
     dense: bool = False,
     guard: int = GUARD,
 ) -> Poisoned:
-    """An output of any shape in a buffer of poison, with red zones before and after it.
+    """Return an output of any shape inside a buffer of poison, with red zones before and after it.
 
     Args:
-        shape: of the output, at least one dimension.
-        dense: the output is contiguous, with a red zone before its first and after its last element only. Otherwise
-            every row (the last dimension) has red zones of its own, and there is a row more at either end of the first
-            dimension; the last dimension has stride 1, so the rows are further apart than they are long.
-        guard: elements of a red zone.
+        shape: shape of the output, at least one dimension.
+        dense: whether the output is contiguous, with red zones only before its first and after its last element.
+            Otherwise every row (the last dimension) has red zones of its own, and there is one more row at either end
+            of the first dimension; the last dimension has stride 1, so rows are further apart than they are long.
+        guard: number of elements in a red zone.
     """
     integer, bits = POISON[dtype]
     if dense or len(shape) == 1:
@@ -60,21 +58,21 @@ def poisoned(
 
 
 def poisoned_like(x: Tensor, *, dense: bool = False) -> Poisoned:
-    """An output with the shape, type and device of ``x``."""
+    """Return an output with the shape, type and device of ``x``."""
     return poisoned(*x.shape, dtype=x.dtype, device=x.device, dense=dense)
 
 
 def surrounded(x: Tensor, *, dense: bool = False) -> Tensor:
-    """The values of ``x`` in the middle of NaN, laid out as :func:`poisoned` does: what is read outside shows."""
+    """Return ``x`` surrounded by NaN in the layout of :func:`poisoned`, so that reads outside of it show."""
     view = poisoned(*x.shape, dtype=x.dtype, device=x.device, dense=dense, guard=INPUT_GUARD).out
     view.copy_(x)
     return view.detach()
 
 
 def random_bits(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Values of every kind and size: any bits at all, so also NaN, infinities, denormals and both zeros.
+    """Draw values of every kind and size: random bits, which include NaN, infinities and denormals.
 
-    A few per cent are those special values on purpose: among random bits a zero never comes.
+    A few per cent are special values chosen on purpose, because a zero practically never occurs among random bits.
     """
     integer = POISON[dtype][0]
     info = torch.iinfo(integer)
@@ -93,7 +91,7 @@ def random_bits(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> 
     ]
     values = torch.tensor([*special, 1.0, -1.0], dtype=dtype, device=generator.device)
     which = torch.randint(20 * len(values), shape, generator=generator, device=generator.device)
-    # One NaN is as good as another, except that arithmetic hands on its bits, and they might be the poison's.
+    # All NaNs become the same one: arithmetic propagates a NaN's bits, and these might be those of the poison.
     return torch.where(
         which < len(values),
         values[which.clamp(max=len(values) - 1)],
@@ -102,7 +100,7 @@ def random_bits(*shape: int, dtype: torch.dtype, generator: torch.Generator) -> 
 
 
 def assert_filled(buffer: Tensor, out: Tensor, name: str = "out") -> None:
-    """Every element of ``out`` was written (NaN counts), and nothing else of its buffer was."""
+    """Assert that every element of ``out`` was written (NaN counts), and nothing else in its buffer."""
     integer, bits = POISON[out.dtype]
     unwritten = int((out.contiguous().view(integer) == bits).sum())
     assert unwritten == 0, f"{name}: {unwritten} of {out.numel()} elements left unwritten"
@@ -111,14 +109,14 @@ def assert_filled(buffer: Tensor, out: Tensor, name: str = "out") -> None:
 
 
 def assert_untouched(buffer: Tensor, name: str = "out") -> None:
-    """Nothing at all was written."""
+    """Assert that nothing was written."""
     integer, bits = POISON[buffer.dtype]
     touched = int((buffer.view(integer) != bits).sum())
     assert touched == 0, f"{name}: {touched} elements written"
 
 
 def differing_bits(a: Tensor, b: Tensor) -> Tensor:
-    """Where two tensors of one type and shape differ: signed zeros are told apart, NaN equals any other NaN."""
+    """Return where two tensors of equal type and shape differ: signed zeros differ, NaN equals any other NaN."""
     assert a.dtype == b.dtype, f"{a.dtype} against {b.dtype}"
     assert a.shape == b.shape, f"{tuple(a.shape)} against {tuple(b.shape)}"
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
@@ -127,12 +125,12 @@ def differing_bits(a: Tensor, b: Tensor) -> Tensor:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """No differing bit (see :func:`differing_bits`)."""
+    """Return whether no bit differs (see :func:`differing_bits`)."""
     return not bool(differing_bits(a, b).any())
 
 
 def assert_same_bits(a: Tensor, b: Tensor, name: str = "out") -> None:
-    """No differing bit; says how many values differ and shows the first."""
+    """Assert that no bit differs; the message says how many values differ and shows the first."""
     differ = differing_bits(a, b)
     if differ.any():
         place = differ.nonzero()[0].tolist()
@@ -143,14 +141,14 @@ def assert_same_bits(a: Tensor, b: Tensor, name: str = "out") -> None:
 
 
 def assert_level_d(out: Tensor, plain: Tensor, truth: Tensor, name: str = "out", scale: float | None = None) -> None:
-    """No further from float64 than twice plain PyTorch of the same type, plus two roundings at ``scale``.
+    """Assert that the error is at most twice that of plain PyTorch in the same type, plus two roundings at ``scale``.
 
     Args:
-        out: what the kernel computed.
+        out: the kernel's result.
         plain: the same computation in plain PyTorch, in the same type.
-        truth: in float64, from the same inputs.
-        scale: size of the values that are rounded; for attention ``(1 + max|logit|) max|v|``. The largest true value
-            where it is not given.
+        truth: the same computation in float64, from the same inputs.
+        scale: size of the values that are rounded; for attention ``(1 + max|logit|) max|v|``. By default the largest
+            true value.
     """
     assert out.shape == truth.shape, f"{name}: shape {tuple(out.shape)}, expected {tuple(truth.shape)}"
     if truth.numel() == 0:
@@ -167,5 +165,5 @@ def assert_level_d(out: Tensor, plain: Tensor, truth: Tensor, name: str = "out",
 
 
 def plain(operation: CustomOpDef) -> Callable[..., Any]:
-    """An operation's plain implementation, also where Triton interprets and a call would run the kernels."""
+    """Return an operation's plain implementation, even where a call would run the kernels under the interpreter."""
     return operation._init_fn

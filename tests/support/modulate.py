@@ -1,4 +1,4 @@
-"""Operands for the modulate tests, and the same mathematics written a second time, in float64 and without our code."""
+"""Operands for the modulate tests, and an independent implementation in float64 without the project's code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROUNDINGS = 6  # see sizes
 
 
 class Operands(NamedTuple):
-    """None where a variant has no such operand."""
+    """Operands of one call; None where a variant has no such operand."""
 
     x: Tensor
     y: Tensor | None
@@ -42,7 +42,7 @@ class Operands(NamedTuple):
         return Operands(*(None if t is None else function(t) for t in self))
 
     def leaves(self, dtype: torch.dtype | None = None) -> Operands:
-        """Copies that require gradients, of their own types or of one."""
+        """Return copies that require gradients, in their own types or in ``dtype``."""
         return self.map(lambda t: t.detach().to(dtype or t.dtype, copy=True).requires_grad_())
 
     @property
@@ -53,10 +53,10 @@ class Operands(NamedTuple):
 @dataclass(frozen=True)
 class Variant:
     function: Callable[..., Any]
-    names: tuple[str, ...]  # of the operands that it has, in the order of Operands
+    names: tuple[str, ...]  # names of its operands, in the order of Operands
 
     def __call__(self, operands: Operands, layout: PackedLayout, eps: float = EPS) -> tuple[Tensor, Tensor]:
-        """The public function: residual (x itself where nothing is added) and normed."""
+        """Call the public function; return residual (x itself if nothing is added) and normed tokens."""
         out = self.function(*operands.given, layout, eps=eps)
         return out if isinstance(out, tuple) else (operands.x, out)
 
@@ -74,7 +74,7 @@ VARIANTS = {
 
 
 def layout_of(lengths: Sequence[int], device: str = "cpu") -> PackedLayout:
-    """Images of one row each; of no token at all where the length is 0, which a layout of grids does not make."""
+    """Return a layout of images with one row each, also of images without tokens, which grids cannot express."""
     sizes = torch.tensor(lengths, dtype=torch.int64)
     index = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(sizes)
     columns = [torch.arange(n, dtype=torch.int32) for n in lengths]
@@ -103,7 +103,7 @@ def make(
     mean: float = 0.0,
     seed: int = 0,
 ) -> Operands:
-    """Tokens between NaN, of any mean; rows as slices of wider products; no two strides alike; on a CPU."""
+    """Draw operands on the CPU: tokens of any mean amid NaN, rows as slices of wider products, no two strides alike."""
     generator = torch.Generator().manual_seed(seed)
     high_type = torch.promote_types(dtype, torch.float32)
 
@@ -121,7 +121,7 @@ def make(
 
 
 def plain(operands: Operands, layout: PackedLayout) -> tuple[Tensor, Tensor]:
-    """The engine's layers, one after the other, in the operands' types."""
+    """Apply the engine's layers one after the other, in the operands' types."""
     x, y, gate, weight, shift, scale = operands
     if y is not None:
         x = x + y if gate is None else layers.add_gated(x, y, gate, layout)
@@ -134,7 +134,7 @@ def _of_tokens(row: Tensor, layout: PackedLayout) -> Tensor:
 
 
 def _unit(x: Tensor, is_layer_norm: bool, eps: float) -> tuple[Tensor, Tensor]:
-    """The token without its projection on the ones, for LayerNorm, over its length; and that length."""
+    """Normalize tokens, after removing the mean for LayerNorm; return them and the length they were divided by."""
     width = x.shape[-1]
     if is_layer_norm:
         x = x - x @ x.new_full((width, 1), 1 / width)
@@ -144,7 +144,7 @@ def _unit(x: Tensor, is_layer_norm: bool, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def truth(operands: Operands, layout: PackedLayout, eps: float = EPS) -> tuple[Tensor, Tensor]:
-    """In float64, without any rounding in between; differentiable."""
+    """Return residual and normed tokens in float64, without intermediate rounding; differentiable."""
     x, y, gate, weight, shift, scale = operands.map(Tensor.double)
     if y is not None:
         x = x + (y if gate is None else _of_tokens(gate, layout) * y)
@@ -156,11 +156,11 @@ def truth(operands: Operands, layout: PackedLayout, eps: float = EPS) -> tuple[T
 
 
 def sizes(operands: Operands, layout: PackedLayout, grads: tuple[Tensor | None, Tensor]) -> dict[str, float]:
-    """Of every result, what its roundings come to: half their number times the magnitudes that an element is made of.
+    """Return each result's size of rounding errors: half the number of roundings times the magnitudes in an element.
 
     A result may be much smaller where its terms cancel; then neither the kernel nor PyTorch can do better. Each element
-    is a product of rounded factors; on the shortest way, of ``1 + scale`` and weight, token and mean, mean square and
-    reciprocal, six are rounded. (Level D counts two.)
+    is a product of rounded factors; on the shortest path six values are rounded: ``1 + scale`` and weight, token and
+    mean, mean square and reciprocal. (Level D counts two.)
     """
     x, y, gate, weight, shift, scale = operands.map(lambda t: t.detach().double())
     grad_residual, grad = (None if g is None else g.double().abs() for g in grads)
@@ -193,7 +193,7 @@ def sizes(operands: Operands, layout: PackedLayout, grads: tuple[Tensor | None, 
 
 
 def assert_close(out: Tensor, plain: Tensor, truth: Tensor, name: str, size: float) -> None:
-    """Level D relative to ``size`` (see :func:`sizes`); float64 against a float64 truth that rounds as much itself."""
+    """Assert level D at ``size`` (see :func:`sizes`); float64 has a fixed tolerance, as its truth rounds as much."""
     if out.dtype == torch.float64:
         torch.testing.assert_close(out, truth, rtol=0, atol=1e-10 * size, msg=lambda m: f"{name}: {m}")
     else:
@@ -207,7 +207,7 @@ def gradients(
     grads: tuple[Tensor | None, Tensor],
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Gradient of every operand by autograd, by name; ``grads`` are those of the residual (None: unused) and normed."""
+    """Return operands' gradients by name; ``grads`` are those of the residual (None if unused) and normed tokens."""
     leaves = operands.leaves(dtype)
     pairs = [(out, grad) for out, grad in zip(function(leaves, layout), grads, strict=True) if grad is not None]
     outs, given = zip(*((out, grad.to(out.dtype)) for out, grad in pairs), strict=True)
@@ -217,7 +217,7 @@ def gradients(
 
 
 def random_grads(variant: Variant, operands: Operands, seed: int = 5) -> tuple[Tensor | None, Tensor]:
-    """For the residual, where there is one, and the normed tokens; between NaN, of the tokens' type."""
+    """Draw gradients of the residual, if there is one, and of the normed tokens; in the tokens' type, between NaN."""
     generator = torch.Generator().manual_seed(seed)
     tokens, width = operands.x.shape
     residual = surrounded(torch.randn(tokens, 3 * width, generator=generator).to(operands.x.dtype))[

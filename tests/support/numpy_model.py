@@ -1,8 +1,8 @@
-"""The PixelFlow transformer once more: float64 numpy, one image at a time, written from the equations alone.
+"""An independent PixelFlow transformer: float64 NumPy, one image at a time, written from the equations alone.
 
-It shares no line and no library routine with the PyTorch model: patches are cut out by loops, RoPE multiplies complex
-numbers, softmax, GELU and the norms are spelled out, heads are computed one after the other. Everything about the
-shape of a model follows from its parameters, but for the number of heads.
+It shares no line and no library routine with the PyTorch model: patches are cut out in loops, RoPE multiplies complex
+numbers, softmax, GELU and the norms are written out, and heads are computed one after the other. The shape of a model
+follows from its parameters, except for the number of heads.
 """
 
 import numpy as np
@@ -42,7 +42,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def rope(head: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """2-D RoPE of one head ``[N, D]``: pairs as complex numbers, the column turns the first half, the row the last."""
+    """2-D RoPE of one head ``[N, D]`` as complex products: the column rotates the first half, the row the second."""
     dim = head.shape[1]
     token = np.arange(rows * columns)
     theta = 10000.0 ** (-2 * np.arange(dim // 4) / (dim / 2))
@@ -56,7 +56,7 @@ def rope(head: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 class NumpyModel:
-    """The velocity field, from a dictionary of parameters under the published names."""
+    """The velocity field, given a dictionary of parameters under the published names."""
 
     def __init__(self, parameters: dict[str, np.ndarray], heads: int) -> None:
         self.parameters = {name: np.asarray(value, dtype=np.float64) for name, value in parameters.items()}
@@ -65,11 +65,11 @@ class NumpyModel:
         self.patch = self.parameters["patch_embed.proj.weight"].shape[-1]
 
     def linear(self, name: str, x: np.ndarray) -> np.ndarray:
-        """``x W^T + b``, without b where there is none."""
+        """``x W^T + b``, without b if there is none."""
         return x @ self.parameters[f"{name}.weight"].T + self.parameters.get(f"{name}.bias", 0.0)
 
     def conditioning(self, t_model: float, latent_size: int, label: int | None) -> np.ndarray:
-        """``c [C]``."""
+        """Return the conditioning vector ``c [C]``."""
         total = 0.0
         for name, value in (("timestep_embedder", t_model), ("latent_size_embedder", latent_size)):
             hidden = silu(self.linear(f"{name}.linear_1", sinusoid(value)))
@@ -79,7 +79,7 @@ class NumpyModel:
         return np.asarray(total)
 
     def embed(self, image: np.ndarray) -> np.ndarray:
-        """Every patch against every filter: ``[c, h, w] -> [N, C]``."""
+        """Embed patches, each multiplied with every filter: ``[c, h, w] -> [N, C]``."""
         weight, p = self.parameters["patch_embed.proj.weight"], self.patch
         tokens = []
         for top in range(0, image.shape[1], p):
@@ -96,7 +96,7 @@ class NumpyModel:
         mask: np.ndarray | None,
         grid: tuple[int, int],
     ) -> np.ndarray:
-        """Self-attention of ``x [N, C]``, or attention of it to ``text [L, E]``."""
+        """Self-attention of ``x [N, C]``, or cross-attention from it to ``text [L, E]``."""
         source = x if text is None else text
         q = rms_norm(self.linear(f"{name}.q_proj", x), self.parameters[f"{name}.q_norm.weight"])
         k = rms_norm(self.linear(f"{name}.k_proj", source), self.parameters[f"{name}.k_norm.weight"])

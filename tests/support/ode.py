@@ -1,6 +1,6 @@
-"""For the tests of ode_step: inputs, a velocity field, and the same mathematics a second time without our code.
+"""Helpers for the ode_step tests: inputs, a velocity field, and an independent implementation of the steps.
 
-The second derivations are NumPy in float64, and for the controller plain Python on one image at a time.
+The independent implementation is NumPy in float64 and, for the step size controller, plain Python for a single image.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, std: 
 
 
 def hostile(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Half normal values, whose sums round; half random bits (all exponents, infinities, NaN); special ones too."""
+    """Draw values of three kinds: normal, whose sums round; random bits (any exponent, infinities, NaN); special."""
     generator = torch.Generator().manual_seed(seed)
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     size = math.prod(shape)
@@ -42,12 +42,12 @@ def hostile(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> T
 
 
 def numbers(images: int, seed: int = 3) -> Tensor:
-    """Float64 numbers in (0, 1), ``[images]``, that float32 cannot hold."""
+    """Draw float64 numbers ``[images]`` in (0, 1) that float32 cannot represent."""
     return torch.rand(images, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def sliced(velocity: Tensor, width: int) -> Tensor:
-    """The same values as rows ``[R, width]`` in the middle of wider rows of NaN."""
+    """Return the same values as rows ``[R, width]`` in the middle of wider rows of NaN."""
     rows = velocity.reshape(-1, width)
     wide = torch.full((rows.shape[0], width + 24), torch.nan, dtype=rows.dtype, device=rows.device)
     wide[:, 16 : 16 + width] = rows
@@ -59,9 +59,9 @@ def tolerance(device: str = "cpu") -> Tensor:
 
 
 class Field:
-    """A smooth field that turns, bends and forces each image at a pace of its own; with guidance, both halves.
+    """A smooth, nonlinear, time-dependent velocity field with a pace per image; with guidance it returns both halves.
 
-    Works in any layout: it mixes a value with its neighbour at the other end of the image.
+    It works in any layout: it couples each value with its mirror image within the flattened image.
     """
 
     def __init__(self, paces: Sequence[float], weight: float | None, dtype: torch.dtype | None = None) -> None:
@@ -69,7 +69,7 @@ class Field:
         self.times: list[Tensor] = []
 
     def __call__(self, x: Tensor, tau: Tensor) -> Tensor:
-        """What the operations are given: both halves in ``dtype`` where there is guidance."""
+        """Return the velocity as the operations take it: with guidance both halves, in ``dtype`` if given."""
         self.times.append(tau.clone())
         images = len(self.paces)
         y = x.reshape(images, x.numel() // max(images, 1))
@@ -81,19 +81,16 @@ class Field:
         return v if self.dtype is None else v.to(self.dtype)
 
     def combined(self, x: Tensor, tau: Tensor) -> Tensor:
-        """What the engine's solver is given."""
+        """Return the guided velocity as the engine's solver takes it."""
         v = self(x, tau).to(x.dtype)
         return v if self.weight is None else engine_guidance.combine(v, self.weight)
-
-
-# --- which implementation a call on a CPU runs ---------------------------------------------------------------
 
 
 # --- the same mathematics, a second time -----------------------------------------------------------------------
 
 
 def guided64(velocity: Tensor, weight: Sequence[float] | None, images: int) -> np.ndarray:
-    """``(1 - w) null + w conditional``, ``[B, n]`` float64."""
+    """Return ``(1 - w) null + w conditional``, ``[B, n]`` float64."""
     v = velocity.detach().cpu().double().numpy()
     if weight is None:
         return v.reshape(images, -1)
@@ -103,7 +100,7 @@ def guided64(velocity: Tensor, weight: Sequence[float] | None, images: int) -> n
 
 
 def moved64(x: Tensor, slopes: np.ndarray, h: Sequence[float], weights: Sequence[float]) -> np.ndarray:
-    """``x + h sum_i w_i k_i`` for slopes ``[S, B, n]``."""
+    """Return ``x + h sum_i w_i k_i`` for slopes ``[S, B, n]``."""
     images = slopes.shape[1]
     weights = np.pad(np.asarray(weights, dtype=np.float64), (0, slopes.shape[0] - len(weights)))
     h = np.broadcast_to(np.asarray(h, dtype=np.float64), (images,))
@@ -111,7 +108,7 @@ def moved64(x: Tensor, slopes: np.ndarray, h: Sequence[float], weights: Sequence
 
 
 def rms64(values: np.ndarray, scale: np.ndarray, batch_wide: bool) -> Tensor:
-    """``[B]``: length of ``values / scale`` over the root of their number, of each image or of the whole batch."""
+    """Return ``[B]``: the root mean square of ``values / scale``, of each image or of the whole batch."""
     ratio = values / scale
     if batch_wide:
         return torch.full((len(ratio),), np.linalg.norm(ratio) / math.sqrt(ratio.size), dtype=F64)
@@ -119,7 +116,7 @@ def rms64(values: np.ndarray, scale: np.ndarray, batch_wide: bool) -> Tensor:
 
 
 def error64(x: Tensor, slopes: np.ndarray, h: Sequence[float], batch_wide: bool) -> Tensor:
-    """Norm of Dopri5's error."""
+    """Return the norm of Dopri5's error estimate."""
     rtol, atol = TOLERANCE
     before = moved64(x, slopes, h, [])
     after = moved64(x, slopes, h, DOPRI5.coupling[-1])
@@ -130,7 +127,7 @@ def error64(x: Tensor, slopes: np.ndarray, h: Sequence[float], batch_wide: bool)
 def attempt_by_hand(
     tau: float, step: float, status: int, counts: tuple[int, int], ratio: float, order: int, max_attempts: int
 ) -> tuple[float, float, float, list[float], int, tuple[int, int], bool]:
-    """One image: ``h, tau, step, times, status, (accepted, rejected), accept`` after an attempt with this ratio."""
+    """Return ``h, tau, step, times, status, (accepted, rejected), accept`` of one image after an attempt."""
     moves = status == RUNNING and tau < 1
     left = 1 - tau
     h = min(step, left) if moves else 0.0
@@ -161,11 +158,11 @@ def attempt_by_hand(
 
 
 def assert_norms(out: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, ulps: float = 1.0) -> None:
-    """Level D, each image by itself: twice plain PyTorch's error plus two roundings in the type of the state.
+    """Assert level D for each image: twice plain PyTorch's error plus two roundings in the type of the state.
 
     Args:
-        ulps: of a rounding: 1 where quotients round correctly up to half of one; 4 for the fast division of the
-            compiled kernels, which is good to 2 units, four times as much.
+        ulps: size of a rounding, in half units: 1 where quotients are rounded correctly; 4 for the fast division of the
+            compiled kernels, which is accurate to 2 units.
     """
     error, of_plain = (out.cpu() - truth).abs(), (plain.cpu() - truth).abs()
     bound = 2 * of_plain + 2 * ulps * torch.finfo(dtype).eps / 2 * truth

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for ragged packs, and how many are drawn.
+"""Hypothesis strategies for ragged packs, and the number of examples.
 
 A normal run draws the same few examples every time. PIXELFLOW_FUZZ=N (`make fuzz`) draws N times as many, at random.
 PIXELFLOW_SHRINK=0 stops at the first failure, for kernels broken on purpose: under the interpreter, shrinking is slow.
@@ -21,7 +21,7 @@ PHASES = [Phase.explicit, Phase.generate, *([Phase.shrink] if os.environ.get("PI
 
 
 def draws(count: int) -> Any:
-    """Decorator: this many examples, the same in every normal run; under PIXELFLOW_FUZZ more, and other ones."""
+    """Decorate a test to draw ``count`` examples, the same in every normal run; PIXELFLOW_FUZZ: more, random."""
     return settings(
         max_examples=count * FUZZ,
         phases=PHASES,
@@ -43,9 +43,9 @@ def lengths(
     min_length: int = 1,
     min_members: int = 0,
 ) -> list[int]:
-    """Tokens of each member of a pack: corner lengths and any others, together at most ``max_tokens``.
+    """Draw the tokens of each member of a pack: corner lengths and any others, at most ``max_tokens`` in total.
 
-    Zero-length members are drawn where ``min_length`` is 0; the empty pack where ``min_members`` is.
+    Members without tokens occur if ``min_length`` is 0, the empty pack if ``min_members`` is 0.
     """
     corners = [n for n in (0, *CORNERS) if min_length <= n <= max_length]
     any_length = st.integers(min_length, max_length)
@@ -65,7 +65,7 @@ def lengths(
 def grids(
     draw: st.DrawFn, *, max_members: int = 6, max_length: int = 600, max_tokens: int = 600, min_members: int = 0
 ) -> list[tuple[int, int]]:
-    """Rows and columns of each image of a pack, together at most ``max_tokens`` tokens; equal neighbours are common."""
+    """Draw rows and columns of each image, at most ``max_tokens`` tokens in total; equal neighbours are common."""
     corners = [g for g in CORNER_GRIDS if g[0] * g[1] <= max_length]
     kept: list[tuple[int, int]] = []
     for _ in range(draw(st.integers(min_members, max_members))):
@@ -81,30 +81,30 @@ def grids(
 
 
 def head_dims(*, largest: int = 128) -> st.SearchStrategy[int]:
-    """Multiples of 8: the published ones, the small model's, and odd ones."""
+    """Draw multiples of 8: the published head sizes, the small model's, and others."""
     return st.sampled_from([d for d in HEAD_DIMS if d <= largest])
 
 
 def heads(largest: int = 16) -> st.SearchStrategy[int]:
-    """Number of heads; small ones are likelier."""
+    """Draw a number of heads; small ones are more likely."""
     return st.one_of(st.sampled_from([1, 2, 3]), st.integers(1, largest)).filter(lambda n: n <= largest)
 
 
 def seeds() -> st.SearchStrategy[int]:
-    """Seeds for values; a failing example shows its own."""
+    """Draw seeds for values; a failing example shows its seed."""
     return st.integers(0, 2**31 - 1)
 
 
 def interpreted_types() -> st.SearchStrategy[torch.dtype]:
-    """What the interpreter computes faithfully."""
+    """Draw a type that the interpreter computes faithfully."""
     return st.sampled_from([torch.float32, torch.float64])
 
 
 def types() -> st.SearchStrategy[torch.dtype]:
-    """Every type that the operations take."""
+    """Draw any type that the operations take."""
     return st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64])
 
 
 def stds() -> st.SearchStrategy[float]:
-    """Standard deviations of inputs."""
+    """Draw a standard deviation of inputs."""
     return st.sampled_from([0.02, 0.3, 1.0])

@@ -1,4 +1,4 @@
-"""Image files made on the spot, and folders of them."""
+"""Image files generated for tests, and folders of them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ Pixels = NDArray[np.uint8]
 
 
 def pixels(height: int, width: int, seed: int = 0, channels: int = 3) -> Pixels:
-    """Random levels ``[H, W, c]``."""
+    """Draw random levels ``[H, W, c]``."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
 def encoded(image: Pixels | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """A file's bytes."""
+    """Return the bytes of an image file."""
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     picture.save(file := io.BytesIO(), kind, **options)
     return file.getvalue()
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
-    """A PNG from its parts, which need not be true: bit depth, colour type (0 grey, 2 colour), filtered rows."""
+    """Build a PNG from parts that need not be consistent: bit depth, colour type (0 grey, 2 colour), filtered rows."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -38,7 +38,7 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
 
 
 def photograph_tiles(root: Path, classes: int, each: int, side: int = 40) -> None:
-    """Squares of scikit-learn's two photographs as JPEG files, one folder for each class; sizes differ a little."""
+    """Write crops of scikit-learn's two photographs as JPEG files of slightly different sizes, one folder per class."""
     from sklearn.datasets import load_sample_images
 
     photographs = load_sample_images().images

@@ -1,4 +1,4 @@
-"""Several processes that train together, as torchrun would start them, forked off one that has imported torch."""
+"""Several training processes, as torchrun would start them, forked from a process that has imported torch already."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from support.recipes import tiny_recipe
 from support.runs import PRELOADED, at_step, send
 
 LOST, FAILED = 40, 41
-"""What a rank leaves with: another was lost, and any other error, which is in ``rank-N.txt``."""
+"""Exit codes of a rank: another rank was lost; any other error, whose traceback is in ``rank-N.txt``."""
 
-PORTS = range(20000, 32768)  # below those that Linux gives out by itself
-PATIENCE = 300  # seconds until a rank counts as hanging
+PORTS = range(20000, 32768)  # below the ports that Linux assigns by itself
+PATIENCE = 300  # seconds after which a rank counts as hanging
 
 
 def in_ranks(count: int, folder: Path, target: Callable[..., None], *arguments: Any) -> list[int | None]:
-    """Run ``target(folder, *arguments)`` in so many ranks, one is a process alone; their exit codes, -9 for SIGKILL."""
+    """Run ``target(folder, *arguments)`` in ``count`` ranks (1: one process); return exit codes, -9 for SIGKILL."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     port = free_port()
@@ -50,7 +50,7 @@ def in_ranks(count: int, folder: Path, target: Callable[..., None], *arguments: 
 
 
 def free_port() -> int:
-    """A port that nobody has, and that the system gives to nobody else before the first rank has taken it."""
+    """Return a free port that the system will not assign to another process before the first rank uses it."""
     for port in random.SystemRandom().sample(PORTS, 100):
         with socket.socket() as one, contextlib.suppress(OSError):
             one.bind(("127.0.0.1", port))
@@ -75,18 +75,18 @@ def _as_rank(
 
 
 def said(folder: Path, rank: int) -> str:
-    """The error that a rank left."""
+    """Return the error that a rank has written."""
     path = folder / f"rank-{rank}.txt"
     return path.read_text() if path.exists() else ""
 
 
 def train(folder: Path, overrides: list[str]) -> None:
-    """For :func:`in_ranks`: train the tiny recipe."""
+    """Train the tiny recipe; a target of :func:`in_ranks`."""
     loop.train(tiny_recipe(folder / os.environ["RANK"], *overrides), folder / "run", quiet=True)
 
 
 def train_signalled(folder: Path, overrides: list[str], step: int, rank: int, number: signal.Signals) -> None:
-    """For :func:`in_ranks`: one rank gets a signal when a step begins."""
+    """Train, and send a signal to one rank when a step begins; a target of :func:`in_ranks`."""
     if int(os.environ["RANK"]) == rank:
         at_step(step, lambda: send(number))
     train(folder, overrides)

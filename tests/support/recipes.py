@@ -21,7 +21,7 @@ eval_every: 5
 
 
 def tiny_recipe(folder: Path, *overrides: str) -> TrainConfig:
-    """The recipe, read from a file in ``folder``, with ``key=value`` overrides."""
+    """Return the recipe, read from a file in ``folder``, with ``key=value`` overrides."""
     path = folder / "tiny.yaml"
     path.write_text(TINY_RECIPE, encoding="utf-8")
     return load_config(str(path), overrides)

@@ -1,17 +1,17 @@
-"""A CPU stand-in for CUDA graphs that holds launches to the contract of real ones, and is harsher where it can be.
+"""A CPU stand-in for CUDA graphs that holds launches to the contract of real ones, and is stricter where it can be.
 
-Under capture every dispatched operation is recorded with its tensors; a replay runs exactly these again on the same
-memory, and no Python of the launch. What a real capture refuses is refused: values read on the host, shapes that depend
-on values, tensors made of Python's data, tensors that move to another device. What breaks a real graph silently is an
-error, or shows:
+During capture every dispatched operation is recorded with its tensors; a replay runs exactly these operations again on
+the same memory, and none of the launch's Python. What a real capture refuses is refused: values read on the host,
+shapes that depend on values, tensors made from Python data, tensors that move to another device. What would break a
+real graph silently is an error, or becomes visible:
 
-- A graph does not own what it reads: memory that was given up since, or that lies elsewhere, is an error.
-- What a launch allocates belongs to the pool and may be overwritten by any other graph: after capture and after every
-  replay it is poison.
-- A capture runs nothing, but its warm-up does: what a launch writes to is poison after capture.
+- A graph does not own what it reads: memory that was freed or moved since is an error.
+- What a launch allocates belongs to the pool and may be overwritten by any other graph: it is poisoned after capture
+  and after every replay.
+- A capture runs nothing, but its warm-up does: what a launch writes to is poisoned after capture.
 - A closed graph cannot be replayed.
 
-"Poison" is NaN, or a number far outside of any range.
+"Poison" is NaN, or a number far outside the usual range.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from pixelflow_engine.packed_stages import ProgramStore
 
 from .engines import tiny_config, tiny_model, uncompiled
 
-# Values that come to the host, or shapes that depend on them.
+# Operations that read values on the host, or whose shapes depend on values.
 READS = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "masked_select", "_unique2",
     "unique_dim", "unique_consecutive", "unique_dim_consecutive", "bincount", "histc", "is_same_size_values",
 }  # fmt: skip
 
-# Python functions that read or make values without an operation that could be seen.
+# Python functions that read or make values without a dispatched operation.
 HOST_FUNCTIONS = {
     torch.tensor: "a tensor made of Python's data",
     torch.as_tensor: "a tensor made of Python's data",
@@ -59,11 +59,11 @@ HOST_FUNCTIONS = {
 
 
 class RefusedError(RuntimeError):
-    """As the driver would say it."""
+    """An operation that is not permitted during capture; worded like the driver's errors."""
 
 
 def poison(x: Tensor) -> None:
-    """Make its values useless."""
+    """Overwrite the tensor's values with poison."""
     if x.is_floating_point():
         x.fill_(torch.nan)
     elif x.dtype != torch.bool:
@@ -71,7 +71,7 @@ def poison(x: Tensor) -> None:
 
 
 class _Outside:
-    """A tensor that a graph reads or writes and does not own: where it lay when it was captured."""
+    """A tensor that a graph reads or writes but does not own, with its memory at the time of capture."""
 
     def __init__(self, x: Tensor) -> None:
         storage = x.untyped_storage()
@@ -80,7 +80,7 @@ class _Outside:
         self.dtype, self.place = x.dtype, (x.storage_offset(), tuple(x.shape), x.stride())
 
     def tensor(self) -> Tensor:
-        """The same memory, if it is still there."""
+        """Return a tensor over the same memory, if it still exists."""
         storage = None if self.storage.expired() else torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
         if storage is None:
             raise RefusedError(f"a graph reads memory that was given up: {self.dtype} {self.place[1]}")
@@ -91,7 +91,7 @@ class _Outside:
 
 @dataclass
 class _Node:
-    """One operation: its arguments, where tensors are numbers of slots, and the slots of what it gives."""
+    """One operation: arguments, in which slots stand for tensors, and the slots of its results."""
 
     operation: Any
     arguments: list[Any]
@@ -108,21 +108,21 @@ class _Slot:
 
 
 class _Record(TorchDispatchMode):
-    """Runs operations and writes them down."""
+    """Runs operations and records them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.nodes: list[_Node] = []
         self.slots: list[Tensor | _Outside] = []
         self.known: dict[int, int] = {}
-        self.alive: list[Tensor] = []  # so that no id is given twice while recording, and no memory
+        self.alive: list[Tensor] = []  # so that neither ids nor memory are reused while recording
         self.made: set[int] = set()
         self.outside = {0}
         self.inside = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "profiler":  # a range is the host's: no graph has it
+        if func.namespace == "profiler":  # profiler ranges are on the host: a graph has none
             return func(*args, **kwargs)
         _refuse(func, args, kwargs)
         flat, form = tree_flatten((args, kwargs))
@@ -141,7 +141,7 @@ class _Record(TorchDispatchMode):
 
     def _slot(self, x: Tensor) -> int:
         if id(x) not in self.known:
-            # Autograd gives back what it kept as other objects over the same memory.
+            # Autograd returns saved tensors as new objects over the same memory.
             self._know(x, x if x.untyped_storage().data_ptr() in self.made else _Outside(x))
         return self.known[id(x)]
 
@@ -153,7 +153,7 @@ class _Record(TorchDispatchMode):
         self.alive.append(x)
 
     def _output(self, x: Tensor, inputs: set[int]) -> int:
-        """A result; None of its own for a tensor that was known before, as those worked on in place are."""
+        """Return a result's slot: a new one, unless the tensor is known already, as after an in-place operation."""
         if id(x) not in self.known:
             self._know(x, x)
             address = x.untyped_storage().data_ptr()
@@ -186,27 +186,27 @@ def _refuse(func: Any, args: Any, kwargs: Any) -> None:
 
 
 class _Host(TorchFunctionMode):
-    """Refuses what reaches the host without an operation."""
+    """Refuses functions that access the host without a dispatched operation."""
 
     def __init__(self, record: _Record) -> None:
         super().__init__()
         self.record = record
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in HOST_FUNCTIONS and not self.record.inside:  # a kernel may do inside what it likes
+        if func in HOST_FUNCTIONS and not self.record.inside:  # inside an operation, its implementation may do so
             raise RefusedError(f"operation not permitted when stream is capturing: {HOST_FUNCTIONS[func]}")
         return func(*args, **(kwargs or {}))
 
 
 class _Graph:
-    """What was recorded, in a form that owns nothing but what the launch itself allocated."""
+    """A recorded graph, which owns only what the launch itself allocated."""
 
     def __init__(self, record: _Record, kept: Sequence[Tensor] = ()) -> None:
         self.nodes = record.nodes
-        # What autograd knows of them, as which views may not be written to, is of no interest any more.
+        # Autograd's bookkeeping, such as which views may not be written to, no longer matters: detach the tensors.
         self.slots = [slot if isinstance(slot, _Outside) else slot.data for slot in record.slots]
         self.closed = False
-        # A view of what is outside is outside, too: only a new allocation is the graph's.
+        # A view of outside memory is outside, too: only new allocations are the graph's.
         outside = record.outside - {0}
         for i, x in enumerate(self.slots):
             if isinstance(x, Tensor) and x.untyped_storage().data_ptr() in outside:
@@ -241,13 +241,13 @@ class _Graph:
 
 
 class RecordingCapture:
-    """See :class:`pixelflow_engine.graphs.Capture`; ``fail_at`` makes the capture of that number (from 0) fail.
+    """Implements :class:`pixelflow_engine.graphs.Capture`; the capture with number ``fail_at`` (from 0) fails.
 
     Attributes:
-        captured: how many were asked for so far.
-        replayed: how many replays there were.
-        turns: what its users said: who left in what thread, and who went on after whom.
-        kept: tensors that launches write to, but leave as they are while they are captured, which is checked.
+        captured: number of captures requested so far.
+        replayed: number of replays.
+        turns: calls of ``leave`` and ``follow``, with the thread and the number of the turn that was left.
+        kept: tensors that launches write to but have to leave unchanged while being captured, which is checked.
     """
 
     def __init__(self, fail_at: int | None = None) -> None:
@@ -280,7 +280,7 @@ class RecordingCapture:
         return replay
 
     def leave(self) -> int:
-        """See :class:`Capture`; what was left has a number."""
+        """See :class:`Capture`; returns the number of the turn."""
         self.turns.append(("left", threading.get_ident(), len(self.turns)))
         return len(self.turns) - 1
 
@@ -298,11 +298,11 @@ class RecordingCapture:
 
 
 def packed_engine(capture: RecordingCapture | None = None, seed: int = 1, **options: Any) -> PixelFlowEngine:
-    """A small engine that runs packed stages on a CPU, uncompiled, and replays its steps from recordings if it can.
+    """Return a small engine that runs packed stages uncompiled on a CPU, and replays steps from recordings.
 
     Args:
-        capture: makes the recordings.
-        seed: of the weights.
+        capture: makes the recordings; None if steps are not to be replayed.
+        seed: seed of the weights.
         options: ``plain=True`` for operations that read a prompt's mask; ``batch_sizes``; fields of the model's and
             the cascade's configuration.
     """
@@ -317,7 +317,7 @@ def packed_engine(capture: RecordingCapture | None = None, seed: int = 1, **opti
 
 
 def statics(store: ProgramStore) -> Iterator[Tensor]:
-    """Every tensor that a call loads."""
+    """Yield every tensor into which a call loads values."""
     for program in store.programs.values():
         for value in vars(program).values():
             if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Small reference models with every parameter random, also the zeros of initialisation, and seeded generators."""
+"""Small reference models with random values in every parameter, also those initialized to zero; seeded generators."""
 
 import torch
 from torch import Tensor
@@ -7,21 +7,21 @@ from pixelflow_engine.reference import PixelFlowTransformer
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A CPU generator; the seed is printed, so that a failing test shows it."""
+    """Return a CPU generator; the seed is printed, so that a failing test shows it."""
     print(f"seed {seed}")
     return torch.Generator().manual_seed(seed)
 
 
 def normal(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Standard normals."""
+    """Draw standard normals."""
     return torch.randn(shape, generator=generator, dtype=dtype)
 
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
-    """Matrices of unit gain, norm weights around 1, biases around 0: nothing is 0 or 1, so that no term hides.
+    """Draw matrices of unit gain, norm weights around 1 and biases around 0: no value is 0 or 1, so no term is hidden.
 
-    Values are rounded to float32 so that a float64 model and its float32 copy have equal weights.
+    Values are rounded to float32, so that a float64 model and its float32 copy have equal weights.
     """
     for name, parameter in model.named_parameters():
         draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
@@ -47,7 +47,7 @@ def random_reference(
     channels: int = 3,
     dtype: torch.dtype = torch.float64,
 ) -> PixelFlowTransformer:
-    """A reference model with random weights, in evaluation mode and without gradients."""
+    """Return a reference model with random weights, in evaluation mode and without gradients."""
     model = PixelFlowTransformer(
         depth=depth,
         num_attention_heads=heads,

@@ -1,4 +1,4 @@
-"""Runs and result files as tests make them."""
+"""Runs and result files for tests."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ HEAD = {
 
 
 def run_of(suite: str, *records: dict[str, Any], began: str = "2026-01-01T00:00:00+00:00", **head: Any) -> Run:
-    """A run with these records, an environment before and an end after them."""
+    """Return a run with these records between an environment and an end record."""
     return Run(suite, began, [{**HEAD, **head}, *records, {"kind": "end"}])
 
 
 def spread_of(median: float, off: float = 0.01, repeats: int = 20) -> dict[str, float]:
-    """A spread around a median."""
+    """Return a spread around a median."""
     return {"median": median, "low": median * (1 - off), "high": median * (1 + off), "repeats": repeats}
 
 
 def measurement(case: str, variant: str, median: float, off: float = 0.01, **more: Any) -> dict[str, Any]:
-    """A measurement whose check was passed."""
+    """Return a measurement that passed its check."""
     record = {"kind": "measurement", "case": case, "variant": variant, "right": True, "per": "call"}
     return {**record, "seconds": spread_of(median, off), **more}
 
 
 def write_runs(path: Path, *runs: Run) -> Path:
-    """A result file."""
+    """Write a result file and return its path."""
     lines = [json.dumps({"suite": run.suite, "run": run.began, **record}) for run in runs for record in run.records]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(line + "\n" for line in lines))

@@ -1,4 +1,4 @@
-"""Inputs for the rope2d tests, and the same mathematics written a second time, in float64 and without our code."""
+"""Inputs for the rope2d tests, and an independent implementation in float64 without the project's code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def norm(x: Tensor, weight: Tensor, num_heads: int, eps: float = EPS) -> Tensor:
 
 
 def norm_and_turn(leaves: Sequence[Tensor], layout: PackedLayout, heads: int, rotate_k: bool) -> tuple[Tensor, Tensor]:
-    """What the fused operation computes of ``q, k, q_weight, k_weight``, in float64; differentiable."""
+    """Return what the fused operation computes from ``q, k, q_weight, k_weight``, in float64; differentiable."""
     q, k, q_weight, k_weight = leaves
     k = norm(k, k_weight, heads)
     return turn(norm(q, q_weight, heads), layout), turn(k, layout) if rotate_k else k
@@ -42,24 +42,24 @@ def norm_and_turn(leaves: Sequence[Tensor], layout: PackedLayout, heads: int, ro
 def gradients(
     grads: Sequence[Tensor], leaves: Sequence[Tensor], layout: PackedLayout, heads: int, rotate_k: bool
 ) -> tuple[Tensor, ...]:
-    """Of q, k and both weights, by autograd of :func:`norm_and_turn`; ``grads`` are ``[T, H, D]``."""
+    """Return the gradients of q, k and both weights by autograd; ``grads`` ``[T, H, D]`` are the outputs'."""
     high = [x.double().requires_grad_() for x in leaves]
     outputs = norm_and_turn(high, layout, heads, rotate_k)
     return torch.autograd.grad(outputs, high, [g.double() for g in grads])
 
 
 def fused_qkv(tokens: int, width: int, dtype: torch.dtype, std: float, seed: int = 0) -> tuple[Tensor, ...]:
-    """q, k and v as slices of one product ``[T, 3C]``."""
+    """Draw q, k and v as slices of one product ``[T, 3C]``."""
     product = torch.randn(tokens, 3 * width, generator=seeded(seed), dtype=torch.float64) * std
     return product.to(dtype).chunk(3, dim=-1)
 
 
 def weights(width: int, dtype: torch.dtype, seed: int = 7) -> tuple[Tensor, Tensor]:
-    """Of q's and k's norm: around 1, none of them 1."""
+    """Draw the weights of q's and k's norm: around 1, none of them exactly 1."""
     q_weight, k_weight = 1 + 0.3 * torch.randn(2, width, generator=seeded(seed), dtype=torch.float64)
     return q_weight.to(dtype), k_weight.to(dtype)
 
 
 def high_type(dtype: torch.dtype) -> torch.dtype:
-    """What a type is computed in."""
+    """Return the type that operands of ``dtype`` are computed in."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Runs to compare: what is in a run directory, and training in a process that may be killed."""
+"""Comparing training runs: the contents of a run directory, and training in a process that may be killed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pixelflow_training.state import TrainState
 from support.disk import Disk
 from support.recipes import tiny_recipe
 
-# What a process that is forked off has imported already; the first step of a run asks for torch._dynamo.
+# Modules already imported in the process that is forked; the first step of a run needs torch._dynamo.
 PRELOADED = ["pixelflow_training.loop", "sklearn.datasets", "torch._dynamo"]
 
 TIMES = ("images_per_second", "tokens_per_second", "flops_per_second", "seconds")
 
 
 def digest(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """SHA-256 of a state by name, type and bits; times are left out."""
+    """Return the SHA-256 of a state by name, type and bits, without times."""
     sha = hashlib.sha256()
     for group, members in sorted(tensors.items()):
         for name, tensor in sorted(members.items()):
@@ -39,13 +39,13 @@ def digest(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """The log without its times."""
+    """Return the log without its times."""
     records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
 
 
 def state_of(run: Path, config: TrainConfig) -> TrainState:
-    """A run's last checkpoint."""
+    """Return the state in a run's last checkpoint."""
     state = TrainState(config, loop.build_model(config))
     with Checkpointer(run / "checkpoints", config) as checkpoints:
         assert checkpoints.restore(state), "no checkpoint"
@@ -53,7 +53,7 @@ def state_of(run: Path, config: TrainConfig) -> TrainState:
 
 
 def outcome(run: Path, config: TrainConfig) -> dict[str, Any]:
-    """All of a run that must not depend on how often it was stopped."""
+    """Return everything about a run that must not depend on how often it was stopped."""
     return {
         "state": digest(state_of(run, config).tensors()),
         "log": lines(run),
@@ -66,7 +66,7 @@ def outcome(run: Path, config: TrainConfig) -> dict[str, Any]:
 
 
 def in_process(target: Callable[..., None], *arguments: Any) -> int | None:
-    """Run a function in a fresh process, forked off one that has imported torch; its exit code, -9 for SIGKILL."""
+    """Run a function in a process forked from one that has imported torch; return its exit code, -9 for SIGKILL."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=target, args=arguments)
@@ -76,7 +76,7 @@ def in_process(target: Callable[..., None], *arguments: Any) -> int | None:
 
 
 def at_step(step: int, act: Callable[[], None]) -> None:
-    """Do something when the batch of a step (from 0) is asked for."""
+    """Call ``act`` when the batch of a step (from 0) is requested."""
     honest = loop.training_batch
 
     def watching(config: TrainConfig, data: Any, now: int, *share: int) -> Any:
@@ -92,19 +92,19 @@ def send(number: signal.Signals) -> None:
 
 
 def train_killed_at_step(folder: Path, overrides: list[str], step: int) -> None:
-    """For :func:`in_process`: SIGKILL when a step begins, whatever the writer is doing then."""
+    """Train, killed when a step begins, whatever the writer is doing then; a target of :func:`in_process`."""
     at_step(step, lambda: send(signal.SIGKILL))
     loop.train(tiny_recipe(folder, *overrides), folder / "run", quiet=True)
 
 
 def train_killed_on_disk(folder: Path, overrides: list[str], operation: int) -> None:
-    """For :func:`in_process`: SIGKILL at an operation on the checkpoints' folder."""
+    """Train, killed at an operation on the checkpoints' folder; a target of :func:`in_process`."""
     with Disk(folder / "run" / "checkpoints", operation, "kill"):
         loop.train(tiny_recipe(folder, *overrides), folder / "run", quiet=True)
 
 
 def train_by_command(folder: Path, overrides: list[str], step: int, signals: list[signal.Signals]) -> None:
-    """For :func:`in_process`: ``pixelflow train``, sent signals when a step begins."""
+    """Run ``pixelflow train``, sent signals when a step begins; a target of :func:`in_process`."""
     from pixelflow_training.cli import train
 
     def act() -> None:

@@ -1,4 +1,4 @@
-"""Steps of training on a small model with random weights, whose gradients are not zero."""
+"""Training steps on a small model with random weights, so that gradients are not zero."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from support.reference_models import randomize, seeded
 
 
 def random_state(config: TrainConfig, ranks: Ranks = ALONE) -> TrainState:
-    """Of random weights: of a fresh model, whose output is zero, most gradients are."""
+    """Return a state with random weights: the output of a fresh model is zero, and so are most of its gradients."""
     model = loop.build_model(config)
     randomize(model, seeded(2))
     return TrainState(config, model.to(ranks.device), ranks)
@@ -42,7 +42,7 @@ def batch_of(config: TrainConfig, step: int = 0, rank: int = 0, world_size: int 
 
 @cache
 def digits(data: DataConfig, resolution: int, channels: int) -> ImageSet:
-    """Those to train on."""
+    """Return the training digits."""
     return load_digits(data, resolution, channels)[0]
 
 
@@ -51,14 +51,14 @@ def flat(tensors: Iterable[Any]) -> Tensor:
 
 
 def bits(state: TrainState) -> list[bytes]:
-    """Of weights, moments, averages, counts and losses."""
+    """Return the bytes of weights, moments, averages, counts and losses."""
     return [x.cpu().numpy().tobytes() for group in state.tensors().values() for x in group.values()]
 
 
 def step_of(
     state: TrainState, config: TrainConfig, fused: bool, ranks: Ranks = ALONE, capture: Capture | None = None
 ) -> TrainStep:
-    """With PyTorch's update, or the fused one, by its operations' plain implementation where no kernel can run."""
+    """Return a step with PyTorch's update or the fused one, whose plain implementation runs where no kernel can."""
     if fused:
         with mock.patch.object(step_module, "update_of", FusedUpdate):
             step = TrainStep(state, config, ranks, capture)
@@ -69,7 +69,7 @@ def step_of(
 
 
 def recorded_step(state: TrainState, config: TrainConfig, capture: RecordingCapture) -> TrainStep:
-    """Whose steps are replayed from recordings."""
+    """Return a step that is replayed from recordings."""
     step = step_of(state, replace(config, compute=replace(config.compute, graphs=True)), True, capture=capture)
     assert isinstance(step.update, FusedUpdate)
     capture.kept = step.update.changed()
@@ -77,10 +77,10 @@ def recorded_step(state: TrainState, config: TrainConfig, capture: RecordingCapt
 
 
 class Watched:
-    """A run whose every step is also done by AdamW in float64, from the same gradients.
+    """A run in which every step is repeated by AdamW in float64, from the same gradients.
 
     Args:
-        state: at its beginning.
+        state: initial state.
         config: the recipe.
     """
 
@@ -89,13 +89,13 @@ class Watched:
         self.truth = Truth(pieces(state.model.parameters()), plain=True)
 
     def step(self, step: TrainStep, batch: Batch, lr: float, parts: int = 1) -> Stepped:
-        """A step that counts, on both sides."""
+        """Make a step, which must not be skipped, on both sides."""
         honest, settings = step.update.launch, self.config.optimizer
         given: list[Tensor] = []
         own_norm = isinstance(step.update, TorchUpdate)
 
         def launch(losses: Tensor, model: Any, zero: bool = False) -> Tensor:
-            # PyTorch's norm is summed in float32, whose error grows with the model: AdamW is held to what it is given.
+            # PyTorch sums its norm in float32, with an error that grows with the model: float64 takes what it clipped.
             norm = honest(losses, model, zero) if own_norm else None
             given[:] = [x.clone() for x in pieces(p.grad for p in model.parameters())]
             return honest(losses, model, zero) if norm is None else norm
@@ -118,7 +118,7 @@ class Watched:
         return done
 
     def check(self) -> None:
-        """Weights and averages are as near to float64 as float32 can be; moments and counts are of as many steps."""
+        """Assert that weights, moments and averages are within float32's bounds of float64, and step counts equal."""
         truth, state = self.truth, self.state
         assert_near(pieces(state.model.parameters()), truth.p, truth.ep, "weights")
         assert_near(pieces(state.ema.model.parameters()), truth.a, truth.ea, "averages")
@@ -129,5 +129,5 @@ class Watched:
 
 
 def pieces(tensors: Iterable[Any]) -> list[Tensor]:
-    """Whole tensors, whoever has their parts."""
+    """Return whole tensors, also of sharded ones."""
     return [(x.full_tensor() if hasattr(x, "full_tensor") else x).detach() for x in tensors]

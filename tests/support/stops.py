@@ -1,17 +1,17 @@
-"""Runs that are stopped at random, again and again, and held bit for bit against the run that never was.
+"""Stop training at random, again and again, and compare it bit for bit with a run that was never stopped.
 
 ``make stops`` is the long form: twenty stops for each of 0 and 2 workers, 1 and 2 ranks. A *chain* is one run
-directory: trained, stopped, trained on and so forth, until the run ends. A seed says what happens in it::
+directory: trained, stopped, resumed and so forth, until the run ends. A seed determines what happens in it::
 
-    told      SIGTERM or SIGINT to one rank, at a random call of a Python function after a step's begin
-    hurried   two SIGINTs: the end at once, whatever is under way
+    told      SIGTERM or SIGINT to one rank, at a random call of a Python function after a step's beginning
+    hurried   two SIGINTs, which end the run at once, whatever is in progress
     killed    SIGKILL of one rank, likewise
     saving    SIGKILL of one rank at a random operation of a save: a write, or anything else that changes the folder
     worker    SIGKILL of a process that reads images
 
-After every stop each complete checkpoint must have, by digest, the state that the whole run had at its step; every
-batch, the next one among them, must be that of the whole run; no step that was saved may be lost, and no process may be
-left over.
+After every stop, each complete checkpoint must have, by digest, the state that the whole run had at its step; every
+batch, including the next one, must be that of the whole run; no saved step may be lost, and no process may be left
+over.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from support.recipes import tiny_recipe
 from support.runs import digest, outcome, send
 
 STEPS, EVERY = 16, 3
-CALLS = 4000  # of Python functions, about as many as a step makes
-WRITES, OTHERS = 800, 60  # operations of a save, about
+CALLS = 4000  # Python function calls, about as many as in a step
+WRITES, OTHERS = 800, 60  # operations of a save, approximately
 KILLED = -signal.SIGKILL
 RECIPE = [
     "model.in_channels=3",
@@ -71,11 +71,11 @@ class Stop(NamedTuple):
     """How a run is stopped.
 
     Attributes:
-        kind: see above; ``none``, it goes on to its end.
-        rank: whose process gets it.
-        step: from 0; nothing happens before it begins.
-        count: calls, or operations of a save, after that.
-        what: of ``told`` the signal's name; of ``saving`` which operations are counted.
+        kind: see the module's docstring; ``none`` lets it run to its end.
+        rank: the rank that is affected.
+        step: step, from 0, before which nothing happens.
+        count: number of calls, or of operations of a save, after that.
+        what: for ``told`` the signal's name; for ``saving`` which operations are counted.
     """
 
     kind: str
@@ -86,7 +86,7 @@ class Stop(NamedTuple):
 
 
 def draw(generator: random.Random, kind: str, ranks: int, done: int) -> Stop:
-    """A stop of a kind, not long after the step that is saved."""
+    """Draw a stop of one kind, not long after the last saved step."""
     rank, step = generator.randrange(ranks), min(done + generator.randrange(EVERY + 2), STEPS - 1)
     if kind == "told":
         return Stop(kind, rank, step, generator.randrange(CALLS), generator.choice(["SIGTERM", "SIGINT"]))
@@ -100,9 +100,9 @@ def draw(generator: random.Random, kind: str, ranks: int, done: int) -> Stop:
 
 
 def attempt(folder: Path, overrides: list[str], stop: Stop) -> None:
-    """For :func:`in_ranks`: train, note every batch, and be stopped."""
+    """Train, record every batch, and be stopped; a target of :func:`in_ranks`."""
     rank = int(os.environ.get("RANK", "0"))
-    os.environ["PIXELFLOW_STOPPED_RUN"] = str(folder)  # by which those that it starts can be found
+    os.environ["PIXELFLOW_STOPPED_RUN"] = str(folder)  # identifies the processes that it starts
     notes = os.open(folder / f"batches-{rank}.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     honest = loop.training_batch
     mine = stop if rank == stop.rank else Stop("none")
@@ -122,12 +122,12 @@ def attempt(folder: Path, overrides: list[str], stop: Stop) -> None:
     recipe.mkdir(exist_ok=True)
     try:
         loop.train(tiny_recipe(recipe, *overrides), folder / "run", quiet=True)
-    except KeyboardInterrupt:  # as the command does
+    except KeyboardInterrupt:  # as the command line does
         os._exit(EXIT_AT_ONCE)
 
 
 def arm(stop: Stop, checkpoints: Path) -> None:
-    """Have it happen from now on."""
+    """Arrange for the stop to happen from now on."""
     if stop.kind == "saving":
         Disk(
             checkpoints, stop.count, "kill", counted=(lambda name: (name == "write") == (stop.what == "write"))
@@ -149,7 +149,7 @@ def happen(stop: Stop) -> None:
 
 
 def at_call(count: int, act: Callable[[], None]) -> None:
-    """Do something at the so-manieth call of a Python function in this thread."""
+    """Call ``act`` at the ``count``-th call (from 0) of a Python function in this thread."""
     left = count
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
@@ -165,7 +165,7 @@ def at_call(count: int, act: Callable[[], None]) -> None:
 
 
 def bits(batch: Batch) -> str:
-    """SHA-256 of a batch: the tensors, and whose they are."""
+    """Return the SHA-256 of a batch: its tensors, grids and skipped images."""
     tensors = {
         name: getattr(batch, name) for name in ("tokens", "targets", "t_model", "labels", "latent_size", "stage")
     }
@@ -177,7 +177,7 @@ def bits(batch: Batch) -> str:
 
 
 class Whole(NamedTuple):
-    """What a run is that was never stopped: its end, the state at every step, and every batch of every rank."""
+    """A run that was never stopped: its outcome, its state at every step, and every batch of every rank."""
 
     outcome: dict[str, Any]
     states: dict[int, str]
@@ -185,7 +185,7 @@ class Whole(NamedTuple):
 
 
 def whole_run(folder: Path, recipe: list[str], ranks: int) -> Whole:
-    """Train it, without workers."""
+    """Train the whole run, without workers."""
     folder.mkdir()
     overrides = [*recipe, "data.workers=0", "checkpoint.every=1", f"checkpoint.keep={STEPS + 1}"]
     codes = in_ranks(ranks, folder, attempt, overrides, Stop("none"))
@@ -199,7 +199,7 @@ def whole_run(folder: Path, recipe: list[str], ranks: int) -> Whole:
 
 
 def noted(folder: Path, rank: int) -> dict[int, str]:
-    """The batches that a rank had; a step that came twice must have had the same."""
+    """Return the batches that a rank recorded; a step that was repeated must have had the same batch."""
     found: dict[int, str] = {}
     for line in (folder / f"batches-{rank}.txt").read_text().splitlines():
         step, sha = line.split()
@@ -208,13 +208,13 @@ def noted(folder: Path, rank: int) -> dict[int, str]:
 
 
 def saved_states(run: Path, config: TrainConfig) -> dict[int, str]:
-    """The digest of every complete checkpoint, each verified; nothing is changed."""
+    """Return the digest of every complete checkpoint by step, after verifying it; nothing is changed."""
     found = {}
     for path in sorted((run / "checkpoints").glob("step-*")):
         verify(path, manifest := read_manifest(path))
         tensors = TrainState(config, loop.build_model(config)).tensors()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that this process is alone
+            warnings.simplefilter("ignore", UserWarning)  # about a single process
             load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
         found[manifest.step] = digest(tensors)
     return found
@@ -226,10 +226,10 @@ def saved_states(run: Path, config: TrainConfig) -> dict[int, str]:
 def chains(
     folder: Path, whole: Whole, recipe: list[str], ranks: int, stops: int, generator: random.Random, say: Any = print
 ) -> int:
-    """Stop a run so often, on as many run directories as it takes, and hold each to the whole run.
+    """Stop a run ``stops`` times, over as many run directories as needed, and compare each with the whole run.
 
     Returns:
-        how many stops ended a process before the run's end.
+        How many stops ended a process before the run's end.
     """
     workers = "data.workers=0" not in recipe
     kinds: list[str] = []
@@ -258,7 +258,7 @@ def chains(
 
 
 def go_on(chain: Path, whole: Whole, recipe: list[str], ranks: int, stop: Stop) -> list[int | None]:
-    """The same command once more, and everything that must hold after it."""
+    """Run the same command once more, and check everything that must hold afterwards."""
     before = latest(chain)
     codes = in_ranks(ranks, chain, attempt, recipe, stop)
     for rank, code in enumerate(codes):
@@ -272,7 +272,7 @@ def go_on(chain: Path, whole: Whole, recipe: list[str], ranks: int, stop: Stop) 
 
 
 def hold(chain: Path, whole: Whole, recipe: list[str], stop: Stop) -> None:
-    """Compare what there is of a run with the whole one."""
+    """Compare the batches and checkpoints of a run with those of the whole one."""
     for rank, batches in enumerate(whole.batches):
         if (chain / f"batches-{rank}.txt").exists():
             for step, sha in noted(chain, rank).items():
@@ -285,8 +285,8 @@ def hold(chain: Path, whole: Whole, recipe: list[str], stop: Stop) -> None:
 
 
 def expected(stop: Stop, rank: int) -> set[int]:
-    """The codes that a rank may end with. Where the run ends first, 0; and handlers are not there to its very end,
-    when all is saved.
+    """Return the exit codes with which a rank may end. It is 0 if the run ends first; signal handlers are removed just
+    before the end, when everything is saved.
     """
     mine = rank == stop.rank
     return {
@@ -300,13 +300,13 @@ def expected(stop: Stop, rank: int) -> set[int]:
 
 
 def latest(chain: Path) -> int:
-    """The step to go on from; -1 before the first."""
+    """Return the step to resume from; -1 before the first."""
     pointer = chain / "run" / "checkpoints" / "latest"
     return int(pointer.read_text().split("-")[1]) if pointer.exists() else -1
 
 
 def nobody_left(chain: Path) -> None:
-    """Processes that were started for this run have ended, or do so soon."""
+    """Assert that all processes started for this run have ended, or end soon."""
     mark = f"PIXELFLOW_STOPPED_RUN={chain}".encode()
     deadline = time.monotonic() + 120
     while left := [process for process in Path("/proc").iterdir() if process.name.isdigit() and is_of(process, mark)]:
@@ -315,13 +315,13 @@ def nobody_left(chain: Path) -> None:
 
 
 def is_of(process: Path, mark: bytes) -> bool:
-    with suppress(OSError):  # ended, or somebody else's
+    with suppress(OSError):  # it has ended, or belongs to somebody else
         return mark in (process / "environ").read_bytes().split(b"\0")
     return False
 
 
 def photographs(root: Path) -> list[str]:
-    """A recipe's overrides for images in a folder, of which some are broken."""
+    """Return a recipe's overrides for a folder of images, some of which are broken."""
     photograph_tiles(root, classes=3, each=8)
     for name in ("class 0/003.JPEG", "class 1/000.JPEG"):
         (root / name).write_bytes((root / name).read_bytes()[:500])
@@ -329,7 +329,7 @@ def photographs(root: Path) -> list[str]:
 
 
 def main() -> None:
-    """The long form."""
+    """Run the long form."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stops", type=int, default=20, help="of each combination")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])

@@ -1,4 +1,4 @@
-"""Packs to train on, and a step on one: by the packed model, and by the reference image by image."""
+"""Training packs, and a step on one by the packed model and by the reference image by image."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ by_operations = pytest.mark.parametrize(
         pytest.param(FusedOperations("triton"), id="kernels", marks=pytest.mark.interpret),
     ],
 )
-"""The kernels in their own process, under Triton's interpreter."""
+"""The kernels run in a process of their own, under Triton's interpreter."""
 
 Grids = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TrainingPack:
-    """Noisy images in any order, and what a model is told of them.
+    """Noisy images in any order, and the model's other inputs.
 
     Attributes:
-        grids: rows and columns of tokens of each.
+        grids: rows and columns of tokens of each image.
         tokens, targets: ``[T, P]`` float32.
         t_model: ``[n]``.
         labels: ``[n]``, or None.
-        text: or None.
+        text: prompts, or None.
     """
 
     grids: tuple[tuple[int, int], ...]
@@ -65,11 +65,11 @@ class TrainingPack:
         return torch.tensor([columns for _, columns in self.grids])
 
     def parts(self, tokens: Tensor) -> list[Tensor]:
-        """Those of each image."""
+        """Split tokens by image."""
         return list(tokens.split([rows * columns for rows, columns in self.grids]))
 
     def pick(self, images: Sequence[int]) -> TrainingPack:
-        """Some images, or all in another order."""
+        """Return a pack of some of the images, or of all in another order."""
         chosen, text = list(images), self.text
         if text is not None:
             text = Text(text.states[chosen], None if text.mask is None else text.mask[chosen])
@@ -88,13 +88,14 @@ class TrainingPack:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Step:
-    """What a forward and a backward pass gave.
+    """Results of a forward and a backward pass.
 
     Attributes:
         losses: ``[n]``.
         tokens: gradient of the pack's tokens, ``[T, P]``.
-        gradients: of every parameter that has one, by name.
-        rows: of the modulations of every block and of the head, ``[n, 6C]`` and ``[n, 2C]``; the packed model's alone.
+        gradients: gradient of every parameter that has one, by name.
+        rows: gradients of the modulations of every block and of the head, ``[n, 6C]`` and ``[n, 2C]``; of the packed
+            model only.
     """
 
     losses: Tensor
@@ -104,7 +105,7 @@ class Step:
 
 
 def draw_pack(model: PixelFlowTransformer, grids: Grids, seed: int, text_length: int = 4) -> TrainingPack:
-    """Random images, targets, times, labels (the null class and a class twice among them) and padded prompts."""
+    """Draw images, targets, times, labels (including the null class and a repeated class) and padded prompts."""
     generator, count = seeded(seed), len(grids)
     channels = model.proj_out_2.out_features
     total = sum(rows * columns for rows, columns in grids)
@@ -124,7 +125,7 @@ def draw_pack(model: PixelFlowTransformer, grids: Grids, seed: int, text_length:
 
 
 def packed_model(model: PixelFlowTransformer, operations: Operations | None, dtype: torch.dtype) -> PackedTransformer:
-    """The packed model with a reference's weights, to be trained."""
+    """Return the packed model with a reference's weights, for training."""
     (block, *_) = model.transformer_blocks
     config = ModelConfig(
         num_attention_heads=block.attn1.heads,
@@ -143,19 +144,19 @@ def packed_model(model: PixelFlowTransformer, operations: Operations | None, dty
 
 
 def velocities_of(model: PackedTransformer, pack: TrainingPack) -> Tensor:
-    """``[T, P]``, in the model's type."""
+    """Return velocities ``[T, P]`` in the model's type."""
     text = pack.text if pack.text is None else Text(pack.text.states.to(model.dtype), pack.text.mask)
     return model(pack.tokens, pack.t_model, pack.layout, pack.latent_size, pack.labels, text)
 
 
 def losses_of(model: PackedTransformer, pack: TrainingPack) -> Tensor:
-    """``[n]``, by the loss that is trained."""
+    """Return the training losses ``[n]``."""
     return image_losses(velocities_of(model, pack), pack.targets.to(model.dtype), pack.layout)
 
 
 @contextmanager
 def rows_of(model: PackedTransformer) -> Iterator[list[Tensor]]:
-    """Modulations as they are made, their gradients kept: of the blocks, and of the head first or last."""
+    """Collect the modulations of blocks and head (the head first or last) as they are made; retain their gradients."""
     rows: list[Tensor] = []
 
     def keep(module: nn.Module, given: Any, made: Tensor) -> None:
@@ -173,7 +174,7 @@ def rows_of(model: PackedTransformer) -> Iterator[list[Tensor]]:
 
 
 def packed_step(model: PackedTransformer, pack: TrainingPack, images: int | None = None) -> Step:
-    """Forward and backward of the mean loss; of a part of a batch, where that has more ``images``."""
+    """Run forward and backward of the mean loss; for a part of a batch, ``images`` is the number in the whole batch."""
     tokens = pack.tokens.to(model.dtype, copy=True).requires_grad_()
     model.zero_grad(set_to_none=True)
     with rows_of(model) as rows:
@@ -186,7 +187,7 @@ def packed_step(model: PackedTransformer, pack: TrainingPack, images: int | None
 
 
 def reference_losses(model: PixelFlowTransformer, pack: TrainingPack, images: list[Tensor] | None = None) -> Tensor:
-    """``[n]``, each image alone; of the pack's tokens where no images ``[1, c, h, w]`` are given."""
+    """Return losses ``[n]``, each image alone; of the pack's tokens unless ``images`` ``[1, c, h, w]`` are given."""
     dtype, p = model.proj_out_2.weight.dtype, model.patch_size
     losses = []
     for i in range(len(pack.grids)):
@@ -202,7 +203,7 @@ def reference_losses(model: PixelFlowTransformer, pack: TrainingPack, images: li
 
 
 def reference_step(model: PixelFlowTransformer, pack: TrainingPack, dtype: torch.dtype) -> Step:
-    """The same by the reference, each image alone, in a type."""
+    """Run the same step by the reference, each image alone, in type ``dtype``."""
     model = model.to(dtype).requires_grad_(True)
     model.zero_grad(set_to_none=True)
     count = len(pack.grids)
@@ -216,15 +217,15 @@ def reference_step(model: PixelFlowTransformer, pack: TrainingPack, dtype: torch
 
 
 def image_of(tokens: Tensor, pack: TrainingPack, i: int, patch_size: int) -> Tensor:
-    """An image of a pack, ``[1, c, h, w]``."""
+    """Return an image of a pack, ``[1, c, h, w]``."""
     (rows, columns), part, p = pack.grids[i], pack.parts(tokens)[i], patch_size
     return unpatchify(part, (1, part.shape[1] // p**2, rows * p, columns * p), p).detach()
 
 
 def assert_step(found: Step, plain: Step, truth: Step) -> None:
-    """Losses, the input's gradient and every parameter's, level D: by the reference's own error in the same type.
+    """Assert level D for losses and gradients (input, parameters), by the reference's own error in the same type.
 
-    Of a parameter both the largest error and the Euclidean one are bounded, each by its own.
+    For a parameter, both the largest error and the Euclidean norm of the error are bounded, each by its own bound.
     """
     assert_level_d(found.losses, plain.losses, truth.losses, "losses")
     assert_level_d(found.tokens, plain.tokens, truth.tokens, "gradient of tokens")
@@ -263,10 +264,10 @@ def _rows(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class RowByRow(TorchFunctionMode):
-    """Linear maps whose rows round by themselves, their inputs' gradients likewise.
+    """Computes linear maps, and the gradients of their inputs, with every row rounded independently.
 
-    A library's product of few rows rounds otherwise than one of many. Where it is taken away, what is left of a model
-    is ours: an image must have the same bits in any pack.
+    A library's product rounds differently for few rows than for many. With library products replaced, the rest of the
+    model must give an image the same bits in any pack.
     """
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
