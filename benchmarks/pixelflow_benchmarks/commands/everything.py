@@ -77,7 +77,7 @@ def command(
     budget_seconds: Annotated[float, typer.Option(min=1, help="Of all suites together.")] = 540,
     public: Public = None,
 ) -> None:
-    """Measure everything, the most important first: the results of a run that is cut short are still usable."""
+    """Measure everything, the most important first, so that a run that is cut short is still of use."""
     where = place_of(device)
     suites = ON_GPU if where.type == "cuda" else ON_CPU
     if failed := run_suites(suites, str(where), output, budget_seconds, public):
