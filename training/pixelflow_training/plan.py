@@ -1,7 +1,7 @@
 """Plans of training steps: what each image of a step is made of, as CPU tensors.
 
-A plan is a pure function of the recipe, the step and the size of the data set. Step i covers the positions ``i *
-batch_size`` to ``(i + 1) * batch_size - 1``; a position is the number of samples consumed before. What is drawn for a
+A plan is a pure function of the recipe, the step and the size of the data set. A position is the number of samples
+consumed before; step i covers the positions ``i * batch_size`` to ``(i + 1) * batch_size - 1``. What is drawn for a
 position depends on the seed and the position; its stage, which must balance, on the seed and the step. Therefore the
 number of workers, the number of ranks and the other images do not affect what a sample gets.
 """

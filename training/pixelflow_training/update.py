@@ -25,7 +25,7 @@ from .ranks import ALONE, Ranks
 from .state import TrainState
 
 LARGEST_CLIP = 2.0**62
-"""Upper limit of the clipping norm given to the kernels: squares of larger values overflow float32."""
+"""Upper limit of the clipping norm given to the kernels: squares of clipped gradients must be finite in float32."""
 
 
 class Update(Protocol):

@@ -23,7 +23,7 @@ def augment(images: Tensor, config: AugmentConfig, affine: Tensor) -> Tensor:
     depend on the other images of the batch.
 
     Args:
-        images: ``[n, c, R, R]`` uint8, or float32 in [-1, 1]. What comes from outside an image is black: 0 or -1.
+        images: ``[n, c, R, R]`` uint8, or float32 in [-1, 1]. Outside of them is black: 0, or -1 in float32.
         config: the limits.
         affine: ``[n, 4]`` from -1 to 1, as fractions of the limits: rotation, scale, shift across, shift down.
 
@@ -40,7 +40,7 @@ def augment(images: Tensor, config: AugmentConfig, affine: Tensor) -> Tensor:
     y, x = (
         torch.arange(1 - side, side, 2, dtype=torch.float64, device=images.device) / side for side in images.shape[2:]
     )
-    # The source position of each pixel, relative to the center, in units of half the side.
+    # The source position of each pixel, relative to the middle, in units of half the side.
     from_x = cos * x - sin * y[:, None] + 2 * config.shift * across
     from_y = sin * x + cos * y[:, None] + 2 * config.shift * down
     grid = torch.stack([from_x, from_y], dim=-1).float()

@@ -35,7 +35,7 @@ def prepare(
     Raises:
         UnreadableImageError: the resized image would have more than ``max_pixels``.
 
-    Source: arXiv 2504.07963 and its code; Dhariwal and Nichol, arXiv 2105.05233, for the center crop.
+    Source: arXiv 2504.07963 and its code; Dhariwal and Nichol, arXiv 2105.05233, for ``center``.
     """
     channels_last = image.permute(1, 2, 0).numpy()
     picture = Image.fromarray(channels_last[..., 0] if image.shape[0] == 1 else channels_last)

@@ -29,7 +29,7 @@ def decode(file: BinaryIO, channels: int, max_pixels: int) -> Tensor:
         ``[channels, H, W]`` uint8.
 
     Raises:
-        UnreadableImageError: the bytes are not such an image, or incomplete.
+        UnreadableImageError: the bytes are not such an image, are incomplete, or have more than ``max_pixels`` pixels.
         OSError: a transient failure; reading may succeed another time.
     """
     try:
