@@ -170,7 +170,7 @@ class FusedUpdate:
         if self.sharing is not None:  # the first forward pass pads shards and thereby moves them, once
             self.fused.parameters = local(list(self.state.model.parameters()))
             self.fused.averages = local(list(self.state.ema.model.parameters()))
-        total = losses.double().sum()  # finite if all losses are
+        total = losses.double().sum()  # in float64 a sum of finite float32 losses is finite
         with named("clip"):
             norm = self.fused.norm(gradients)
             if self.sharing is not None:
