@@ -1,1 +1,1 @@
-"""Training PixelFlow on packed, multi-resolution batches with the operations that sample."""
+"""Training of PixelFlow on packed multi-resolution batches, with the operations that the sampler uses."""

@@ -1,4 +1,4 @@
-"""How a run begins: with fresh weights, with those of a checkpoint in any form, or where it was left."""
+"""Initialization of a run: fresh weights, the weights of a checkpoint in any form, or the state to resume from."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from .state import TrainState
 
 
 def take_first_weights(model: PackedTransformer, config: TrainConfig, ranks: Ranks = ALONE) -> None:
-    """Replace fresh weights by those that the recipe's ``init_from`` names, if it names any.
+    """Replace fresh weights by those of the checkpoint that the recipe's ``init_from`` names; no-op if it is None.
 
-    The model must be the same; stages, resolution and the type of the weights may be others. Of a checkpoint from
-    training the averaged weights are taken. All ranks read it, and the first one's errors are everybody's.
+    The model configuration must be the same; stages, resolution and the dtype of the weights may differ. From a
+    training checkpoint the averaged weights are taken. All ranks read the checkpoint; rank 0 reads it first, and its
+    errors are raised on all ranks.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged.
-        ConfigError: it is of another model; the message names the keys.
+        CheckpointError: the checkpoint is missing or damaged.
+        ConfigError: the checkpoint is of another model; the message names the keys that differ.
     """
     if config.init_from is None:
         return
@@ -39,7 +40,7 @@ def _load(model: PackedTransformer, config: TrainConfig, source: str) -> None:
     differing = [
         f"model.{key}: got {ours[key]}, the checkpoint has {theirs[key]}"
         for key in ours
-        if key != "dropout" and ours[key] != theirs[key]  # which is of training alone, and always 0 here
+        if key != "dropout" and ours[key] != theirs[key]  # dropout only affects training, where it is always 0
     ]
     if differing:
         raise ConfigError(f"init_from: {checkpoint.source} is of another model: {'; '.join(differing)}")
@@ -49,7 +50,7 @@ def _load(model: PackedTransformer, config: TrainConfig, source: str) -> None:
 def begin_or_go_on(
     run: RunDirectory, checkpoints: Checkpointer, state: TrainState, config: TrainConfig, from_step: int | None
 ) -> None:
-    """Fill the state from a checkpoint, or save its beginning: whatever has a log has a checkpoint."""
+    """Restore the state from a checkpoint, or save the initial state: a run that has a log always has a checkpoint."""
     begins = not checkpoints.restore(state, from_step)
 
     def prepare() -> None:

@@ -1,17 +1,17 @@
-"""Checkpoints of a run: a fresh folder for each, complete or not there at all, written while training goes on.
+"""Checkpoints of a run: each in its own folder, either complete or absent, written in the background during training.
 
 ::
 
-    RUN/checkpoints/step-00000500/   __*.distcp, .metadata   torch.distributed.checkpoint's own files
+    RUN/checkpoints/step-00000500/   __*.distcp, .metadata   files of torch.distributed.checkpoint
                                      manifest.json           step, recipe, versions, SHA-256 of every file
-    RUN/checkpoints/latest           the name of the folder to go on from
+    RUN/checkpoints/latest           name of the folder to resume from
 
-A folder is written under a hidden name, brought to the disk, and renamed; then ``latest`` is replaced; then old ones
-are deleted. So at every moment, power cuts included, ``latest`` names a complete checkpoint.
+A folder is written under a hidden name, synchronized to the disk and renamed; then ``latest`` is replaced; then old
+checkpoints are deleted. At every moment, power failures included, ``latest`` therefore names a complete checkpoint.
 
-**Never go on from a run directory that is not your own.** ``.metadata`` is a pickle: loading it runs whatever code its
-author put there. The digests tell damage from health, not friend from foe, who would write digests too. Models to pass
-on are in ``RUN/model``, whose form is data alone.
+**Never resume from a run directory that is not your own.** ``.metadata`` is a pickle: loading it runs whatever code its
+author put there. The digests detect damage, not malice: an attacker would forge them as well. Models to pass on are in
+``RUN/model``, whose form is data alone.
 """
 
 from __future__ import annotations
@@ -50,15 +50,16 @@ LATEST = "latest"
 
 
 def name_of(step: int) -> str:
-    """The folder of a step."""
+    """Name of the folder of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
 class _Writer(FileSystemWriter):
-    """torch's writer into a folder that does not exist yet. ``publish`` is called once all ranks have written."""
+    """torch's writer, into a folder that does not exist yet; calls ``publish`` once all ranks have written."""
 
     def __init__(self, folder: Path, publish: Callable[[], None]) -> None:
-        # What is written is on the CPU. Told to copy ahead, torch would wait for the GPU's training at every tensor.
+        # The tensors are on the CPU already. With copy-ahead, torch would synchronize with the GPU, which is busy with
+        # training, at every tensor.
         super().__init__(folder, overwrite=False, per_thread_copy_ahead=0)
         self._publish = publish
 
@@ -69,7 +70,7 @@ class _Writer(FileSystemWriter):
             reason = _reason(error)
             if reason is error:
                 raise
-            raise reason from None  # other ranks get what is raised, not what was behind it
+            raise reason from None  # other ranks receive the exception itself, not its cause
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
@@ -77,18 +78,19 @@ class _Writer(FileSystemWriter):
 
 
 class Checkpointer:
-    """Saves and restores a run's state; one at a time has a folder, and it is used inside ``with``.
+    """Saves and restores the state of a run; a context manager. One instance at a time may use a folder.
 
     Args:
-        folder: holds the checkpoints; made if it is not there, inside one that is. Leftovers of saves that were cut
-            short are removed.
-        config: the recipe, which every checkpoint keeps and is held against.
-        ranks: who writes and reads together, on one file system; the first one checks, publishes and deletes.
-        listing: tells what is trained on, if it is files; asked once, on the first rank.
+        folder: holds the checkpoints; created if missing (its parent must exist). Entering the context deletes
+            leftovers of interrupted saves.
+        config: the recipe, which is stored in every checkpoint and compared with the one stored there on restore.
+        ranks: the ranks that write and read together, on a shared file system; rank 0 verifies, publishes and deletes.
+        listing: returns the listing of the training data, or None if the data are not files; called at most once, on
+            rank 0.
 
     Attributes:
-        accepted: what was read was written with other images, and ``data.changed`` accepts that: the parts that differ.
-            Known to the first rank.
+        accepted: if the restored checkpoint was written with other images and ``data.changed`` accepts that, the parts
+            of the data that differ. Set on rank 0 only.
     """
 
     def __init__(
@@ -110,8 +112,8 @@ class Checkpointer:
 
     def __enter__(self) -> Checkpointer:
         self.ranks.first_does(self._tidy)
-        # Without a process group torch says at every save that it takes the process to be alone, which it is. Filters
-        # are the process's: set and undone by the thread that saves, they might go wrong in the others.
+        # Without a process group, torch warns at every save that it assumes a single process, which is correct. Warning
+        # filters are global to the process: if the saving thread set and reset them, it could race with other threads.
         self._warnings.__enter__()
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         return self
@@ -119,7 +121,7 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait for the save under way, unless the user is in a hurry. An error that is under way already is kept."""
+        """Wait for a pending save, except on KeyboardInterrupt. An exception that is already propagating is kept."""
         try:
             if error is None:
                 self.wait()
@@ -141,10 +143,10 @@ class Checkpointer:
     # --- writing ---
 
     def save(self, state: TrainState) -> None:
-        """Copy this rank's share of the state to the CPU and write it in the background, after the save before it.
+        """Wait for the previous save, copy this rank's share of the state to the CPU and write it in the background.
 
         Raises:
-            OSError: the save before it has failed.
+            OSError, RuntimeError: the previous save has failed; see :meth:`wait`.
         """
         self.wait()
         step = state.step
@@ -156,18 +158,20 @@ class Checkpointer:
             process_group=self.ranks.saving,
             no_dist=self.ranks.alone,
         )
-        assert isinstance(pending, Future)  # what it is for a stager that blocks
+        assert isinstance(pending, Future)  # the return type for a stager that blocks
         self._pending = pending
 
     def is_written(self) -> bool:
-        """Whether the save in the background is done or has failed, which :meth:`wait` then tells at once."""
+        """Whether the pending save has completed or failed, so that :meth:`wait` returns or raises at once."""
         return self._pending is not None and self._pending.done()
 
     def wait(self) -> None:
-        """Wait until the save in the background is complete.
+        """Wait until the pending save is complete; no-op if there is none.
 
         Raises:
-            OSError: it has failed; naming the checkpoint, the reason and the checkpoint that stays.
+            OSError: it failed with an error of the system. The message names the checkpoint, the reason and the
+                previous checkpoint, which is kept.
+            RuntimeError: it failed for another reason; likewise.
         """
         if self._pending is None:
             return
@@ -181,13 +185,16 @@ class Checkpointer:
             cause, where = _reason(error), ""
         folder, kept = self.folder / name_of(self._saving), self._latest()
         if self.ranks.first:
-            shutil.rmtree(self._partial(self._saving), ignore_errors=True)  # room on the disk, perhaps
+            shutil.rmtree(self._partial(self._saving), ignore_errors=True)  # may free space on a full disk
         message = f"{folder}: the checkpoint could not be saved: {where}{cause}; "
         message += f"the last one is {kept.name}" if kept else "there is none before it"
         raise (OSError if isinstance(cause, OSError) else RuntimeError)(message) from cause
 
     def _failed(self, error: CheckpointException) -> tuple[BaseException, str]:
-        """The reason, and which rank has met it. torch's error is no ``Exception``, which nobody would catch."""
+        """Return the reason of a failure and which rank it occurred on.
+
+        torch's exception derives from ``BaseException``, so callers would not catch it.
+        """
         rank, (failure, _) = min(error.failures.items())
         return _reason(failure), "" if self.ranks.alone else f"rank {rank}: "
 
@@ -204,7 +211,7 @@ class Checkpointer:
             remove_folder(self.folder / name_of(old))
 
     def _dispensable(self) -> list[int]:
-        """Steps that the policy gives up: all but the last ``keep`` and the multiples of ``keep_every``."""
+        """Steps whose checkpoints are to be deleted: all but the last ``keep`` and the multiples of ``keep_every``."""
         policy = self.config.checkpoint
         older = self.steps()[: -policy.keep]
         return [step for step in older if policy.keep_every is None or step % policy.keep_every]
@@ -212,22 +219,23 @@ class Checkpointer:
     # --- reading ---
 
     def steps(self) -> list[int]:
-        """The steps that have a complete checkpoint, ascending."""
+        """Steps that have a complete checkpoint, in ascending order."""
         matches = [STEP.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir()]
         return sorted(int(match[1]) for match in matches if match)
 
     def restore(self, state: TrainState, from_step: int | None = None) -> bool:
-        """Fill a state from a checkpoint as :meth:`read` does, and delete the later ones.
+        """Restore a state from a checkpoint with :meth:`read`, and delete all later checkpoints.
 
         Args:
-            state: of the same recipe; half filled if this raises while loading.
-            from_step: as there.
+            state: a state of the same recipe; partially filled if loading fails.
+            from_step: see :meth:`read`.
 
         Returns:
-            whether there was one.
+            whether there was a checkpoint.
 
         Raises:
-            CheckpointError, ConfigError: as there; or the recipe ends before the checkpoint's step.
+            CheckpointError, ConfigError: see :meth:`read`.
+            ConfigError: the recipe has fewer steps than the checkpoint has done.
         """
         tensors = state.tensors()
         if not self.read(tensors, from_step):
@@ -242,22 +250,23 @@ class Checkpointer:
         return True
 
     def read(self, tensors: dict[str, dict[str, Tensor]], from_step: int | None = None) -> bool:
-        """Fill tensors from a checkpoint, if there is one; nothing on the disk is changed.
+        """Load tensors from a checkpoint, if there is one; nothing on the disk is changed.
 
         Everything is verified before anything is loaded. A damaged checkpoint is an error, not a reason to take an
-        older one: how much work to give up is for its owner to say.
+        older one: how much work to give up is the user's decision.
 
         Args:
-            tensors: those that are wanted, under the names of :meth:`TrainState.tensors`.
-            from_step: which checkpoint; by default the one that ``latest`` names.
+            tensors: the tensors to fill, under the names of :meth:`TrainState.tensors`.
+            from_step: step of the checkpoint; by default the one that ``latest`` names.
 
         Returns:
-            whether there was one.
+            whether there was a checkpoint.
 
         Raises:
-            CheckpointError: it is damaged or missing; the message names the file, and the checkpoints to choose from.
-                Or it went away while it was read.
-            ConfigError: it is of another recipe or other images; the message names the keys, or the parts of the data.
+            CheckpointError: the checkpoint is damaged or missing; the message names the file and the available
+                checkpoints. Or it disappeared while it was read.
+            ConfigError: the checkpoint is of another recipe or of other images; the message names the keys, or the
+                parts of the data.
         """
         chosen = self.ranks.first_does(lambda: self._verified(from_step))
         if chosen is None:
@@ -276,7 +285,7 @@ class Checkpointer:
         return True
 
     def _verified(self, from_step: int | None) -> Path | None:
-        """The checkpoint to go on from, if there is one, every bit of it checked."""
+        """Return the checkpoint to resume from, fully verified, or None if there is none."""
         chosen = self._latest() if from_step is None else self.folder / name_of(from_step)
         if chosen is None:
             return None
@@ -297,7 +306,11 @@ class Checkpointer:
         return chosen
 
     def _latest(self) -> Path | None:
-        """What ``latest`` names; without it, as when the first save was cut before its last act, the newest."""
+        """Return the folder that ``latest`` names.
+
+        Without that file, as after a first save that was cut short just before writing it, return the newest
+        checkpoint.
+        """
         pointer, steps = self.folder / LATEST, self.steps()
         if not pointer.exists():
             return self.folder / name_of(steps[-1]) if steps else None
@@ -310,7 +323,7 @@ class Checkpointer:
         return self.folder / name
 
     def _forget_after(self, step: int) -> None:
-        """The run goes on from here: ``latest`` says so first, then what lies ahead is deleted."""
+        """Make a step the latest checkpoint: first point ``latest`` at it, then delete all later checkpoints."""
         replace_text(self.folder / LATEST, f"{name_of(step)}\n")
         for later in self.steps():
             if later > step:
@@ -318,7 +331,10 @@ class Checkpointer:
 
 
 def _reason(error: BaseException) -> BaseException:
-    """The failure of the system behind an error: of a full disk, torch only says that a position is not as expected."""
+    """Return the OSError in an exception's chain, if there is one, else the exception itself.
+
+    When the disk is full, for example, torch itself only reports that a file position is not the expected one.
+    """
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OSError):

@@ -1,4 +1,4 @@
-"""``pixelflow train``: a run, and pictures of runs."""
+"""The ``pixelflow train`` commands: train a model, plot runs, publish weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ console = Console()
 
 
 class TrainGroup(TyperGroup):
-    """A group whose first command needs no name: what does not begin with the name of a command is for it."""
+    """A command group whose default command is ``run``: arguments that do not begin with a command's name go to it."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """See :class:`click.Command`."""
@@ -37,14 +37,14 @@ def run(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
-    """Train a model from a recipe, or go on; the result is a checkpoint that every other command takes.
+    """Train a model from a recipe, or resume a run; the result is a checkpoint that every other command accepts.
 
-    The word `run` may be left out. `pixelflow train plot RUN` draws what a run did; `pixelflow train publish RUN
+    The word `run` may be omitted. `pixelflow train plot RUN` plots what a run has logged; `pixelflow train publish RUN
     FOLDER` writes its weights in the published form.
 
-    SIGTERM and SIGINT (Ctrl-C) finish the step, save, and exit with code 75: the same command goes on. A second Ctrl-C
-    stops at once, with code 130; the last checkpoint stays. Go on only from run directories of your own: loading a
-    checkpoint runs whatever code its author put there.
+    SIGTERM and SIGINT (Ctrl-C) finish the step, save, and exit with code 75; the same command resumes the run. A second
+    Ctrl-C stops at once, with code 130; the last checkpoint is kept. Resume only from your own run directories: loading
+    a checkpoint runs whatever code its author put there.
     """
     from . import loop
     from .config import load_config
@@ -56,7 +56,8 @@ def run(
         console.print(f"{stopped}; run the same command to go on", highlight=False, soft_wrap=True)
         raise typer.Exit(EXIT_STOPPED) from None
     except KeyboardInterrupt:
-        # Not sys.exit, which would wait for a checkpoint that is being written. It is not there until it is complete.
+        # sys.exit would wait for a checkpoint that is being written. Abandoning it is safe: it is published only once
+        # it is complete.
         os._exit(EXIT_AT_ONCE)
     if not quiet and os.environ.get("RANK", "0") == "0":
         console.print(f"wrote {folder}", highlight=False, soft_wrap=True)
@@ -71,9 +72,9 @@ def plot(
         typer.Option(min=0, help="Steps that losses are averaged over; by default a thirtieth of the run."),
     ] = None,
 ) -> None:
-    """Draw losses by stage, learning rate, gradient norm and speed of runs, also of one that goes on.
+    """Plot losses by stage, learning rate, gradient norm and speed of runs, including runs in progress.
 
-    Spikes and steps that were skipped are marked in red.
+    Spikes and skipped steps are marked in red.
     """
     from .curves import read_curves, short_names
     from .plot import save_plot
@@ -91,7 +92,7 @@ def publish(
 ) -> None:
     """Write a run's trained and averaged weights in the published form: config.yaml, and model_STEP.pt with both.
 
-    Only for runs of your own: loading a checkpoint runs whatever code its author put there.
+    Use it only on your own runs: loading a checkpoint runs whatever code its author put there.
     """
     from .publish import publish as write
 

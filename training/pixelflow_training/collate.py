@@ -1,4 +1,4 @@
-"""From images to a packed multi-resolution batch of training pairs. Source: arXiv 2504.07963, equations 3 to 5."""
+"""Builds packed multi-resolution batches of training pairs from images. Source: arXiv 2504.07963, equations 3 to 5."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .plan import Plan
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Batch:
-    """A pack of noisy images and the velocities that the model should find there.
+    """A pack of noisy images with the velocities that the model is trained to predict.
 
     Attributes:
         tokens, targets: ``[T, c * p * p]`` float32, patches in (channel, row, column) order, full resolution first.
-        layout: who the tokens belong to.
-        t_model: ``[n]`` float32.
+        layout: which tokens belong to which of the n images.
+        t_model: ``[n]`` float32, the times that the model receives.
         labels: ``[n]``, dropped ones replaced by the null class; None for a model without classes.
         latent_size: ``[n]``, width in tokens.
-        stage: ``[n]``, the stage of each image; on the CPU, as nothing is computed with it.
-        skipped: images that could not be read, for which others stand in.
+        stage: ``[n]``, the stage of each image; always on the CPU, because no computation on the device uses it.
+        skipped: images that could not be read and were replaced by others.
     """
 
     tokens: Tensor
@@ -42,7 +42,7 @@ class Batch:
     skipped: tuple[SkippedImage, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on a device; itself if it is there."""
+        """Return the batch on a device; the same object if it is there already."""
         if self.tokens.device == device:
             return self
         return Batch(
@@ -57,7 +57,7 @@ class Batch:
         )
 
     def clone(self) -> Batch:
-        """The same batch in memory of its own."""
+        """Return a copy of the batch in memory of its own."""
         return Batch(
             tokens=self.tokens.clone(),
             targets=self.targets.clone(),
@@ -70,11 +70,11 @@ class Batch:
         )
 
     def parts(self, count: int) -> list[Batch]:
-        """The batch as so many packs, images dealt out one by one: what ranks' shares are to a step."""
+        """Split the batch into ``count`` packs, dealing out the images round-robin, as a step is dealt out to ranks."""
         return [self] if count == 1 else [self._part(index, count) for index in range(count)]
 
     def smallest(self) -> Batch:
-        """The last of its smallest images alone."""
+        """Return a batch of one image: the last of the smallest ones."""
         lengths = [rows * columns for rows, columns in self.layout.grids]
         last = max(range(len(lengths)), key=lambda i: (-lengths[i], i))
         return self._part(last, len(lengths))
@@ -99,12 +99,12 @@ def make_batch(images: Tensor, labels: Tensor, plan: Plan, config: PixelFlowConf
 
     Args:
         images: ``[n, c, H, W]`` uint8, or float32 in [-1, 1], in the order of the plan.
-        labels: ``[n]`` int64, likewise.
-        plan: stages, times, label drops, flips and noise.
-        config: the model's.
+        labels: ``[n]`` int64, in the same order.
+        plan: stages, times, label drops, flips and noise seeds.
+        config: model and scheduler.
 
     Raises:
-        ValueError: there are not as many images or labels as the plan has, or their size does not suit the model.
+        ValueError: the number of images or labels differs from the plan's, or the image size does not suit the model.
     """
     for name, given in (("images", images), ("labels", labels)):
         if given.shape[0] != len(plan):

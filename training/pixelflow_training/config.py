@@ -1,4 +1,4 @@
-"""A training recipe: typed, read from YAML, with ``key=value`` overrides and unknown keys refused."""
+"""Training recipes: typed, read from YAML, with ``key=value`` overrides; unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from pixelflow_engine.config import ModelConfig, PixelFlowConfig, SchedulerConfig, from_mapping
 from pixelflow_engine.errors import ConfigError
 
-PILLOW_PIXELS = 89_478_485  # from which on Pillow warns of a bomb
+PILLOW_PIXELS = 89_478_485  # above this, Pillow warns of a decompression bomb
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
@@ -25,13 +25,13 @@ def _check(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
-    """Random changes of a training image, the affine ones each drawn uniformly from minus to plus its limit.
+    """Random augmentation of training images. Affine parameters are drawn uniformly from minus to plus their limit.
 
     Attributes:
-        rotate: degrees.
-        scale: of the size, as a fraction.
-        shift: of the position, as a fraction of the side.
-        flip: whether every other image, at random, is mirrored left to right.
+        rotate: limit of the rotation, in degrees.
+        scale: limit of the change in size, as a fraction of the size.
+        shift: limit of the translation along each axis, as a fraction of the side.
+        flip: whether images are mirrored left to right with probability 1/2.
     """
 
     rotate: float = 0.0
@@ -47,23 +47,23 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Where images come from.
+    """The source and preparation of images.
 
     Attributes:
-        name: ``digits``, scikit-learn's 1,797 handwritten digits; ``folder``, a tree with a folder for each class;
+        name: ``digits``, scikit-learn's 1,797 handwritten digits; ``folder``, a tree with one folder per class;
             ``shards``, tar files as WebDataset writes them.
-        path: where folders or shards are.
+        path: location of the folders or shards.
         held_out: number of images kept out of training.
-        split_seed: which ones.
-        crop: how an image from a file becomes a square: ``random``, somewhere out of it at 1.125 times the size;
-            ``center``, out of its middle.
-        max_pixels: a file whose image has more is not decoded, but skipped; at most what Pillow allows.
-        max_skipped: different files that may be skipped because they cannot be read; one more stops the run.
-        workers: processes that read files ahead, for each rank; 0 reads them between the steps.
-        changed: what becomes of a run that goes on where files were added, changed or removed meanwhile: ``refuse``, or
-            ``accept`` them. Which images are held out depends on how many there are: of those after a change most have
-            been trained on.
-        augment: see there.
+        split_seed: seed that selects the held-out images.
+        crop: how an image from a file becomes a square: ``random`` cuts it out at a random place at 1.125 times the
+            size; ``center`` cuts it out of the middle.
+        max_pixels: an image file with more pixels is skipped without being decoded; at most what Pillow allows.
+        max_skipped: number of different unreadable files that may be skipped; one more stops the run.
+        workers: processes per rank that read files ahead; 0 reads them between the steps.
+        changed: what to do if files were added, changed or removed before a run resumes: ``refuse`` it, or ``accept``
+            the files. Which images are held out depends on the number of images: after a change of that number, most of
+            the new held-out images have been trained on.
+        augment: see :class:`AugmentConfig`.
     """
 
     name: Literal["digits", "folder", "shards"] = "digits"
@@ -80,7 +80,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.name == "digits" and self.path is not None:
             raise ConfigError(f"data.path: got {self.path!r}, expected none for data.name=digits")
-        _check("data.split_seed", self.split_seed, -(2**63), 2**64 - 1)  # what torch takes
+        _check("data.split_seed", self.split_seed, -(2**63), 2**64 - 1)  # the range of torch.Generator.manual_seed
         _check("data.max_pixels", self.max_pixels, 1, PILLOW_PIXELS)
         _check("data.max_skipped", self.max_skipped, 0, math.inf)
         _check("data.workers", self.workers, 0, 1024)
@@ -93,8 +93,9 @@ class OptimizerConfig:
     Attributes:
         lr: peak learning rate.
         weight_decay, betas: of AdamW.
-        warmup_steps: steps of linear rise from zero.
-        schedule: what follows: ``constant``, or ``cosine`` down to zero at the last step.
+        warmup_steps: number of steps of linear warm-up from zero.
+        schedule: after the warm-up: ``constant``, or ``cosine``, a half cosine that falls to zero over the remaining
+            steps.
         max_grad_norm: gradients are clipped to this total norm.
     """
 
@@ -117,12 +118,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """What is kept to go on from. The beginning, the last step and a run that is told to stop are saved as well.
+    """When to save checkpoints and which to keep.
+
+    The initial state, the last step and the step after which a run is told to stop are saved as well.
 
     Attributes:
         every: steps between checkpoints.
-        keep: how many of the last ones are kept.
-        keep_every: those of its multiples are kept for good.
+        keep: number of most recent checkpoints to keep.
+        keep_every: checkpoints whose step is a multiple of this are never deleted; None for no such checkpoints.
     """
 
     every: int = 500
@@ -138,12 +141,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardConfig:
-    """What is tolerated.
+    """Tolerance of non-finite steps, and the threshold of loss spikes.
 
     Attributes:
-        max_skipped: steps in a row that may be skipped because the loss or the gradient is not finite; one more stops
-            the run.
-        spike_factor: a stage's loss is logged as a spike above this many times its running median.
+        max_skipped: number of consecutive steps that may be skipped because the loss or the gradient is not finite; one
+            more stops the run.
+        spike_factor: a stage's loss above this many times its running median is logged as a spike.
     """
 
     max_skipped: int = 10
@@ -156,16 +159,16 @@ class GuardConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplesConfig:
-    """Pictures of what the averaged model samples, a class to a column. They change no number of the run.
+    """Sample sheets drawn from the averaged model, one label per column. They change no number of the run.
 
     Attributes:
-        every: steps between pictures, and one at the end; None for none.
-        labels: a column each, the null class included; None for up to ten classes, evenly apart. A model without
-            classes takes none.
-        rows: images of each label, with seeds of their own, the same in every picture.
-        steps: Euler steps of all stages, or of each.
-        guidance_scale: largest guidance weight; a model without classes has none.
-        seed: of the first image; the others count up.
+        every: steps between sheets, with one more at the end; None for no sheets.
+        labels: one label per column, the null class allowed; None for up to ten evenly spaced classes. Must be None for
+            a model without classes.
+        rows: images per label. Each image has its own seed, which is the same in every sheet.
+        steps: number of Euler steps, one for all stages or one per stage.
+        guidance_scale: largest guidance weight; not used for a model without classes.
+        seed: seed of the first image; the following images take consecutive seeds.
     """
 
     every: int | None = None
@@ -186,20 +189,21 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComputeConfig:
-    """How steps are computed: their speed, memory and rounding, not what is learned.
+    """How steps are computed. This affects their speed, memory and rounding, not what is learned.
 
     Attributes:
         device: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is a GPU if there is one.
-        backend: who computes, as for sampling: ``torch``, ``triton``, ``flash``; ``auto`` is ``triton`` on a GPU.
+        backend: implementation, as for sampling: ``torch``, ``triton``, ``flash``; ``auto`` is ``triton`` on a GPU.
         dtype: of velocities and their gradients. Weights, moments and averages are float32.
-        compile: whether blocks are compiled.
-        graphs: whether whole steps are replayed from CUDA graphs, one for each shape that a step may have.
-        recompute: what the backward pass computes again to save memory: ``nothing``; ``pointwise``, all but products
-            and attention; ``blocks``, everything inside a block.
-        max_tokens: most tokens of a pack; a step with more is computed in parts whose gradients are added up. None
-            for one pack, whatever it holds.
-        shard: ranks that share one copy of weights, moments and averages: 1, every rank has its own (data parallel);
-            all of them, there is one (fully sharded); in between, every group of so many has one.
+        compile: whether to compile the blocks.
+        graphs: whether to replay whole steps from CUDA graphs, one for each shape that a step may have.
+        recompute: what the backward pass recomputes to save memory: ``nothing``; ``pointwise``, everything but matrix
+            products and attention; ``blocks``, everything inside a block.
+        max_tokens: token budget of a pack. A step with more tokens is computed in parts whose gradients are
+            accumulated. None for a single pack of any size.
+        shard: number of ranks that share one copy of weights, moments and averages. 1: every rank has its own copy
+            (data parallel). The number of ranks: there is one copy (fully sharded). In between: each group of this size
+            has one copy.
     """
 
     device: str = "auto"
@@ -219,22 +223,23 @@ class ComputeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Everything that determines a run's numbers, and what is logged, kept and tolerated.
+    """A training recipe: everything that determines a run's numbers, and what is logged, kept and tolerated.
 
     Attributes:
         model, scheduler, resolution: the model, as in a checkpoint.
-        data, optimizer: see there.
-        steps: optimizer steps.
-        batch_size: images per step, spread evenly over the stages.
-        ema_decay: of the averaged weights, which are the result; the limit that ``(1 + step) / (10 + step)`` rises to.
+        data, optimizer: see :class:`DataConfig` and :class:`OptimizerConfig`.
+        steps: number of optimizer steps.
+        batch_size: images per step, distributed evenly over the stages.
+        ema_decay: decay of the averaged weights, which are the result: the limit to which ``(1 + step) / (10 + step)``
+            rises.
         label_drop: probability that a label is replaced by the null class.
-        seed: of everything that is drawn.
-        init_from: a checkpoint of the same model in any form, or a run directory, whose weights the run begins with;
-            None for fresh ones. Read once: a run that goes on has all that it needs.
+        seed: seed of all random draws of training; ``data.split_seed`` and ``samples.seed`` are separate.
+        init_from: a checkpoint of the same model in any form, or a run directory, to take the initial weights from;
+            None for fresh weights. Read once: a resumed run does not need it.
         log_every: steps between lines of the log.
-        eval_every: steps between losses on held-out images; the averaged model is saved then too.
-        loggers: who is told the log's lines as well: ``tensorboard`` writes event files into ``RUN/tensorboard``.
-        checkpoint, guard, samples, compute: see there.
+        eval_every: steps between evaluations on held-out images, which also write the averaged model.
+        loggers: further receivers of the log's lines: ``tensorboard`` writes event files into ``RUN/tensorboard``.
+        checkpoint, guard, samples, compute: see the class of each.
     """
 
     model: ModelConfig
@@ -291,19 +296,19 @@ class TrainConfig:
 
     @property
     def network(self) -> PixelFlowConfig:
-        """The part that a checkpoint keeps."""
+        """The part of the recipe that describes the model, as a checkpoint stores it."""
         return PixelFlowConfig(model=self.model, scheduler=self.scheduler, resolution=self.resolution)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the recipe as nested dicts."""
         return asdict(self)
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a path or of a recipe's name.
+    """Return the path of a recipe, given as a file or by the name of one that ships with the package.
 
     Raises:
-        ConfigError: neither exists; the known recipes are listed.
+        ConfigError: neither exists; the message lists the known recipes.
     """
     if Path(name).is_file():
         return Path(name)
@@ -315,14 +320,14 @@ def recipe_path(name: str) -> Path:
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a recipe.
+    """Read a recipe from YAML and apply overrides.
 
     Args:
         name: path of a YAML file, or the name of a recipe that ships with the package.
         overrides: ``key=value`` with dotted keys; values are YAML.
 
     Raises:
-        ConfigError: naming the key, the value and what was expected.
+        ConfigError: the file or an override is invalid; the message names the key, the value and what was expected.
     """
     path = recipe_path(name)
     try:

@@ -1,4 +1,4 @@
-"""What a run's log says, as curves over its steps."""
+"""Reads a run's log into curves over its steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEASURES = ("lr", "grad_norm", "images_per_second")
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Curve:
-    """Values at steps, in their order.
+    """Values over steps, in ascending order of the steps.
 
     Attributes:
         steps: ``[n]`` float64.
@@ -30,7 +30,7 @@ class Curve:
 
     @classmethod
     def of(cls, points: Sequence[tuple[int, float | None]]) -> Curve:
-        """From pairs, leaving out those without a value."""
+        """Build a curve from (step, value) pairs, omitting those whose value is None."""
         kept = [(step, value) for step, value in points if value is not None]
         array = np.array(kept, dtype=np.float64).reshape(-1, 2)
         return cls(array[:, 0], array[:, 1])
@@ -39,9 +39,10 @@ class Curve:
         return len(self.steps)
 
     def smoothed(self, width: float) -> Curve:
-        """Each value replaced by the mean of those at most half of ``width`` steps away.
+        """Replace each value by the mean of the values at most ``width / 2`` steps away.
 
-        Near the first step, where losses fall steeply, no further than it is away: the mean would lie above them all.
+        Near the first step the window is narrower: it reaches no further than that step is away. Losses fall steeply
+        there, and the mean of a one-sided window would lie above them all.
         """
         if not len(self):
             return self
@@ -54,15 +55,15 @@ class Curve:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RunCurves:
-    """A run as its log tells it.
+    """The curves of one run.
 
     Attributes:
-        name: what it is called.
+        name: label of the run.
         training, held_out: the loss of each stage; a stage without images has an empty curve.
-        measures: by name, those of :data:`MEASURES`.
-        spikes: of each stage, the steps and losses that stood out.
+        measures: a curve for each name in :data:`MEASURES`.
+        spikes: steps and losses of the spikes of each stage.
         skipped: steps whose loss or gradient was not finite.
-        last: the last step of the log.
+        last: the last step in the log.
     """
 
     name: str
@@ -75,15 +76,15 @@ class RunCurves:
 
 
 def read_curves(run: Path, name: str) -> RunCurves:
-    """Read the log of a run that has ended or goes on.
+    """Read the log of a run that has ended or is still in progress.
 
     Args:
-        run: its directory, or a log file.
-        name: what it is called.
+        run: a run directory, or a log file.
+        name: label of the run.
 
     Raises:
         FileNotFoundError: there is no log.
-        ValueError: a line is not one of a log, or no step has been logged.
+        ValueError: a line is not one of a training log, or no step has been logged.
     """
     path = run / "log.jsonl" if run.is_dir() else run
     if not path.is_file():
@@ -108,7 +109,11 @@ def read_curves(run: Path, name: str) -> RunCurves:
 
 
 def _of_stages(records: Sequence[dict[str, Any]], stages: int) -> tuple[Curve, ...]:
-    """A curve for each stage; a record of fewer stages has none for the others, and text is what is not finite."""
+    """Return a curve for each stage.
+
+    A record with fewer stages contributes no points to the others, and losses that are text, because they are not
+    finite, are omitted.
+    """
 
     def points(stage: int) -> list[tuple[int, float | None]]:
         losses = [(r["step"], r["stage_loss"][stage]) for r in records if stage < len(r["stage_loss"])]
@@ -118,7 +123,7 @@ def _of_stages(records: Sequence[dict[str, Any]], stages: int) -> tuple[Curve, .
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log. The last may be half written: it is left out then."""
+    """Parse the lines of a log. A last line that is only partly written is omitted."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     whole = lines[:-1] if lines and not lines[-1].endswith("\n") else lines
     records = []
@@ -135,7 +140,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def short_names(runs: Sequence[Path]) -> list[str]:
-    """What runs are called: their directories, or logs that were renamed; as given if those are not all different."""
+    """Return labels for runs: names of directories or renamed logs; the given paths if the names are not unique."""
     paths = [(run.parent if run.name == "log.jsonl" else run).resolve() for run in runs]
     names = [path.name if path.is_dir() else path.stem for path in paths]
     return names if len({*names}) == len(names) else [str(run) for run in runs]

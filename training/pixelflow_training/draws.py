@@ -1,8 +1,8 @@
-"""Random draws as pure functions of (seed, purpose, position), so that a place in training is an integer.
+"""Random draws as pure functions of (seed, purpose, position), so that an integer determines a position in training.
 
-Philox4x32-10 turns a key and a counter into four random words. The key is the seed, the counter is (low word of the
-position, its high word, purpose, block), so a draw depends on nothing that was drawn before or beside it. Where
-PyTorch's own generator is needed, for weights and permutations of a data set, its seed is such a draw.
+Philox4x32-10 maps a key and a counter to four random words. The key is the seed, the counter is (low word of the
+position, its high word, purpose, block), so a draw does not depend on any other draw. Where PyTorch's own generator is
+needed, for weights and permutations of a data set, its seed is such a draw.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ _KEY_STEPS = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
 
 
 class Purpose(IntEnum):
-    """What a draw is for; draws of different purposes are independent.
+    """What a draw is used for; draws for different purposes are independent.
 
-    The numbers begin at 16, away from the purposes of noise (``pixelflow_kernels.philox``), whose seed may be the same.
+    The numbers start at 16 to stay clear of the purposes of noise (``pixelflow_kernels.philox``), whose seed may be the
+    same.
     """
 
     WEIGHTS = 16
@@ -40,15 +41,15 @@ class Purpose(IntEnum):
 
 
 def words(seed: int, purpose: Purpose, positions: Tensor, count: int) -> Tensor:
-    """Random 32-bit words: ``[n, count]`` int64, 0 to 2^32 - 1.
+    """Draw random 32-bit words: ``[n, count]`` int64, 0 to 2^32 - 1.
 
-    The first words of a position are the same however many are asked for.
+    The first words of a position do not depend on ``count``.
 
     Args:
         seed: 0 to 2^64 - 1.
-        purpose: what they are for.
+        purpose: what the words are used for.
         positions: ``[n]`` int64, 0 or more.
-        count: words of each position.
+        count: number of words per position.
 
     Raises:
         ValueError: the seed is out of range.
@@ -59,15 +60,18 @@ def words(seed: int, purpose: Purpose, positions: Tensor, count: int) -> Tensor:
 
 
 def words_for(seed: int, counts: Mapping[Purpose, int], positions: Tensor) -> dict[Purpose, Tensor]:
-    """Words for several purposes at the same positions, drawn together: each as :func:`words` gives them.
+    """Draw words for several purposes at the same positions in one call, each with the values that :func:`words` gives.
 
-    A draw is a few numbers, and a call of Philox some fifty operations, whatever it draws. NumPy's cost less than
-    torch's.
+    A call of Philox takes some fifty array operations, however few words it draws, so the draws of a step are made
+    together. NumPy is used because its overhead per operation is lower than torch's.
 
     Args:
         seed: 0 to 2^64 - 1.
-        counts: words of each position, by purpose.
+        counts: number of words per position, by purpose.
         positions: ``[n]`` int64, 0 or more.
+
+    Returns:
+        the words ``[n, count]`` int64, by purpose.
 
     Raises:
         ValueError: the seed is out of range.
@@ -87,7 +91,7 @@ def words_for(seed: int, counts: Mapping[Purpose, int], positions: Tensor) -> di
 
 def _philox4x32(counter: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
     """Philox4x32-10 of counters ``[4, ...]`` under one key: the function of ``pixelflow_kernels.philox``, in NumPy."""
-    even, odd = counter[0::2], counter[1::2]  # two products a round: of the first word and of the third
+    even, odd = counter[0::2], counter[1::2]  # each round multiplies the first and the third word
     alone = (2, *[1] * (counter.ndim - 1))
     multipliers, steps = _MULTIPLIERS.reshape(alone), _KEY_STEPS.reshape(alone)
     key = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint64).reshape(alone)
@@ -99,31 +103,31 @@ def _philox4x32(counter: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 
 
 def uniforms(seed: int, purpose: Purpose, positions: Tensor, count: int) -> Tensor:
-    """Uniform numbers ``[n, count]`` float64 from 0 to below 1, multiples of 2^-53; arguments as in :func:`words`."""
+    """Draw uniforms ``[n, count]`` float64 in [0, 1), multiples of 2^-53; arguments as in :func:`words`."""
     return as_uniforms(words(seed, purpose, positions, 2 * count))
 
 
 def integers(seed: int, purpose: Purpose, positions: Tensor, bound: int) -> Tensor:
-    """Whole numbers ``[n]`` int64 from 0 to ``bound - 1``, ``bound`` below 2^31; the others as in :func:`words`."""
+    """Draw integers ``[n]`` int64 in [0, bound), with ``bound`` below 2^31; other arguments as in :func:`words`."""
     return as_integers(words(seed, purpose, positions, 2), bound)
 
 
 def seeds(seed: int, purpose: Purpose, positions: Tensor) -> Tensor:
-    """Seeds ``[n]`` int64 of 64 random bits for draws of their own; arguments as in :func:`words`."""
+    """Draw seeds ``[n]`` int64 of 64 random bits; arguments as in :func:`words`."""
     return as_seeds(words(seed, purpose, positions, 2))
 
 
 def as_uniforms(drawn: Tensor) -> Tensor:
-    """Uniform numbers of words: ``[n, 2 count]`` int64 -> ``[n, count]`` float64, see :func:`uniforms`."""
+    """Convert words ``[n, 2 count]`` int64 to uniforms ``[n, count]`` float64, see :func:`uniforms`."""
     high, low = drawn.unflatten(1, (-1, 2)).unbind(-1)
     return (high << 21 | low >> 11).double() * 2.0**-53
 
 
 def as_integers(drawn: Tensor, bound: int) -> Tensor:
-    """Whole numbers of words: ``[n, 2]`` int64 -> ``[n]`` int64, from 0 to ``bound - 1``, ``bound`` below 2^31.
+    """Convert words ``[n, 2]`` int64 to integers ``[n]`` int64 from 0 to ``bound - 1``, ``bound`` below 2^31.
 
-    ``floor(bound w / 2^64)`` of a 64-bit number w, exactly: no number is likelier than another by more than 2^-33 of
-    its probability.
+    The result is exactly ``floor(bound w / 2^64)`` of a 64-bit number w, so probabilities differ by a relative 2^-33 at
+    most.
 
     Raises:
         ValueError: the bound is out of range.
@@ -135,22 +139,22 @@ def as_integers(drawn: Tensor, bound: int) -> Tensor:
 
 
 def as_seeds(drawn: Tensor) -> Tensor:
-    """Seeds of words: ``[n, 2]`` int64 -> ``[n]`` int64."""
+    """Convert words ``[n, 2]`` int64 to seeds ``[n]`` int64."""
     low, high = drawn.unbind(-1)
     return high << 32 | low
 
 
 def new_seed(seed: int, purpose: Purpose, position: int = 0) -> int:
-    """A seed from 0 to 2^64 - 1 for draws that are apart from those of ``seed``."""
+    """Derive a seed from 0 to 2^64 - 1 for draws that are independent of those of ``seed``."""
     return int(seeds(seed, purpose, torch.tensor([position]))[0]) % 2**64
 
 
 def sample_ids(seed: int, positions: Tensor, dataset_size: int) -> Tensor:
-    """Which sample is seen at each position, ``[n]`` int64: every epoch is a permutation of the data set.
+    """Return which sample is used at each position, ``[n]`` int64: every epoch is a permutation of the data set.
 
     Args:
         seed: 0 to 2^64 - 1.
-        positions: ``[n]`` int64, samples consumed before.
+        positions: ``[n]`` int64, numbers of samples consumed before.
         dataset_size: number of samples.
     """
     ids = torch.empty_like(positions)
@@ -161,17 +165,17 @@ def sample_ids(seed: int, positions: Tensor, dataset_size: int) -> Tensor:
     return ids
 
 
-@lru_cache(maxsize=2)  # a step that ends an epoch begins the next
+@lru_cache(maxsize=2)  # a step may span the end of one epoch and the beginning of the next
 def _epoch_order(seed: int, epoch: int, dataset_size: int) -> Tensor:
     generator = torch.Generator().manual_seed(new_seed(seed, Purpose.ORDER, epoch))
     return torch.randperm(dataset_size, generator=generator)
 
 
 def balanced_stages(seed: int, step: int, batch_size: int, num_stages: int) -> Tensor:
-    """The stage of each image of a step in random order: ``[batch_size]`` int64, counts differing by at most one.
+    """Draw the stages of a step's images in random order: ``[batch_size]`` int64, counts differing by at most one.
 
-    The step has as many images of each stage as its positions have remainders modulo ``num_stages``. So the stages that
-    have one more take turns, and the counts of all steps so far differ by at most one, too.
+    The step has as many images of each stage as its positions have remainders modulo ``num_stages``. The stages that
+    have one more image therefore take turns, and the counts accumulated over all steps differ by at most one, too.
     """
     first = step * batch_size
     stages = torch.arange(first, first + batch_size) % num_stages

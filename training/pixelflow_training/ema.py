@@ -15,8 +15,13 @@ class EMA(Generic[M]):
     """Averaged weights: ``ema += (1 - decay) (model - ema)`` after every step.
 
     Args:
-        model: the model to follow.
-        decay: the limit of the decay; it rises as ``(1 + step) / (10 + step)`` so that the start is forgotten early.
+        model: the model to average; copied as the initial average.
+        decay: upper limit of the decay, which rises as ``(1 + step) / (10 + step)`` so that the initial weights are
+            forgotten early.
+
+    Attributes:
+        model: the averaged model, in evaluation mode and without gradients.
+        step: number of updates.
     """
 
     def __init__(self, model: M, decay: float) -> None:
@@ -26,7 +31,7 @@ class EMA(Generic[M]):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move towards ``model``."""
+        """Update the averages from the current weights of ``model``."""
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
         self.step += 1

@@ -1,4 +1,4 @@
-"""Held-out images: their loss by the averaged model, which is written down with it."""
+"""Evaluation of the averaged model on held-out images, and its export."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from .state import TrainState
 from .step import batch_losses, stage_means, stage_sums
 
 NOT_COUNTED = -1
-"""The stage of an image that a rank computes only because the others do."""
+"""Stage of an image that a rank evaluates only to take part in collective operations."""
 
 
 def held_out_batches(config: TrainConfig, data: TrainingImages, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """Every held-out image once, or a rank's share, with draws that never change.
+    """Yield every held-out image once, or a rank's share, with random draws that are the same in every evaluation.
 
-    In parts of a batch or less, within ``compute.max_tokens``. All ranks have the same number of parts, because sharded
-    weights are gathered in each; a rank that is out of images takes part with one that is not counted.
+    A batch has at most ``batch_size`` images and ``compute.max_tokens`` tokens. All ranks have the same number of
+    batches, because sharded weights are gathered in each; a rank that has run out of images gets a share that is not
+    counted.
     """
     parts = parts_of_held_out(config, len(data), world_size)
     shares = min(parts * world_size, len(data))
@@ -46,14 +47,17 @@ def held_out_batches(config: TrainConfig, data: TrainingImages, rank: int = 0, w
 def held_out_loss(
     model: PackedTransformer, batches: Sequence[Batch], num_stages: int, ranks: Ranks = ALONE
 ) -> list[float | None]:
-    """Mean loss of each stage over held-out images, of which each rank has its share."""
+    """Return the mean loss of each stage over the held-out images of all ranks; None for a stage without images."""
     losses = torch.cat([batch_losses(model, batch) for batch in batches]).tolist()
     stages = torch.cat([batch.stage for batch in batches]).tolist()
     return stage_means(ranks.total(stage_sums(losses, stages, num_stages)))
 
 
 def evaluating_operations(config: TrainConfig, device: torch.device) -> Operations:
-    """The operations of the recipe's backend, uncompiled; plain ones where it takes no float32, the averages' type."""
+    """Return the uncompiled operations of the recipe's backend, or plain ones if it does not support float32.
+
+    The averages are float32.
+    """
     try:
         backend = choose(config.compute.backend, device, torch.float32, config.model.attention_head_dim)
     except BackendUnavailableError:
@@ -62,16 +66,16 @@ def evaluating_operations(config: TrainConfig, device: torch.device) -> Operatio
 
 
 def averaged_weights(state: TrainState, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """The averaged model in one piece, under the published names, in the first rank's memory beside the device.
+    """Gather the averaged weights in rank 0's CPU memory, under the published names; the other ranks return none.
 
-    All ranks must ask for it. A device that has room for its part of a model alone gathers one tensor at a time; the
-    other ranks keep none.
+    A collective operation: all ranks must call it. One tensor is gathered at a time, so that a device with memory for
+    only its share of the model suffices.
     """
     gathered = ((name, whole(tensor)) for name, tensor in state.ema.model.state_dict().items())
     return {name: tensor.cpu() for name, tensor in gathered if ranks.first}
 
 
 def export(run: RunDirectory, state: TrainState, config: TrainConfig, ranks: Ranks) -> None:
-    """Write the averaged model in the form that every command takes; all ranks take part."""
+    """Write the averaged model in the form that every command accepts; all ranks must call it."""
     tensors = averaged_weights(state, ranks)
     ranks.first_does(lambda: save_checkpoint(run.model, config.network, tensors, overwrite=True))

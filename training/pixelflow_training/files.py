@@ -1,4 +1,4 @@
-"""Files that a power cut leaves either as they were or as they were meant to be."""
+"""File operations after which a power failure leaves either the old or the new state, never a mixture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Bring a file's contents, or a folder's names, to the disk."""
+    """Flush a file's contents, or a folder's entries, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -17,7 +17,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those that it lies in, whose names are on the disk; one that is there stays as it is."""
+    """Make a folder and its missing parents, and synchronize their names to the disk; an existing folder is kept."""
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in absent or [folder]:
@@ -25,7 +25,7 @@ def make_folder(folder: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole: into a hidden one beside it, brought to the disk, renamed over it."""
+    """Replace a file atomically: write a hidden file beside it, synchronize it, and rename it over the old one."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     sync(partial)
@@ -34,7 +34,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder that nobody may find half deleted: it is renamed to a hidden name before it loses a file."""
+    """Delete a folder so that it is never seen half deleted: rename it to a hidden name, then delete its files."""
     retired = folder.with_name(f".{folder.name}.old")
     folder.rename(retired)
     sync(folder.parent)

@@ -1,4 +1,4 @@
-"""What a step's numbers mean for the run: spikes are told, and too many steps that are not finite stop it."""
+"""Checks the losses and gradient norm of each step: spikes are logged, too many non-finite steps stop the run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .step import Stepped
 
 
 class Findings:
-    """Takes in steps: counts them in the state and tells the log what stands out.
+    """Counts non-finite steps in the state and logs them, as well as loss spikes.
 
     Args:
         config: the recipe.
         data: the training images.
-        run: gets ``nonfinite.json`` where the run is stopped.
-        log: the run's; silence on ranks that keep none.
-        ranks: who is stopped together.
+        run: run directory, in which ``nonfinite.json`` is written if the run is stopped.
+        log: the run's log; :class:`~.run.Silence` on ranks without one.
+        ranks: all ranks of the run, which stop together.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Findings:
         self._config, self._data, self._run, self._log, self._ranks = config, data, run, log, ranks
 
     def add(self, state: TrainState, done: Stepped) -> None:
-        """Take in the step that the state has just done.
+        """Process the step that the state has just completed.
 
         Raises:
             FloatingPointError: more than ``guard.max_skipped`` steps in a row were not finite.
@@ -48,7 +48,7 @@ class Findings:
             raise self._ranks.first_does(lambda: self._too_many(state))
 
     def _skipped(self, state: TrainState, done: Stepped) -> dict[str, object]:
-        """The log's line of a step that changed nothing. Its numbers are text, as JSON knows no NaN."""
+        """Build the log record of a step that changed nothing. Its numbers are text, because JSON has no NaN."""
         return {
             "event": "skipped",
             "step": state.step,
@@ -60,14 +60,14 @@ class Findings:
         }
 
     def _samples(self, step: int) -> list[str]:
-        """The names of the images that the batch of a step (from 0) is made of.
+        """Return the names of the images of a step's batch (step from 0).
 
-        Others may stand in for some of them: those that cannot be read, whose names the log has too.
+        Unreadable images may have been replaced by others; the log has the names of the unreadable ones as well.
         """
         return sorted(map(self._data.name, plan_step(self._config, step, len(self._data)).sample.tolist()))
 
     def _too_many(self, state: TrainState) -> FloatingPointError:
-        """Keep the samples of the steps that were skipped in a row, and say so."""
+        """Write the samples of the consecutive skipped steps to ``nonfinite.json`` and return the error to raise."""
         first = state.step - state.skipped_in_row  # from 0
         batches = [{"step": step + 1, "samples": self._samples(step)} for step in range(first, state.step)]
         replace_text(self._run.nonfinite, json.dumps(batches) + "\n")

@@ -1,8 +1,8 @@
 """Whole training steps as CUDA graphs, one for each shape that a step of a recipe may have.
 
-Of ``S`` stages and batches of ``B`` images there are ``S / gcd(B, S)`` shapes (see :mod:`.plan`). A graph holds forward
-and backward pass, norm, clipping, AdamW and average; whether the step counts is decided inside. Beside it only copies
-into its static inputs, its learning rate and its count are launched.
+With ``S`` stages and batches of ``B`` images there are ``S / gcd(B, S)`` shapes (see :mod:`.plan`). A graph contains
+the forward and backward pass, norm, clipping, AdamW and the moving average; whether the step counts is decided on the
+device. Besides a replay, only the copies into its static inputs, the learning rate and the step count are launched.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from .ranks import Ranks
 from .update import FusedUpdate, Update
 
 Shape = tuple[tuple[tuple[int, int], ...], ...]
-"""Rows and columns of tokens of each image of each part."""
+"""Token grid (rows, columns) of each image of each part."""
 
 Steps = Callable[[Sequence[Batch], Sequence[Batch], Sequence[Surroundings | None]], tuple[Tensor, Tensor]]
-"""Launches a step of some parts; gives its losses and its norm."""
+"""Launches a step, given parts, idle parts and surroundings; returns its losses and gradient norm."""
 
 LOADED = ("tokens", "targets", "t_model", "labels", "latent_size")
-"""What of a pack differs from step to step."""
+"""The fields of a pack that differ from step to step."""
 
 
 def shapes_of_steps(config: TrainConfig) -> list[Shape]:
-    """Every shape that a step of one process may have: steps take them in turn."""
+    """Return every shape that a step of a single process may have; consecutive steps cycle through them."""
     count, num_stages = config.batch_size, config.scheduler.num_stages
     shapes = []
     for step in range(num_stages // math.gcd(count, num_stages)):
@@ -46,10 +46,10 @@ def shapes_of_steps(config: TrainConfig) -> list[Shape]:
 
 
 def refuse_graphs(backend: str, ranks: Ranks, device: torch.device) -> None:
-    """Say why there can be no graphs of steps, where that is so.
+    """Refuse ``compute.graphs`` where steps cannot be captured.
 
     Raises:
-        ConfigError: naming the reason.
+        ConfigError: graphs are not possible; the message gives the reason.
     """
     reason = None
     if device.type != "cuda":
@@ -63,23 +63,28 @@ def refuse_graphs(backend: str, ranks: Ranks, device: torch.device) -> None:
 
 
 def graphs_of(config: TrainConfig, ranks: Ranks, device: torch.device, update: Update) -> Capture:
-    """CUDA's capture, or :func:`refuse_graphs`."""
+    """Return the capture for a CUDA device.
+
+    Raises:
+        ConfigError: see :func:`refuse_graphs`.
+    """
     refuse_graphs("triton" if isinstance(update, FusedUpdate) else "torch", ranks, device)
     return CudaCapture(device)
 
 
 class StaticStep:
-    """A step over tensors that stay where they are.
+    """The tensors that one captured step reads and writes, at fixed addresses.
 
     Args:
-        model: who computes.
-        like: parts of the same shapes.
+        model: the model that computes velocities.
+        like: parts of the shape to capture.
 
     Attributes:
-        parts: static; :meth:`load` fills them.
-        around: what the blocks share in each.
-        losses: ``[n]`` of the last replay.
-        norm: 0-d, of the last replay.
+        parts: static inputs, filled by :meth:`load`.
+        around: what the model's blocks share, for each part.
+        losses: ``[n]`` losses of the last replay.
+        norm: 0-d gradient norm of the last replay.
+        replay: launches the captured step; None before the capture.
     """
 
     def __init__(self, model: PackedTransformer, like: Sequence[Batch]) -> None:
@@ -91,10 +96,10 @@ class StaticStep:
         self.replay: Launch | None = None
 
     def load(self, parts: Sequence[Batch]) -> None:
-        """Copy a step's parts into the static ones.
+        """Copy the parts of a step into the static ones.
 
         Raises:
-            ValueError: a tensor has another shape, type or device than when it was captured; the message names it.
+            ValueError: a tensor's shape, type or device differs from that at capture; the message names it.
         """
         for static, given in zip(self.parts, parts, strict=True):
             for name in LOADED:
@@ -108,14 +113,14 @@ class StaticStep:
 
 
 class StepGraphs:
-    """Replays steps, each shape captured when it comes first.
+    """Replays training steps; each shape is captured on its first occurrence.
 
     Args:
-        model: who computes.
+        model: the model that computes velocities.
         steps: launches a step: :meth:`.step.TrainStep.launch`.
-        update: of the weights; a fused one.
+        update: update of the weights; a :class:`.update.FusedUpdate`.
         capture: makes graphs.
-        config: the recipe, which says what shapes there are.
+        config: the recipe, which determines the possible shapes.
 
     Raises:
         ConfigError: the update is PyTorch's, for which the host decides whether a step counts.
@@ -131,23 +136,23 @@ class StepGraphs:
         self.static: dict[Shape, StaticStep] = {}
         self._steps = steps
         self._gradients: list[Tensor] = []
-        # In one part gradients are taken where they were computed, see TrainStep.launch.
+        # A step in one part uses gradients where they were computed, see TrainStep.launch.
         self._source = model if config.compute.max_tokens is None else update.state.model
 
     def __call__(self, parts: Sequence[Batch], lr: float) -> tuple[Tensor, Tensor]:
-        """One step.
+        """Run one step.
 
         Args:
-            parts: on the device.
+            parts: the packs of the step, on the device.
             lr: the learning rate.
 
         Returns:
-            losses of the images, part after part, ``[n]``, and the norm, in memory that the next step of this shape
-            writes to.
+            losses of the images, part after part, ``[n]``, and the gradient norm, 0-d. Both are in memory that the next
+            step of this shape overwrites.
 
         Raises:
-            CaptureError: it could not be captured; nothing has changed.
-            ValueError: no step of the recipe has such parts; or a tensor has another type or device than before.
+            CaptureError: the step could not be captured; nothing has changed.
+            ValueError: no step of the recipe has such parts, or a tensor's type or device differs from that at capture.
         """
         shape = tuple(part.layout.grids for part in parts)
         if shape not in self.expected:
@@ -166,7 +171,7 @@ class StepGraphs:
         return static.losses, static.norm
 
     def close(self) -> None:
-        """Release all graphs and their memory; the next step captures again."""
+        """Release all graphs and their memory; the next step is captured again."""
         self.capture.close()
         self.static.clear()
         self._gradients.clear()
@@ -180,7 +185,7 @@ class StepGraphs:
             static.norm.copy_(norm)
 
         try:
-            # Warming up runs steps: they must not move a weight.
+            # The warm-up runs real steps, which must not change any weight.
             with self.update.shut(), named("capture"):
                 self._lend_gradients()
                 static.replay = self.capture.capture(launch)
@@ -192,7 +197,7 @@ class StepGraphs:
         return static
 
     def _lend_gradients(self) -> None:
-        """Have a backward pass add to memory that all graphs write to: between steps it is zeros."""
+        """Set ``grad`` to buffers that all graphs share; they are zero between steps."""
         parameters = list(self._source.parameters())
         if not self._gradients:
             self._gradients = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
@@ -200,7 +205,7 @@ class StepGraphs:
             parameter.grad = gradient
 
     def _take_gradients(self) -> None:
-        """Leave nothing with the models: what is launched without graphs has gradients of its own."""
+        """Zero the shared buffers and clear ``grad`` of the models: steps without graphs allocate their own."""
         for gradient in self._gradients:
             gradient.zero_()
         for model in (self._source, self.model):

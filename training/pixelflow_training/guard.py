@@ -1,4 +1,4 @@
-"""Watching the losses: what is too large beside what came before it, and by which stage."""
+"""Detection of loss spikes: losses of a stage that are far above those of its recent steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WINDOW = 64  # losses that a stage's running median is of
-ENOUGH = 16  # losses that it takes before one can stand out
+WINDOW = 64  # number of losses in a stage's running median
+ENOUGH = 16  # number of losses needed before one can be a spike
 
 
 class Spike(NamedTuple):
-    """A stage's loss that stands out, and the median that it stands out from."""
+    """A stage's loss that is a spike, and the running median that it exceeds."""
 
     stage: int
     loss: float
@@ -24,7 +24,7 @@ class Spike(NamedTuple):
 
 
 class LossHistory:
-    """The last losses of each stage.
+    """The most recent losses of each stage.
 
     Args:
         num_stages: S.
@@ -36,9 +36,10 @@ class LossHistory:
         self._losses: list[deque[float]] = [deque(maxlen=WINDOW) for _ in range(num_stages)]
 
     def add(self, losses: Sequence[float | None]) -> list[Spike]:
-        """Take in a step's finite losses, one for each stage (None where it had no image), and tell the spikes.
+        """Append a step's finite losses, one per stage (None for a stage without images), and return the spikes.
 
-        A spike is taken in like any other: a median of many does not mind, and a lasting rise ends by being the rule.
+        Spikes are appended as well: they hardly move a median of many losses, and after a lasting rise the higher
+        losses become the median.
         """
         spikes = []
         for stage, (loss, history) in enumerate(zip(losses, self._losses, strict=True)):
@@ -50,12 +51,12 @@ class LossHistory:
         return spikes
 
     def tensor(self) -> Tensor:
-        """``[S, WINDOW]`` float64, oldest first, filled up with NaN."""
+        """Return the history as ``[S, WINDOW]`` float64, oldest first, padded with NaN."""
         rows = [[*history, *[math.nan] * (WINDOW - len(history))] for history in self._losses]
         return torch.tensor(rows, dtype=torch.float64)
 
     def load(self, tensor: Tensor) -> None:
-        """The inverse of :meth:`tensor`."""
+        """Restore what :meth:`tensor` has returned."""
         for history, row in zip(self._losses, tensor.tolist(), strict=True):
             history.clear()
             history.extend(loss for loss in row if not math.isnan(loss))

@@ -1,4 +1,4 @@
-"""Who is told the lines of a run's log as well."""
+"""Loggers that receive the lines of a run's log in addition to the log file."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ SPEEDS = ("images_per_second", "tokens_per_second", "flops_per_second", "mfu")
 
 
 class TensorBoard:
-    """Event files for TensorBoard, made of the log's lines.
+    """Writes TensorBoard event files from the log's lines.
 
-    The log is what counts. Where a run goes on, the files of before are deleted and the log, which has been cut at the
-    checkpoint, is told again: so no step is there twice and none is lost, whatever a killed process had written.
+    The log is authoritative. When a run resumes, the old event files are deleted and rewritten from the log, which has
+    been cut at the checkpoint. Each step therefore occurs exactly once, whatever a killed process had written.
 
     Args:
-        run: the run directory; files go to its ``tensorboard``, pictures come from where the log says.
-        seconds: how long the run has taken until now: lines are dated by theirs.
+        run: the run directory; event files go to its ``tensorboard`` folder, sample sheets are read from the paths in
+            the log.
+        seconds: duration of the run so far; events are dated by the ``seconds`` of their lines.
 
     Raises:
-        ImportError: there is no tensorboard.
+        ImportError: tensorboard is not installed.
     """
 
     def __init__(self, run: RunDirectory, seconds: float) -> None:
@@ -40,7 +41,7 @@ class TensorBoard:
         self._writer = writer(str(folder))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Take in a line of the log; an event that has no numbers or pictures is passed over."""
+        """Write a line of the log; events without numbers or sample sheets are ignored."""
         step = record["step"]
         self._last = record.get("seconds", self._last)
         when = self._began + self._last
@@ -54,12 +55,12 @@ class TensorBoard:
             self._writer.add_scalar(tag, value, step, walltime=when)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the event file."""
         self._writer.close()
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line, by tag."""
+    """Return the numbers of a log line, by tag."""
     match record["event"]:
         case "train":
             names = ("grad_norm", "lr", *(name for name in SPEEDS if name in record))
@@ -74,16 +75,16 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _by_stage(tag: str, record: Mapping[str, Any]) -> dict[str, float]:
-    # A loss that is not finite is text in the log.
+    # Non-finite losses are text in the log; float() converts them back.
     losses = enumerate(record["stage_loss"])
     return {f"{tag}/stage {stage}": float(loss) for stage, loss in losses if loss is not None}
 
 
 def summary_writer() -> Any:
-    """The class that writes event files.
+    """Import and return the class that writes event files.
 
     Raises:
-        ImportError: there is no tensorboard.
+        ImportError: tensorboard is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -93,15 +94,15 @@ def summary_writer() -> Any:
 
 
 def check_loggers(config: TrainConfig) -> None:
-    """Refuse a recipe whose loggers cannot be had, before anything is written.
+    """Refuse a recipe whose loggers are not installed, before anything is written.
 
     Raises:
-        ImportError: naming what is missing.
+        ImportError: the message names what is missing.
     """
     if "tensorboard" in config.loggers:
         summary_writer()
 
 
 def followers(config: TrainConfig, run: RunDirectory, seconds: float) -> Sequence[Follower]:
-    """Those that the recipe names, ready for the first line."""
+    """Create the loggers that the recipe names."""
     return [TensorBoard(run, seconds)] if "tensorboard" in config.loggers else []

@@ -1,18 +1,18 @@
-"""How plots look, wherever they are drawn: colours that can be told apart on white and on black, and quiet axes."""
+"""Shared style of all plots: colours that are distinguishable on white and on black, and unobtrusive axes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 PALETTE = ("#2f81c9", "#d9730d", "#2c9c69", "#8a6fd1", "#c2559d", "#1f9aae", "#9a8f1e", "#a8714b")
-"""On white and on black alike; red is for what is wrong, grey for who sets the measure."""
+"""Series colours, for light and dark backgrounds. Red is reserved for errors, grey for the baseline of a comparison."""
 
 
 def plot_style(ink: str, rule: str) -> dict[str, Any]:
-    """Matplotlib's settings.
+    """Return Matplotlib settings.
 
     Args:
-        ink: colour of text and of what sets the measure.
+        ink: colour of text and of the baseline of a comparison.
         rule: colour of axes and grids.
     """
     return {

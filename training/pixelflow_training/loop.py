@@ -32,7 +32,7 @@ from .watch import Watch
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The learning rate of a step (from 0): linear rise, then constant or a half cosine to zero."""
+    """Learning rate of a step (from 0): linear warm-up, then constant, or a half cosine to zero at ``steps``."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -42,7 +42,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def build_model(config: TrainConfig) -> PackedTransformer:
-    """A freshly drawn model; torch's global generator is left as it was."""
+    """Return a model with freshly drawn weights; torch's global generator is left unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(new_seed(config.seed, Purpose.WEIGHTS))
         model = PackedTransformer(config.model)
@@ -51,7 +51,7 @@ def build_model(config: TrainConfig) -> PackedTransformer:
 
 
 def training_batch(config: TrainConfig, data: TrainingImages, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-    """The batch of a step, or a rank's share of it: a pure function of the recipe, the images and these numbers."""
+    """Build the batch of a step, or a rank's share of it: a pure function of its arguments and the images."""
     plan = plan_step(config, step, len(data), rank, world_size)
     taken = data.take(plan)
     images = augment(taken.images, config.data.augment, plan.affine)
@@ -67,36 +67,44 @@ def train(
     from_step: int | None = None,
     source: ImageSource | None = None,
 ) -> Path:
-    """Train and write the averaged model; go on where a run was stopped or broke off.
+    """Train a model and write its averaged weights; resume the run if it was stopped or interrupted.
 
-    A run that goes on ends with the weights, averages, moments and log (but for its times) of one that never stopped,
-    bit for bit, on the same machine with the same versions. Its recipe may differ only in keys that change no number.
-    Pictures and loggers change none either.
+    On the same machine with the same versions, a resumed run ends with the weights, averages, moments and log (except
+    for its times) of a run that never stopped, bit for bit. Its recipe may differ only in the keys that
+    :func:`~.manifest.check_recipe` allows, of which ``compute`` changes rounding. Sample sheets and loggers change no
+    number.
 
     Args:
         config: the recipe.
-        output: run directory; see :class:`RunDirectory` for what it gets. If it holds checkpoints, the run goes on from
+        output: run directory; see :class:`RunDirectory` for its contents. If it holds checkpoints, the run resumes from
             the last one. **They must be your own**: loading one runs whatever code its author put there.
-        quiet: no progress bar.
-        fresh: refuse a directory that holds anything.
-        from_step: go on from the checkpoint of this step instead of the last one; later ones are deleted.
-        source: images of your own, instead of those that ``data.name`` and ``data.path`` say.
+        quiet: whether to omit the progress bar.
+        fresh: whether to refuse a directory that holds anything.
+        from_step: resume from the checkpoint of this step instead of the last one; later checkpoints are deleted.
+        source: a source of your own, used instead of the one that ``data.name`` and ``data.path`` name.
 
     Returns:
-        the checkpoint's folder, ``output/model``.
+        the folder of the averaged model, ``output/model``.
 
     Raises:
-        FileExistsError: ``output`` holds a run that cannot go on, or another process trains there.
-        CheckpointError: the checkpoint is damaged or missing; nothing is lost, and ``from_step`` chooses another one.
-        ConfigError: the checkpoint is of another recipe or a later step than ``steps``, or the images or ``init_from``
-            do not suit the model.
-        ImportError: what ``loggers`` names is not installed.
-        ValueError: more than ``data.max_skipped`` images could not be read; the log has names and reasons.
-        OSError: a checkpoint could not be saved; the one before it is as it was. Or the data cannot be read.
-        ChildProcessError: a process that reads images has ended unexpectedly.
+        FileExistsError: ``output`` is not empty although ``fresh`` was given, holds a run that cannot be resumed, or is
+            in use by another process.
+        CheckpointError: the checkpoint is damaged or missing; nothing is lost, and ``from_step`` can select another
+            one. Or ``init_from`` names no intact checkpoint.
+        ConfigError: the checkpoint is of another recipe, of other images or of a later step than ``steps``; or the
+            images, ``init_from``, the ranks or ``compute.graphs`` do not suit the recipe.
+        BackendUnavailableError: ``compute.backend`` cannot run on the device.
+        ImportError: what ``loggers`` or ``data.name`` needs is not installed.
+        ValueError: more than ``data.max_skipped`` images could not be read, and the log has names and reasons; or
+            ``data.held_out``, labels or images of the source are invalid, or there is no such device.
+        OSError: a checkpoint could not be saved, and the previous one is intact; or the data cannot be read.
+        RuntimeError: a checkpoint could not be saved for a reason other than an error of the system; likewise.
+        ChildProcessError: a data-loading worker has ended unexpectedly.
         FloatingPointError: more than ``guard.max_skipped`` steps in a row had a loss or gradient that is not finite;
             ``output/nonfinite.json`` has their samples.
-        TrainingStopped: a signal came; everything is saved.
+        RankLostError: another rank has ended or does not answer.
+        TrainingStopped: a signal was received; everything is saved.
+        KeyboardInterrupt: a second SIGINT was received; the previous checkpoint is intact.
     """
     train_set, held_out = open_data(config, source)
     with ExitStack() as stack:
@@ -129,7 +137,7 @@ def train(
         watch = stack.enter_context(Watch(config, state, log, ranks, quiet))
 
         def look(seen: Collection[str] = ()) -> None:
-            """Evaluate and draw where that is due and not seen yet. The log has the line once all is written."""
+            """Evaluate and draw a sample sheet if due and not in ``seen``; each is logged once it is written."""
             if due(config.eval_every, state, config) and "held_out" not in seen:
                 with watch.pause():
                     losses = held_out_loss(state.ema.model, evaluation, config.scheduler.num_stages, ranks)
@@ -145,7 +153,7 @@ def train(
                 state.seconds = watch.seconds
                 checkpoints.save(state)
 
-        # A step may have been saved before it was looked at, or be the last one now and not when it was done.
+        # A step may have been saved before its evaluation, or be the last step now but not when it was done.
         look(ranks.first_does(lambda: log.events(state.step)))
         while state.step < config.steps:
             batch = training_batch(config, data, state.step, ranks.rank, ranks.world_size).to(ranks.device)
@@ -160,7 +168,7 @@ def train(
             if written == ranks.world_size:
                 checkpoints.wait()
             if told:
-                save()  # before all else, which may take longer than they wait who have told us
+                save()  # first, because the sender of the signal may not wait for an evaluation
                 if state.step < config.steps:
                     checkpoints.wait()
                     name = stop.received.name if stop.received else "signal to another rank"
@@ -168,28 +176,28 @@ def train(
             look()
             if due(config.checkpoint.every, state, config) and not told:
                 save()
-        checkpoints.wait()  # here, where a signal is a request: later it would end the process
+        checkpoints.wait()  # while signals are still handled: after this block one would end the process
     return run.model
 
 
 def due(every: int | None, state: TrainState, config: TrainConfig) -> bool:
-    """Whether what happens every so many steps, and at the end, happens now; None for never."""
+    """Whether an action that occurs every ``every`` steps and at the last step is due now; None is never due."""
     return every is not None and state.step > 0 and (state.step % every == 0 or state.step == config.steps)
 
 
 def open_log(run: RunDirectory, state: TrainState, config: TrainConfig, ranks: Ranks) -> Log | Silence:
-    """The run's log, cut where it goes on; for the first rank alone."""
+    """Open the run's log, cut at the state's step, on rank 0; other ranks get a log that discards everything."""
     return run.open_log(state.step, followers(config, run, state.seconds)) if ranks.first else Silence()
 
 
 def note_changed(parts: list[str], step: int, log: Log | Silence) -> None:
-    """Log that a run goes on with other images, once: what is held out now may have been trained on."""
+    """Log once that a run resumes with other images: images that are held out now may have been trained on."""
     line: dict[str, object] = {"event": "data_changed", "step": step, "parts": parts}
     if parts and line not in log.records("data_changed"):
         log.write(line)
 
 
 def note_skipped(batch: Batch, step: int, skipped: SkippedImages, ranks: Ranks) -> None:
-    """Count and log the images that any rank could not read on the way to a step."""
+    """Count and log the images that any rank could not read in preparing a step."""
     if unread := ranks.together(batch.skipped):
         ranks.first_does(lambda: skipped.add(step, unread))

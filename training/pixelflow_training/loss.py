@@ -11,14 +11,14 @@ from pixelflow_kernels import PackedLayout
 
 
 class _ImageLosses(torch.autograd.Function):
-    """A segmented reduction whose gradient is one product: ``2 (v - u) / (tokens * channels)`` of each image."""
+    """A segmented reduction whose gradient is a single product: ``2 (v - u) / (tokens * channels)`` for each image."""
 
     @staticmethod
     def forward(ctx: Any, velocities: Tensor, targets: Tensor, cu_seqlens: Tensor, image_index: Tensor) -> Tensor:
         difference = velocities - targets
         ctx.save_for_backward(difference, cu_seqlens, image_index)
         tokens = difference.square().mean(-1).double()
-        # `unsafe` leaves out a check of the offsets, for which the host would wait for a GPU; a layout's are right.
+        # `unsafe` skips a check of the offsets that would synchronize with the GPU; a layout's offsets are valid.
         return torch.segment_reduce(tokens, "mean", offsets=cu_seqlens, unsafe=True).to(difference.dtype)
 
     @staticmethod
@@ -32,14 +32,14 @@ class _ImageLosses(torch.autograd.Function):
 def image_losses(velocities: Tensor, targets: Tensor, layout: PackedLayout) -> Tensor:
     """Mean squared error of each image over its tokens and channels: ``[T, P]``, ``[T, P] -> [n]``.
 
-    There is no loop over images and no atomic sum, so the bits repeat. An image's loss depends neither on its place in
-    the pack nor on its mates: each token's mean is taken in the inputs' type, their mean over an image's tokens in
-    float64. Targets get no gradient.
+    There is no loop over images and no atomic sum, so results are reproducible bit for bit. An image's loss depends
+    neither on its place in the pack nor on the other images: each token's mean is taken in the inputs' type, the mean
+    over an image's tokens in float64. Targets get no gradient.
     """
     losses: Tensor = _ImageLosses.apply(velocities, targets, layout.cu_seqlens, layout.image_index)  # type: ignore[no-untyped-call]
     return losses
 
 
 def flow_matching_loss(velocities: Tensor, targets: Tensor, layout: PackedLayout) -> Tensor:
-    """The mean over images of each image's mean squared error: a small image weighs as much as a large one."""
+    """Mean over images of each image's mean squared error: small and large images have the same weight."""
     return image_losses(velocities, targets, layout).mean()

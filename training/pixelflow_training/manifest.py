@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself: its step, its recipe, who wrote it, and the digest of every file."""
+"""The manifest of a checkpoint: its step, recipe, versions and data listing, and the digest of every file."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .files import sync
 MANIFEST = "manifest.json"
 FORMAT = 1
 
-# Keys of a recipe that change what is logged, kept or tolerated, and no number of the run; and how it is computed,
-# which changes rounding, as another device does.
+# Recipe keys that change what is logged, kept or tolerated but no number of the run; and `compute`, which changes
+# rounding, as another device does.
 FREE = (
     "log_every", "eval_every", "loggers", "checkpoint", "guard", "samples", "compute",
     "data.workers", "data.max_skipped", "data.changed",
 )  # fmt: skip
 
-SHOWN = 5  # of the parts of the data that differ
+SHOWN = 5  # how many of the differing parts of the data a message lists
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,13 +38,13 @@ class Manifest:
     """The contents of ``manifest.json``.
 
     Attributes:
-        format: of the checkpoint; this version writes and reads 1.
-        step: optimizer steps done; ``step * batch_size`` samples are consumed.
+        format: version of the checkpoint format; this version writes and reads 1.
+        step: number of optimizer steps done; ``step * batch_size`` samples have been consumed.
         recipe: the configuration as plain data.
-        versions: of this package, torch and Python, for whoever looks for the reason of different bits.
+        versions: of this package, torch and Python, to help explain differing bits.
         files: SHA-256 of every other file of the folder.
-        data: the listing of what it was trained on; None where there are no files, and in checkpoints of versions that
-            kept none.
+        data: the listing of the training data; None where there are no files, and in checkpoints of versions that
+            stored no listing.
     """
 
     format: int
@@ -55,22 +55,26 @@ class Manifest:
     data: Listing | None = None
 
     def render(self) -> str:
-        """The file's text. It ends with its own digest, and there is one way to write it: any changed bit shows."""
+        """Return the file's text.
+
+        It includes a digest of its other contents, and the serialization is unique, so that any changed bit is
+        detected.
+        """
         contents = asdict(self)
-        if self.data is None:  # what versions without listings have written stays what it was
+        if self.data is None:  # keeps manifests of versions without listings valid
             del contents["data"]
         body = json.dumps(contents, sort_keys=True, allow_nan=False)
         return json.dumps(contents | {"sha256": _digest(body.encode())}, indent=1, sort_keys=True) + "\n"
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
-    """A recipe as JSON gives it back: lists for tuples."""
+    """Return a recipe as JSON represents it: lists for tuples."""
     data: dict[str, Any] = json.loads(json.dumps(config.to_dict(), allow_nan=False))
     return data
 
 
 def write_manifest(folder: Path, step: int, config: TrainConfig, data: Listing | None = None) -> None:
-    """Digest every file of a folder, write the manifest beside them and bring all of it to the disk."""
+    """Digest every file of a folder, write the manifest beside them and synchronize all of them to the disk."""
     manifest = Manifest(
         format=FORMAT,
         step=step,
@@ -84,17 +88,17 @@ def write_manifest(folder: Path, step: int, config: TrainConfig, data: Listing |
         data=data,
     )
     (folder / MANIFEST).write_text(manifest.render(), encoding="utf-8")
-    # All files, not the manifest alone: torch's writer synchronizes a file while its end is still buffered.
+    # All files, not only the manifest: torch's writer calls fsync while the end of a file is still buffered.
     for file in sorted(folder.iterdir()):
         sync(file)
     sync(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check a manifest, not yet the files that it lists.
+    """Read and check a manifest, without checking the files that it lists.
 
     Raises:
-        CheckpointError: it is missing, of another format, or not what was written.
+        CheckpointError: the manifest is missing, of another format, or not what was written.
     """
     path = folder / MANIFEST
     try:
@@ -115,10 +119,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, manifest: Manifest) -> None:
-    """Check that a folder holds the files of its manifest, bit for bit, and no others.
+    """Check that a folder holds exactly the files of its manifest, bit for bit.
 
     Raises:
-        CheckpointError: naming the first file that is missing, changed or unknown.
+        CheckpointError: the message names the first file that is missing, changed or unknown.
     """
     for name, expected in manifest.files.items():
         path = folder / name
@@ -132,16 +136,17 @@ def verify(folder: Path, manifest: Manifest) -> None:
 
 
 def check_recipe(folder: Path, manifest: Manifest, config: TrainConfig) -> None:
-    """Refuse to go on with another recipe.
+    """Refuse to resume with another recipe.
 
-    Free are the keys that change no number: ``log_every``, ``eval_every``, ``loggers``, ``checkpoint``, ``guard``,
-    ``samples``, ``data.workers``, ``data.max_skipped`` and ``data.changed``; ``compute``, which changes rounding;
-    ``steps`` under a constant learning rate, so that a finished run can be made longer; and ``data.path`` where
-    :func:`check_data` knows better whether the images are the same. A key that an earlier version did not have yet has
-    its default, which is what that version did.
+    These keys may differ: ``log_every``, ``eval_every``, ``loggers``, ``checkpoint``, ``guard``, ``samples``,
+    ``data.workers``, ``data.max_skipped`` and ``data.changed``, which change no number; ``compute``, which changes
+    rounding; ``steps`` under a constant learning rate, so that a finished run can be made longer; and ``data.path`` if
+    the checkpoint has a listing, by which :func:`check_data` detects other images. A key that an earlier version lacked
+    takes its default, which is what that version did.
 
     Raises:
-        ConfigError: naming every key that differs, with both values, and every unknown one, free or not.
+        ConfigError: the message names every key that differs, with both values, and every unknown key, including
+            unknown keys in groups that may differ.
     """
     free = [*FREE]
     if config.optimizer.schedule == "constant":
@@ -163,18 +168,19 @@ def check_recipe(folder: Path, manifest: Manifest, config: TrainConfig) -> None:
 
 
 def check_data(folder: Path, manifest: Manifest, data: Listing | None, changed: str) -> list[str]:
-    """Refuse to go on with other images, which would make what comes depend on when the run was stopped.
+    """Refuse to resume with other images, because the result would then depend on when the run was stopped.
 
     Args:
-        folder, manifest: the checkpoint; one without a listing is held against nothing.
-        data: the listing of what there is.
+        folder, manifest: the checkpoint; one without a listing is not compared.
+        data: the listing of the data that are there now.
         changed: the recipe's ``data.changed``.
 
     Returns:
-        what differs and is accepted: the parts that were added, changed or removed, the first ones a line each.
+        the differences that were accepted: the parts that were added, changed or removed, one line each for the first
+            ones.
 
     Raises:
-        ConfigError: naming the parts that were added, changed or removed.
+        ConfigError: the message names the parts that were added, changed or removed.
     """
     if manifest.data is None or data is None:
         return []
@@ -189,7 +195,7 @@ def check_data(folder: Path, manifest: Manifest, data: Listing | None, changed: 
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -199,7 +205,7 @@ def _digest(data: bytes) -> str:
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}} -> {"a.b": 1}``."""
+    """Flatten nested mappings to dotted keys: ``{"a": {"b": 1}} -> {"a.b": 1}``."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -1,4 +1,4 @@
-"""Weights on several ranks: a copy on each, one spread over all, or both, by PyTorch's own means."""
+"""Weights on several ranks: replicated, sharded or both, by PyTorch's DistributedDataParallel and fully_shard."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .ranks import Ranks
 
 
 def shard(trained: PackedTransformer, averaged: PackedTransformer, compute: ComputeConfig, ranks: Ranks) -> None:
-    """Spread the weights of a model and of its average over ranks, in place, where the recipe says so.
+    """Shard the weights of a model and of its average over ranks, in place, if ``compute.shard`` is above 1.
 
-    A part of a model is gathered while it computes, in the recipe's type, of the average in float32, as one process
-    evaluates it; gradients are added up in float32. The parts are the blocks, and their modulations, which are computed
-    for all blocks at once.
+    Each unit is gathered while it computes: the trained model's in the recipe's type, the average's in float32, the
+    type in which a single process evaluates it. Gradients are reduced in float32. The units are the blocks, the rest of
+    the model and, separately, the blocks' modulations, which are computed for all blocks at once.
     """
     if compute.shard == 1:
         return
@@ -33,10 +33,10 @@ def shard(trained: PackedTransformer, averaged: PackedTransformer, compute: Comp
     mesh = init_device_mesh(ranks.device.type, sizes, mesh_dim_names=("replicate", "shard"))
     if sizes[0] == 1:
         mesh = mesh["shard"]
-    # Blocks return views, and nothing is computed in place on what they return.
+    # Blocks return views, but nothing modifies these in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     for model, dtype in ((trained, getattr(torch, compute.dtype)), (averaged, torch.float32)):
-        # Inputs stay as they are: modulations are float32 in any model.
+        # Inputs are not cast: modulations are float32 in every model.
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.blocks:
             fully_shard(block.norm1, mesh=mesh, mp_policy=policy)
@@ -45,14 +45,15 @@ def shard(trained: PackedTransformer, averaged: PackedTransformer, compute: Comp
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether :func:`shard` has spread it."""
+    """Whether :func:`shard` has sharded the model."""
     return isinstance(model, FSDPModule)
 
 
 def exchanging(model: PackedTransformer, config: TrainConfig, ranks: Ranks) -> nn.Module:
-    """A model whose backward pass leaves the mean over ranks of the gradients, exchanged while it goes on.
+    """Wrap a model so that its backward pass averages gradients over ranks, overlapped with the computation.
 
-    The order in which ranks' gradients add up is that of every step to come, in any process that trains by the recipe.
+    Sharded models do so already, and a process without others needs no exchange; these are returned unchanged. The
+    order in which ranks' gradients are added up is the same in every step, in every process that trains by the recipe.
     """
     if ranks.alone or is_sharded(model):
         return model
@@ -63,17 +64,18 @@ def exchanging(model: PackedTransformer, config: TrainConfig, ranks: Ranks) -> n
 
 
 def _rehearse(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
-    """One backward pass of an image that is always the same, of which nothing is kept.
+    """Run one backward pass of a fixed image and discard the result.
 
-    PyTorch lays its buckets of gradients out anew after the first backward pass, in the order in which gradients came.
-    Three ranks or more add up an element in an order that depends on its place in a bucket, so the first step of a
-    process would round otherwise than the same step of a run that was not stopped before it.
+    DistributedDataParallel rebuilds its gradient buckets after the first backward pass, in the order in which gradients
+    became ready. With three ranks or more, the order in which an element is summed depends on its place in a bucket.
+    Without this pass, the first step of a process would round differently from the same step of a run that was not
+    stopped before it.
     """
     network = config.network
     side = (network.resolution >> (network.scheduler.num_stages - 1)) // network.model.patch_size
     tokens = torch.zeros(side * side, network.model.in_channels * network.model.patch_size**2, device=device)
     number = torch.zeros(1, dtype=torch.int64, device=device)
-    # Uncompiled: no step has this pack, and a graph of it would serve nothing.
+    # Uncompiled: no step has this pack, so a compiled graph of it would be useless.
     with torch.compiler.set_stance("force_eager") if config.compute.compile else nullcontext():
         velocities = model(
             tokens,
@@ -87,10 +89,10 @@ def _rehearse(model: nn.Module, config: TrainConfig, device: torch.device) -> No
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor in one piece; all ranks must ask for it."""
+    """Return the unsharded tensor; for a sharded one a collective operation, which all ranks must call."""
     return cast("Tensor", tensor.full_tensor()) if isinstance(tensor, DTensor) else tensor  # type: ignore[redundant-cast]
 
 
 def mine(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, in the memory where it lies."""
+    """Return this rank's shard of a tensor, without a copy."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

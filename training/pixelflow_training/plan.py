@@ -1,8 +1,9 @@
-"""What each image of a step is made of: pure functions of the recipe and the step, in plain tensors on the CPU.
+"""Plans of training steps: what each image of a step is made of, as CPU tensors.
 
-Step i covers the positions ``i * batch_size`` to ``(i + 1) * batch_size - 1``, samples consumed since the run began.
-What is drawn for a position depends on the seed and the position; its stage, which must balance, on the seed and the
-step. So neither the number of workers, nor that of ranks, nor an image's mates change what a sample gets.
+A plan is a pure function of the recipe, the step and the size of the data set. A position is the number of samples
+consumed before; step i covers the positions ``i * batch_size`` to ``(i + 1) * batch_size - 1``. What is drawn for a
+position depends on the seed and the position; its stage, which must balance, on the seed and the step. Therefore the
+number of workers, the number of ranks and the other images do not affect what a sample gets.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _WORDS = {
     Purpose.CROP: 4,
     Purpose.NOISE: 2,
 }
-"""What an image of a step needs beside its stage, two words a number."""
+"""Random words that an image of a step needs besides its stage, two for each number."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -46,14 +47,15 @@ class Plan:
 
     Attributes:
         position: ``[n]`` int64, samples consumed before this one.
-        sample: ``[n]`` int64, which sample of the data set.
+        sample: ``[n]`` int64, index into the data set.
         stage: ``[n]`` int64.
         time: ``[n]`` int64, the step k of the stage's training grid.
         drop: ``[n]`` bool, whether the label is replaced by the null class.
         flip: ``[n]`` bool, whether the image is mirrored left to right.
-        affine: ``[n, 4]`` float64 from -1 to below 1, as fractions of their limits: turn, size, moves across and down.
-        crop: ``[n, 2]`` float64 above 0 to 1: where in the room beside it the square is cut out, across and down.
-        noise_seed: ``[n]`` int64, 64 bits.
+        affine: ``[n, 4]`` float64 in [-1, 1), as fractions of their limits: rotation, scale, shift across, shift down.
+        crop: ``[n, 2]`` float64 in (0, 1], the place of the square within the image, across and down; see
+            :func:`~.data.crop.offset`.
+        noise_seed: ``[n]`` int64, 64 random bits.
     """
 
     position: Tensor
@@ -78,11 +80,11 @@ def plan_step(config: TrainConfig, step: int, dataset_size: int, rank: int = 0, 
         step: from 0.
         dataset_size: number of samples.
         rank: whose share, from 0.
-        world_size: number of shares. Together they are the step, whatever their number. Their sizes differ by at most
-            one, and so do their counts of each stage.
+        world_size: number of shares. Together they make up the step, whatever their number. Their sizes differ by at
+            most one, and so do their counts of each stage.
 
     Raises:
-        ValueError: a number is out of range; the message names it.
+        ValueError: an argument is out of range; the message names it.
     """
     if step < 0:
         raise ValueError(f"step: got {step}, expected 0 or more")
@@ -106,9 +108,10 @@ def plan_step(config: TrainConfig, step: int, dataset_size: int, rank: int = 0, 
 
 
 def token_sides(config: TrainConfig, first: int, count: int) -> list[int]:
-    """Rows of tokens, and columns, of each image of the positions ``first`` to ``first + count - 1``; descending.
+    """Return rows (= columns) of tokens of each image at ``count`` positions from ``first``, in descending order.
 
-    Positions that share a step have as many images of each stage as they have remainders modulo the number of stages.
+    The positions must share a step, which has as many images of each stage as its positions have remainders modulo the
+    number of stages.
     """
     num_stages = config.scheduler.num_stages
     stages = sorted((position % num_stages for position in range(first, first + count)), reverse=True)
@@ -116,43 +119,51 @@ def token_sides(config: TrainConfig, first: int, count: int) -> list[int]:
 
 
 def token_lengths(config: TrainConfig, first: int, count: int) -> list[int]:
-    """Tokens of each image of the positions ``first`` to ``first + count - 1``, which share a step; descending."""
+    """Return the number of tokens of each image at ``count`` positions from ``first``, see :func:`token_sides`."""
     return [side * side for side in token_sides(config, first, count)]
 
 
 def parts_of_step(config: TrainConfig, step: int, world_size: int = 1) -> int:
-    """In how many parts each rank computes a step, so that no pack has more than ``compute.max_tokens`` tokens.
+    """Return the number of parts in which each rank computes a step to stay within ``compute.max_tokens`` per pack.
 
-    Ranks exchange gradients part by part, so all have the same number, which may be more than some of them need.
+    Ranks exchange gradients part by part, so all have the same number of parts, which may be more than some of them
+    need.
     """
     lengths = token_lengths(config, step * config.batch_size, config.batch_size)
     return _parts_within(config.compute.max_tokens, lengths, 1, world_size)
 
 
 def parts_of_held_out(config: TrainConfig, dataset_size: int, world_size: int = 1) -> int:
-    """In how many parts each rank evaluates held-out images: packs of a batch and of ``compute.max_tokens`` at most."""
+    """Return the number of parts in which each rank evaluates the held-out images.
+
+    A part has at most ``batch_size`` images and ``compute.max_tokens`` tokens.
+    """
     lengths = token_lengths(config, 0, dataset_size)
     return _parts_within(config.compute.max_tokens, lengths, math.ceil(dataset_size / config.batch_size), world_size)
 
 
 def _parts_within(most: int | None, lengths: list[int], least: int, world_size: int) -> int:
-    """The smallest number of parts from ``least`` on that keeps packs of descending lengths within a budget."""
+    """Return the smallest number of parts, from ``least`` on, that keeps every pack within the budget ``most``.
+
+    The lengths must be in descending order.
+    """
     count = least
-    # The first part of the first rank has the largest images: sizes descend, and images are dealt out one by one.
+    # The first part of rank 0 is the largest: lengths descend, and images are dealt out round-robin.
     while most is not None and sum(lengths[:: count * world_size]) > most:
         count += 1
     return count
 
 
 def plan_held_out(config: TrainConfig, dataset_size: int, rank: int = 0, world_size: int = 1) -> Plan:
-    """Plan an evaluation of all held-out images, or a share of it: each once, its middle, unchanged, with its label.
+    """Plan the evaluation of all held-out images, or of a share of them: each once, with its label.
 
-    Stages, times and noise are drawn once for all, by a seed of their own, and do not depend on the batch size.
+    Images are cropped in the middle and not augmented. Stages, times and noise are drawn with a seed of their own, are
+    the same in every evaluation and do not depend on the batch size.
 
     Args:
         config: the recipe.
         dataset_size: number of held-out images.
-        rank, world_size: as in :func:`plan_step`.
+        rank, world_size: see :func:`plan_step`.
     """
     seed = new_seed(config.seed, Purpose.HELD_OUT)
     stage, position = _share(seed, 0, dataset_size, config.scheduler.num_stages, rank, world_size)
@@ -171,7 +182,10 @@ def plan_held_out(config: TrainConfig, dataset_size: int, rank: int = 0, world_s
 
 
 def _share(seed: int, step: int, count: int, num_stages: int, rank: int, world_size: int) -> tuple[Tensor, Tensor]:
-    """Stages ``[n]`` and places in the step ``[n]`` of a rank's images: all images by stage, dealt out one by one."""
+    """Return stages ``[n]`` and places in the step ``[n]`` of a rank's images.
+
+    The images are sorted by stage, full resolution first, and dealt out round-robin.
+    """
     if not 1 <= world_size <= count:
         raise ValueError(f"world_size: got {world_size}, expected 1 to {count}: an image for every rank")
     if not 0 <= rank < world_size:

@@ -1,4 +1,4 @@
-"""A picture of what runs did: losses by stage, learning rate, gradient norm, speed, and what went wrong."""
+"""Plots of runs: losses by stage, learning rate, gradient norm, speed, spikes and skipped steps."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ PANEL = (330, 220)
 """Width and height of a panel, in CSS pixels."""
 MEASURES = {"lr": "learning rate", "grad_norm": "gradient norm", "images_per_second": "images per second"}
 LOG_FROM = 5
-"""Losses and norms that span more have a logarithmic axis."""
+"""Losses and norms whose largest value exceeds the smallest by more than this factor get a logarithmic axis."""
 
 
 def save_plot(runs: Sequence[RunCurves], output: Path, smooth: float | None = None) -> None:
-    """Draw runs over one another: a panel for each stage, and one for each other measure.
+    """Plot runs on shared axes: a panel for each stage's loss, and one for each other measure.
 
     Args:
         runs: in the order of the legend.
         output: ``*.svg`` or ``*.png``.
-        smooth: training losses are averaged over so many steps; a thirtieth of the longest run by default.
+        smooth: width in steps of the window over which training losses are averaged; by default a thirtieth of the
+            longest run.
 
     Raises:
-        ValueError: ``output`` has another ending, or ``smooth`` is negative.
-        ImportError: there is no Matplotlib.
+        ValueError: ``output`` has another suffix, or ``smooth`` is negative or not finite.
+        ImportError: Matplotlib is not installed.
     """
     if output.suffix not in (".svg", ".png"):
         raise ValueError(f"output: got {output}, expected a name that ends in .svg or .png")
@@ -50,7 +51,7 @@ def save_plot(runs: Sequence[RunCurves], output: Path, smooth: float | None = No
         figure.savefig(
             output,
             dpi=144 if output.suffix == ".png" else 72,
-            # The same log makes the same file.
+            # Without metadata, the same log gives the same file.
             metadata={"Date": None, "Creator": None} if output.suffix == ".svg" else {"Software": None},
         )
 
@@ -62,7 +63,7 @@ def _drawing() -> Iterator[None]:
     except ImportError as error:
         raise ImportError("train plot needs matplotlib: the extra `report` (in a clone: make setup)") from error
     with style.context(["default", plot_style(INK, RULE)]), warnings.catch_warnings():
-        # A run's name may have letters that the font of a PNG lacks.
+        # A run's name may contain characters that the font of a PNG lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield
 
@@ -102,12 +103,12 @@ def _draw_stage(axes: Axes, run: RunCurves, stage: int, smooth: float, number: i
     raw, held_out, spikes = run.training[stage], run.held_out[stage], run.spikes[stage]
     _dots(axes, raw, color, f"{name}-raw", markersize=1.8, alpha=0.35)
     _line(axes, raw.smoothed(smooth), color, f"{name}-smoothed", linewidth=1.6)
-    # Behind the dots of training a line would be lost.
+    # Drawn above the training dots, which would hide the line.
     _line(axes, held_out, color, f"{name}-held-out", linewidth=0.9, marker="o", markersize=3.6,
           markerfacecolor="white", linestyle=(0, (4, 2)), zorder=3)  # fmt: skip
     _dots(axes, spikes, WRONG, f"{name}-spikes", marker="^", markersize=5.5, markeredgecolor=color, markeredgewidth=0.5)
     if run.skipped:
-        # At the foot of the panel, whatever the losses are.
+        # At the bottom of the panel, whatever the losses are.
         axes.plot(run.skipped, [0.02] * len(run.skipped), transform=axes.get_xaxis_transform(), linestyle="none",
                   marker="x", markersize=5, color=WRONG, gid=f"{name}-skipped", zorder=4)  # fmt: skip
 
@@ -126,7 +127,7 @@ def _dots(axes: Axes, curve: Curve, color: str, name: str, marker: str = "o", **
 
 
 def _finish(axes: Axes, title: str, last: int, log: bool) -> None:
-    """Title, ticks, and a logarithmic axis if asked for and positive values span much."""
+    """Set title and ticks, and a logarithmic axis if requested and if positive values span more than ``LOG_FROM``."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     values = [
@@ -151,7 +152,7 @@ def _finish(axes: Axes, title: str, last: int, log: bool) -> None:
 
 
 def _legend(figure: Figure, runs: Sequence[RunCurves]) -> None:
-    """Runs by colour, then what the marks mean."""
+    """Draw two legends: runs by colour, and the meaning of the marks."""
     from matplotlib.lines import Line2D
 
     def mark(label: str, **look: Any) -> Line2D:

@@ -1,4 +1,4 @@
-"""The processes of a run: this one alone, or those that torchrun has started."""
+"""The processes (ranks) of a run: a single process, or those that torchrun has started."""
 
 from __future__ import annotations
 
@@ -20,28 +20,30 @@ from .config import TrainConfig
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=10)
-"""How long a rank waits for the others in one exchange before it gives up on them."""
+"""Timeout of a collective operation within a step."""
 
 ERRAND = timedelta(hours=2)
-"""How long it waits while the first one does something for all, or a checkpoint is written: as long as the disk takes.
-Whoever ends meanwhile is missed at once, by the connections to it."""
+"""Timeout while rank 0 does something for all ranks, or a checkpoint is written, which takes as long as the disk does.
+
+A rank that ends meanwhile is still noticed at once, because its connections close.
+"""
 
 
 class RankLostError(ConnectionError):
-    """Another rank has ended, or cannot be reached."""
+    """Another rank has ended or cannot be reached."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Ranks:
-    """Who takes part, and who this process is.
+    """The group of processes that train together, and the place of this one in it.
 
     Attributes:
-        rank: this process's number, from 0.
-        world_size: how many there are.
-        device: where this one computes.
-        control: the group in which ranks agree with each other; None for a process alone.
-        errands: the group in which the first rank tells what it has done for all.
-        saving: the group in which checkpoints are written meanwhile, by a thread of their own.
+        rank: number of this process, from 0.
+        world_size: number of processes.
+        device: device on which this process computes.
+        control: process group for agreement between ranks within a step; None without a process group.
+        errands: process group in which rank 0 broadcasts the result of what it does for all.
+        saving: process group in which a background thread writes checkpoints.
     """
 
     rank: int
@@ -53,16 +55,16 @@ class Ranks:
 
     @property
     def alone(self) -> bool:
-        """There is no other."""
+        """Whether there is no process group, as in a process that torchrun has not started."""
         return self.control is None
 
     @property
     def first(self) -> bool:
-        """This process writes what is written once: log, model, digests."""
+        """Whether this is rank 0, which writes what is written once: log, model, digests."""
         return self.rank == 0
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Sums over all ranks, in float64; the same bits on each."""
+        """Return sums over all ranks, in float64; every rank gets the same bits."""
         if self.alone:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
@@ -70,7 +72,7 @@ class Ranks:
         return sums.tolist()
 
     def together(self, items: Sequence[T]) -> list[T]:
-        """The items of all ranks, one rank's after the other's; quick where there are none."""
+        """Return the items of all ranks in the order of ranks. Without any items only their number is exchanged."""
         if self.alone or not any(self.total([len(items)])):
             return list(items)
         found: list[Any] = [None] * self.world_size
@@ -78,7 +80,7 @@ class Ranks:
         return [item for part in found for item in part]
 
     def first_does(self, what: Callable[[], T]) -> T:
-        """Have the first rank do something; all get what it returns, or what it raises."""
+        """Call ``what`` on rank 0 alone; all ranks return its result or raise its exception."""
         if self.alone:
             return what()
         said: list[Any] = [None, None]
@@ -95,18 +97,18 @@ class Ranks:
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-"""A process without others."""
+"""A single process on the CPU, without a process group."""
 
 
 @contextmanager
 def join(config: TrainConfig) -> Iterator[Ranks]:
-    """Meet the other ranks, if torchrun has started this process, and part from them at the end.
+    """Join the process group if torchrun has started this process; leave it at the end of the context.
 
     Raises:
-        ConfigError: ``batch_size`` has not an image for every rank, ``compute.shard`` does not divide their number, or
-            ``compute.device`` names one GPU for several ranks.
+        ConfigError: ``batch_size`` is smaller than the number of ranks, ``compute.shard`` does not divide that number,
+            or ``compute.device`` names one GPU for several ranks.
         ValueError: there is no such device.
-        RankLostError: an exchange with the other ranks inside ``with`` has failed.
+        RankLostError: communication with the other ranks has failed within the context.
     """
     named, shard = config.compute.device, config.compute.shard
     named = ("cuda" if torch.cuda.is_available() else "cpu") if named == "auto" else named
@@ -140,12 +142,19 @@ def join(config: TrainConfig) -> Iterator[Ranks]:
 
 
 def numbered(device: torch.device) -> torch.device:
-    """A GPU by its number: tensors on ``cuda`` say that they are on ``cuda:0``, which is not equal to it."""
+    """Add the current index to a ``cuda`` device.
+
+    Tensors on ``cuda`` report ``cuda:0``, which does not compare equal to ``cuda``.
+    """
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def of_this_rank(named: str) -> str:
-    """The device of a rank: each has the GPU of its number on this machine."""
+    """Return the device of this rank: for ``cuda``, the GPU of the rank's number on this machine.
+
+    Raises:
+        ConfigError: one GPU is named for several ranks on this machine.
+    """
     if named == "cuda":
         return f"cuda:{os.environ['LOCAL_RANK']}"
     here = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
@@ -157,5 +166,5 @@ def of_this_rank(named: str) -> str:
 
 
 def _of_an_exchange(error: RuntimeError) -> bool:
-    # Of a backward pass, gloo's errors come without a type of their own.
+    # In a backward pass, gloo's errors are plain RuntimeErrors, so their text is examined.
     return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))

@@ -1,4 +1,4 @@
-"""What the backward pass computes again instead of keeping it: memory for time, block by block."""
+"""Activation checkpointing, block by block: the backward pass recomputes what is not stored."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Recompute = Literal["nothing", "pointwise", "blocks"]
 
 
 def recompute(model: PackedTransformer, what: Recompute) -> None:
-    """Have a model's blocks keep less for their backward pass, in place; no number changes.
+    """Make a model's blocks store less for the backward pass, in place; no number changes.
 
     Args:
-        model: its blocks, compiled or not.
-        what: ``nothing``; ``pointwise``, all but matrix products and attention, which take most of the time and a
-            fraction of the memory; ``blocks``, all but a block's input.
+        model: the model; its blocks may be compiled.
+        what: ``nothing``; ``pointwise`` recomputes everything but matrix products and attention, which take most of the
+            time and a fraction of the memory; ``blocks`` stores only the input of a block.
     """
     if what == "nothing":
         return
-    # Nothing is drawn in a block; to look after a GPU's random state would end the capture of a graph.
+    # Blocks draw no random numbers, and saving a GPU's random state would abort the capture of a graph.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if what == "pointwise":
         options["context_fn"] = _keeping_products
@@ -35,7 +35,7 @@ def _keeping_products() -> Any:
 
 
 def _policy(_: object, operation: Any, *args: object, **kwargs: object) -> CheckpointPolicy:
-    # By name: there is an attention operation for each backend and device, torch's among them.
+    # Matched by name, because each backend and device has its own attention operation, torch included.
     name = operation.name()
     product = name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
     return CheckpointPolicy.MUST_SAVE if product or "attention" in name else CheckpointPolicy.PREFER_RECOMPUTE

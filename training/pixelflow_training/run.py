@@ -1,4 +1,4 @@
-"""A run directory: who may write there, its recipe and its log."""
+"""A run directory: its lock, its recipe and its log."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from .config import TrainConfig
 from .files import make_folder, replace_text
 
 STEP = re.compile(r"step-(\d{8,})")
-"""The name of a checkpoint's folder."""
+"""Name of a checkpoint's folder."""
 
 
 class RunDirectory:
-    """The folder of one run, held by one process at a time inside ``with``.
+    """The folder of one run; a context manager that locks it for one process at a time.
 
     ::
 
         recipe.yaml      the configuration
-        log.jsonl        what happened, one JSON object a line
-        checkpoints/     to go on from
+        log.jsonl        what happened, one JSON object per line
+        checkpoints/     states to resume from
         model/           the averaged model as of the last evaluation
-        samples/         pictures, if the recipe asks for them
-        tensorboard/     event files, likewise
-        nonfinite.json   only if losses or gradients stopped the run: the images of their batches
+        samples/         sample sheets, if the recipe asks for them
+        tensorboard/     event files, if the recipe asks for them
+        nonfinite.json   only if non-finite steps stopped the run: the images of their batches
 
     Args:
-        path: made if it is not there.
-        fresh: whether it must not hold anything yet.
+        path: the folder; created on entering the context if missing.
+        fresh: whether to refuse a folder that already holds anything.
 
     Raises:
-        FileExistsError: it holds something and ``fresh`` was asked for, or another process trains there.
-        OSError: it cannot be made or locked.
+        FileExistsError: on entering: the folder is not empty and ``fresh`` was given, or another process trains there.
+        OSError: on entering: the folder cannot be created or locked.
     """
 
     def __init__(self, path: Path, fresh: bool = False) -> None:
@@ -57,7 +57,7 @@ class RunDirectory:
         if self.fresh and self.path.exists() and any(self.path.iterdir()):
             raise FileExistsError(f"output: {self.path} is not empty; a fresh run needs another directory")
         make_folder(self.path)
-        # A lock on the folder itself: it leaves no file, and goes with the process however that ends.
+        # The lock is on the folder itself: it leaves no file behind, and is released however the process ends.
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,7 +78,7 @@ class RunDirectory:
         os.close(self._lock)
 
     def check_unused(self) -> None:
-        """Refuse to begin a run on top of one that has no checkpoint.
+        """Refuse to start a run on top of one that has no checkpoint.
 
         Raises:
             FileExistsError: there is a log or a model.
@@ -89,20 +89,20 @@ class RunDirectory:
             )
 
     def write_recipe(self, config: TrainConfig) -> None:
-        """Keep the configuration as a recipe that can be trained again."""
+        """Write the configuration as a recipe that can be trained again."""
         replace_text(self.path / "recipe.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
 
     @property
     def has_checkpoints(self) -> bool:
-        """Whether there is one to go on from."""
+        """Whether there is a checkpoint to resume from."""
         return any(STEP.fullmatch(folder.name) for folder in self.checkpoints.glob("*"))
 
     def sample_path(self, step: int) -> Path:
-        """Where the picture of a step belongs."""
+        """Path of the sample sheet of a step."""
         return self.path / "samples" / f"step-{step:08d}.png"
 
     def open_log(self, step: int, followers: Sequence[Follower] = ()) -> Log:
-        """The log, without the lines after ``step``; pictures of later steps are deleted."""
+        """Open the log without the lines after ``step``; sample sheets of later steps are deleted."""
         for picture in self.sample_path(0).parent.glob("step-*.png"):
             if picture > self.sample_path(step):
                 picture.unlink()
@@ -110,25 +110,25 @@ class RunDirectory:
 
 
 class Follower(Protocol):
-    """Who is told every line of a log, from the first one on."""
+    """Receives every line of a log, from the first one on."""
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Take in a line."""
+        """Process a line."""
         ...
 
     def close(self) -> None:
-        """There are no more."""
+        """Process the end of the log."""
         ...
 
 
 class Log:
-    """A file of JSON objects, one a line, each with the ``step`` that it was written after; used inside ``with``.
+    """A file of JSON objects, one per line, each with the ``step`` after which it was written; a context manager.
 
     Args:
-        path: made if it is not there.
-        step: the log is cut at its first line of a later step; also at one that is not whole, which can only be later,
-            because a checkpoint waits for the log.
-        followers: told the lines that are kept, then every new one; closed with the log.
+        path: the file; created if missing.
+        step: the log is cut before the first line of a later step. It is also cut before an incomplete line, which can
+            only belong to a later step, because a checkpoint is saved after the log has been synchronized.
+        followers: receive the lines that are kept, then every new one; closed with the log.
     """
 
     def __init__(self, path: Path, step: int, followers: Sequence[Follower] = ()) -> None:
@@ -154,7 +154,7 @@ class Log:
     ) -> None:
         try:
             self._file.close()
-        except OSError:  # a line that found no room is tried again, and would hide what is known of it
+        except OSError:  # closing retries a line that a full disk refused; do not hide the first error
             if error is None:
                 raise
         finally:
@@ -162,20 +162,20 @@ class Log:
                 follower.close()
 
     def records(self, event: str) -> list[dict[str, object]]:
-        """What it holds of an event, in order."""
+        """Return the records of an event, in order."""
         with self._path.open(encoding="utf-8") as file:
             return [record for record in map(json.loads, file) if record.get("event") == event]
 
     def events(self, step: int) -> set[str]:
-        """What has happened after a step."""
+        """Return the events logged at a step."""
         with self._path.open(encoding="utf-8") as file:
             return {record["event"] for record in map(json.loads, file) if record["step"] == step}
 
     def write(self, record: dict[str, object]) -> None:
-        """Append a line, seen by readers at once.
+        """Append a line, visible to readers at once, and pass it to the followers.
 
         Raises:
-            OSError: with the file's name, which Python does not say of a disk that is full.
+            OSError: writing failed; the exception names the file, which Python's own does not when the disk is full.
         """
         try:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -189,12 +189,12 @@ class Log:
             follower.write(record)
 
     def sync(self) -> None:
-        """Bring the log to the disk: a checkpoint must not know of steps that the log has lost."""
+        """Synchronize the log to the disk: a checkpoint must not contain steps that the log has lost."""
         os.fsync(self._file.fileno())
 
 
 class Silence:
-    """The log of a rank that keeps none: the first one's is the run's."""
+    """A log that discards everything, for ranks other than 0: only rank 0 writes the run's log."""
 
     def __enter__(self) -> Silence:
         return self
@@ -203,22 +203,22 @@ class Silence:
         pass
 
     def records(self, event: str) -> list[dict[str, object]]:
-        """None."""
+        """Return no records."""
         return []
 
     def events(self, step: int) -> set[str]:
-        """None."""
+        """Return no events."""
         return set()
 
     def write(self, record: dict[str, object]) -> None:
-        """Nothing."""
+        """Discard the record."""
 
     def sync(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def _is_within(line: str, step: int) -> bool:
     try:
         return line.endswith("\n") and json.loads(line)["step"] <= step
-    except (ValueError, TypeError, KeyError):  # what a power cut has made of the end
+    except (ValueError, TypeError, KeyError):  # the end of the log after a power failure
         return False

@@ -1,4 +1,4 @@
-"""Pictures of what the averaged model samples, to see a run learn."""
+"""Sample sheets: images sampled from the averaged model, to monitor a run."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from .run import RunDirectory
 from .state import TrainState
 
 COLUMNS = 10
-"""Where the recipe names no labels."""
+"""Most columns of a sheet whose labels the recipe does not name."""
 SMALLEST = 64
-"""Pixels that an image of the picture has at least."""
+"""Smallest size in pixels of an image on a sheet; smaller images are enlarged."""
 
 
 def save_samples(run: RunDirectory, state: TrainState, config: TrainConfig, ranks: Ranks) -> dict[str, object]:
-    """Sample the recipe's picture on the first rank and write it; all ranks take part.
+    """Sample the recipe's sheet on rank 0 and write it; all ranks must call it.
 
     Returns:
-        for the log: ``file``, its path inside the run directory, and how many of its images ``failed``; or the
-        ``reason`` why there is none: a picture that finds no memory beside the training does not end it.
+        fields for the log: ``file``, the path relative to the run directory, and ``failed``, the number of images that
+            are not finite; or ``reason``, why there is no sheet: a lack of GPU memory beside the training does not end
+            the run.
     """
     weights = averaged_weights(state, ranks)
 
@@ -50,18 +51,18 @@ def save_samples(run: RunDirectory, state: TrainState, config: TrainConfig, rank
 
 
 def sample_sheet(config: TrainConfig, weights: Mapping[str, Tensor], device: torch.device) -> tuple[Image.Image, int]:
-    """Sample a picture, a label to a column and a row at a time.
+    """Sample a sheet with one label per column, one row at a time.
 
-    Every image has a seed of its own, which does not depend on when the picture is made; torch's generators are left
-    as they are. Computed by the recipe's backend in its type, without compilation or graphs.
+    Every image has its own seed, which does not depend on the step; torch's generators are left unchanged. Images are
+    computed by the recipe's backend in the recipe's type, without compilation or graphs.
 
     Args:
         config: the recipe.
-        weights: under the published names; not changed.
-        device: where.
+        weights: under the published names; not modified.
+        device: where to sample.
 
     Returns:
-        the picture, and how many of its images are not finite.
+        the sheet, and the number of its images that are not finite.
     """
     wanted, compute = config.samples, config.compute
     checkpoint = Checkpoint(config.network, dict(weights), "the averaged model")
@@ -86,7 +87,7 @@ def sample_sheet(config: TrainConfig, weights: Mapping[str, Tensor], device: tor
 
 
 def columns_of(config: TrainConfig) -> list[int] | None:
-    """The label of each column; None for a model without classes."""
+    """Return the label of each column; None for a model without classes."""
     classes = config.model.num_classes
     if config.samples.labels is not None:
         return list(config.samples.labels)

@@ -1,4 +1,4 @@
-"""Being told to stop: a step is finished and saved first, unless the user insists."""
+"""Graceful stopping: a signal lets the step finish and be saved; a second Ctrl-C stops at once."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-EXIT_STOPPED = 75  # the C library's EX_TEMPFAIL: run the same command again, and it goes on
-EXIT_AT_ONCE = 130  # what a shell reports of a program that Ctrl-C ended
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: running the same command again resumes the run
+EXIT_AT_ONCE = 130  # what a shell reports for a program ended by Ctrl-C
 
 
-class TrainingStopped(Exception):  # noqa: N818 (nothing has gone wrong)
-    """A run was told to stop and has saved a checkpoint; training it again goes on from there."""
+class TrainingStopped(Exception):  # noqa: N818 (not an error)
+    """A run was told to stop and has saved a checkpoint; training it again resumes from there."""
 
 
 class StopRequests:
-    """SIGTERM and SIGINT as a request to stop after the step; a second SIGINT is a KeyboardInterrupt.
+    """Treats SIGTERM and SIGINT as requests to stop after the step; a second SIGINT raises KeyboardInterrupt.
 
-    Signals are handled inside ``with``; the handlers from before are put back at its end. Outside of the main thread,
-    where Python allows no handlers, nothing is changed and nothing is received.
+    A context manager: the previous handlers are restored at its end. Outside the main thread, where Python allows no
+    handlers, it changes nothing and receives nothing.
 
     Attributes:
-        received: the first signal that came, None before.
+        received: the first signal received, or None.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The copy of a state that a checkpoint is written from while training goes on, each rank's part of it."""
+"""Copies of the state from which checkpoints are written during training, divided over ranks."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 def share(tensors: Tensors, ranks: Ranks) -> Tensors:
-    """What this rank writes. Of what several ranks have, one writes each tensor, so none copies all of it.
+    """Select the tensors that this rank writes. Of tensors held by several ranks, one rank writes each.
 
-    Every rank decides alike: the largest tensors first, each to whoever has the fewest bytes so far.
+    No rank therefore copies everything. All ranks compute the same assignment: tensors are taken in descending order of
+    size, each assigned to the holder with the fewest bytes so far.
 
     Args:
-        tensors: a state by group and name, of the same names and shapes on all ranks.
-        ranks: who writes together.
+        tensors: a state by group and name, with the same names and shapes on all ranks.
+        ranks: the ranks that write together.
     """
     if ranks.alone:
         return tensors
-    loads: dict[int, list[int]] = {}  # number of copies -> bytes that each of their holders writes
+    loads: dict[int, list[int]] = {}  # number of copies -> bytes assigned to each holder
     mine: Tensors = {group: {} for group in tensors}
     everything = [(group, name, tensor) for group, members in tensors.items() for name, tensor in members.items()]
     for group, name, tensor in sorted(everything, key=lambda entry: -entry[2].nbytes):
@@ -38,7 +39,7 @@ def share(tensors: Tensors, ranks: Ranks) -> Tensors:
 
 
 def _copies(tensor: Tensor, ranks: Ranks) -> tuple[int, int]:
-    """How many ranks have the same part of a tensor, and which of them this one is."""
+    """Return how many ranks hold the same part of a tensor, and the index of this rank among them."""
     if not isinstance(tensor, DTensor):
         return ranks.world_size, ranks.rank
     mesh, place = tensor.device_mesh, tensor.device_mesh.get_coordinate()
@@ -52,10 +53,10 @@ def _copies(tensor: Tensor, ranks: Ranks) -> tuple[int, int]:
 
 
 class Stager(AsyncStager):
-    """Copies a state to the CPU; the copy is whole when :meth:`stage` returns, and nothing changes it after that.
+    """Copies a state to the CPU. The copy is complete when :meth:`stage` returns and is independent of the state.
 
-    From a GPU all tensors are copied one after the other into pinned memory, and waited for once. That memory is kept:
-    whoever stages again has written the copy before.
+    From a GPU, all tensors are copied asynchronously into pinned memory, followed by a single synchronization. The
+    pinned memory is reused: the previous copy must have been written before :meth:`stage` is called again.
     """
 
     _synchronize_after_execute = False
@@ -65,7 +66,7 @@ class Stager(AsyncStager):
 
     @torch.no_grad()
     def stage(self, state_dict: Tensors) -> Tensors:
-        """A copy on the CPU."""
+        """Return a copy on the CPU."""
         devices = {tensor.device for members in state_dict.values() for tensor in members.values()}
         copies: Tensors = {
             group: {name: self._copy((group, name), tensor) for name, tensor in members.items()}
@@ -77,10 +78,10 @@ class Stager(AsyncStager):
         return copies
 
     def synchronize_staging(self) -> None:
-        """Nothing: :meth:`stage` has waited."""
+        """Do nothing: :meth:`stage` has already synchronized."""
 
     def close(self) -> None:
-        """Let go of the pinned memory."""
+        """Release the pinned memory."""
         self._pinned.clear()
 
     def _copy(self, key: tuple[str, str], tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Everything that a run's numbers depend on beside its recipe, as tensors with names."""
+"""The state of a run: everything besides its recipe that its numbers depend on, as named tensors."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from .ranks import ALONE, Ranks
 class TrainState:
     """Weights, moments, averages and counters of a run.
 
-    The place in the data is ``step * batch_size``: what a sample gets is a pure function of recipe and position.
+    The position in the data is ``step * batch_size``: what a sample gets is a pure function of recipe and position.
 
     Args:
         config: the recipe.
-        model: freshly drawn, where it is to be trained; trained in place.
-        ranks: who has a part of it.
+        model: freshly initialized, on the training device; trained in place.
+        ranks: the ranks over which the state is sharded.
 
     Attributes:
-        model, optimizer, ema: see there.
+        model: the weights, float32.
+        optimizer: AdamW with its moments.
+        ema: the averaged weights.
         history: recent losses of each stage.
-        step: steps done, skipped ones included.
-        skipped: steps that changed nothing because a loss or gradient was not finite; ``skipped_in_row``: of these, the
-            ones since the last step that counted.
-        seconds: training time until the last save.
+        step: number of steps done, including skipped ones.
+        skipped: number of steps that changed nothing because a loss or gradient was not finite.
+        skipped_in_row: number of such steps since the last one that counted.
+        seconds: duration of the run up to the last save.
     """
 
     def __init__(self, config: TrainConfig, model: PackedTransformer, ranks: Ranks = ALONE) -> None:
         self.model, self.ema = model, EMA(model, config.ema_decay)
-        shard(self.model, self.ema.model, config.compute, ranks)  # before moments are made, in the weights' image
+        shard(self.model, self.ema.model, config.compute, ranks)  # before moments are made: they are sharded alike
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.optimizer.lr,
@@ -43,7 +45,7 @@ class TrainState:
             weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
-        # What AdamW would make on its first step. Made here, a state has the same names before that step as after it.
+        # AdamW would create these on its first step; with them, the state has the same names before and after it.
         for parameter in model.parameters():
             self.optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
@@ -55,9 +57,9 @@ class TrainState:
         self.seconds = 0.0
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The state by name. Weights, moments and averages are the live ones; counters and losses are copies.
+        """Return the state by group and name. Weights, moments and averages are the live tensors; the rest are copies.
 
-        All of it is tensors, because whatever is not is pickled in a checkpoint.
+        Everything is a tensor, because a checkpoint pickles all other types.
         """
         moments = {
             f"{name}.{key}": value
@@ -80,7 +82,7 @@ class TrainState:
         }
 
     def take_counters(self, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Counters and losses from what :meth:`tensors` gave once the live tensors in it have been filled."""
+        """Restore counters and losses from the result of :meth:`tensors`, after a checkpoint was loaded into it."""
         counters = tensors["counters"]
         self.step = int(counters["step"])
         self.skipped = int(counters["skipped"])

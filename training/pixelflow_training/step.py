@@ -1,4 +1,4 @@
-"""One step of training: velocity, loss and gradients of a batch in parts, then clip, AdamW and EMA."""
+"""A training step: velocities, losses and gradients of a batch, possibly in parts, then clipping, AdamW and EMA."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from .update import FusedUpdate, TorchUpdate, Update
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """What a step did.
+    """The results of a step.
 
     Attributes:
         loss: mean over the images of all ranks.
-        stage_loss: mean over those of each stage; None for a stage without images.
-        norm: of the gradient before it was clipped.
-        tokens: of all images.
+        stage_loss: mean over the images of each stage; None for a stage without images.
+        norm: gradient norm before clipping.
+        tokens: number of tokens of all images of all ranks.
     """
 
     loss: float
@@ -46,26 +46,26 @@ class Stepped:
 
     @property
     def finite(self) -> bool:
-        """Whether loss and norm are; if not, nothing was changed."""
+        """Whether loss and gradient norm are finite; if not, the step has changed nothing."""
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
 class TrainStep:
     """Trains the model of a state, batch by batch.
 
-    Weights, moments and averages are float32. Where the recipe's ``compute.dtype`` is another, the velocities and their
-    gradients are computed by a copy of the model in that type, which takes over the weights after every step; the
-    gradients of several parts are added up in float32.
+    Weights, moments and averages are float32. If the recipe's ``compute.dtype`` is another type, a copy of the model in
+    that type computes velocities and their gradients and takes over the weights after every step; sharded weights are
+    gathered in that type instead. The gradients of several parts are accumulated in float32.
 
     Args:
-        state: whose model, optimizer and average are moved.
+        state: the state whose model, optimizer and average are updated.
         config: the recipe.
-        ranks: who takes part.
+        ranks: the ranks that train together.
         capture: makes the graphs of ``compute.graphs``; by default CUDA's.
 
     Raises:
-        BackendUnavailableError: the recipe names a backend that cannot run there.
-        ConfigError: the recipe asks for graphs where there are none.
+        BackendUnavailableError: the recipe's backend cannot run on the device.
+        ConfigError: the recipe asks for graphs where steps cannot be captured.
     """
 
     def __init__(
@@ -85,16 +85,16 @@ class TrainStep:
             self.graphs = StepGraphs(self.model, self.launch, self.update, capture, config)
 
     def __call__(self, batch: Batch, lr: float, parts: int = 1) -> Stepped:
-        """One step; nothing is changed if the loss or the gradient's norm is not finite, on any rank.
+        """Run one step; nothing is changed if the loss or the gradient norm is not finite on any rank.
 
         Args:
-            batch: this rank's share, where the model is.
+            batch: this rank's share, on the model's device.
             lr: the learning rate.
-            parts: packs in which it is computed, one after the other; the same on all ranks.
+            parts: number of packs in which to compute it, one after the other; the same on all ranks.
 
         Raises:
-            CaptureError: the step could not be captured into a graph. Nothing has changed; it may be called again.
-            ValueError: with graphs: the batch has a shape that no step of the recipe has.
+            CaptureError: the step could not be captured into a graph. Nothing has changed, and the step may be retried.
+            ValueError: with graphs: no step of the recipe has a batch of this shape.
         """
         mine = batch.parts(min(parts, batch.layout.num_images))
         if self.graphs is not None:
@@ -102,7 +102,7 @@ class TrainStep:
         else:
             self.update.prepare(lr)
             losses, norm = self.launch(mine, [batch.smallest()] * (parts - len(mine)))
-        *each, size = torch.cat([losses, norm[None]]).tolist()  # the host waits once
+        *each, size = torch.cat([losses, norm[None]]).tolist()  # a single synchronization for all numbers
         of_stages = stage_sums(
             each, [s for part in mine for s in part.stage.tolist()], self.config.scheduler.num_stages
         )
@@ -115,10 +115,10 @@ class TrainStep:
         return stepped
 
     def for_recipe(self, config: TrainConfig) -> TrainStep:
-        """The same step, with all that was compiled and copied for it, for batches of another size.
+        """Return the same step, sharing everything that was compiled and copied for it, for batches of another size.
 
         Args:
-            config: a recipe that differs in ``batch_size`` alone. A step with graphs is made anew instead.
+            config: a recipe that differs in ``batch_size`` alone. A step with graphs must be constructed anew instead.
         """
         assert self.graphs is None, "graphs are of the shapes of one recipe"
         other = copy.copy(self)
@@ -128,17 +128,19 @@ class TrainStep:
     def launch(
         self, parts: Sequence[Batch], idle: Sequence[Batch] = (), around: Sequence[Surroundings | None] = ()
     ) -> tuple[Tensor, Tensor]:
-        """All that a device does in a step, after which the host decides what is left to it.
+        """Launch all device work of a step that does not depend on a decision of the host.
 
         Args:
-            parts: of this rank's share.
-            idle: packs to compute while other ranks have parts left, as gradients are exchanged in each.
-            around: what the blocks share in each part, where it was made before.
+            parts: the packs of this rank's share.
+            idle: packs to compute while other ranks have parts left, because gradients are exchanged in each part; they
+                have a weight of zero.
+            around: precomputed :class:`Surroundings` for each part; computed by the model if empty.
 
         Returns:
-            losses of the images, part after part, ``[n]``; the gradient's norm before clipping, 0-d.
+            losses of the images, part after part, ``[n]``; the gradient norm before clipping, 0-d.
         """
-        # Of one part the fused update takes gradients as they are: there is no sum that float32 would make better.
+        # For a single part, the fused update takes gradients in the type they were computed in: nothing is accumulated,
+        # so float32 would add no accuracy.
         rounded = self.update.takes_rounded and self.config.compute.max_tokens is None and len(parts) == 1
         source = self.model if rounded else self.state.model
         losses = self.backward(parts, idle, around, source)
@@ -151,16 +153,16 @@ class TrainStep:
         around: Sequence[Surroundings | None] = (),
         into: nn.Module | None = None,
     ) -> Tensor:
-        """Add the gradients of the mean loss of a step to ``grad``, in the model given, or else the state's.
+        """Accumulate the gradients of the step's mean loss in ``grad`` of ``into``, or of the state's model if None.
 
         Args:
-            parts, idle, around: as in :meth:`launch`.
-            into: the state's model, or the computing one for a single part.
+            parts, idle, around: see :meth:`launch`.
+            into: the state's model, or the computing model if there is a single part.
 
         Returns:
             losses of the images, part after part, ``[n]``.
         """
-        # Ranks' gradients are averaged, and a rank's share may have an image more than another's.
+        # Gradients are averaged over ranks whose shares may differ by one image, so divide by the mean share.
         images = self.config.batch_size / self.ranks.world_size
         losses = []
         for i, part in enumerate([*parts, *idle]):
@@ -176,7 +178,7 @@ class TrainStep:
 
     @torch.no_grad()
     def _collect(self) -> None:
-        """Add the computing copy's gradients to those of the weights."""
+        """Move the gradients of the computing copy, if there is one, to the weights, adding in the weights' type."""
         if self.model is self.state.model:
             return
         for master, computing in zip(self.state.model.parameters(), self.model.parameters(), strict=True):
@@ -190,11 +192,11 @@ class TrainStep:
 
 
 def check_step(config: TrainConfig, ranks: Ranks) -> None:
-    """Whether steps can be computed there as the recipe says.
+    """Check that steps can be computed as the recipe says.
 
     Raises:
-        BackendUnavailableError: its backend cannot run.
-        ConfigError: there are no graphs.
+        BackendUnavailableError: its backend cannot run on the device.
+        ConfigError: it asks for graphs where steps cannot be captured.
     """
     backend = backend_of(config, ranks.device)
     if config.compute.graphs:
@@ -202,14 +204,14 @@ def check_step(config: TrainConfig, ranks: Ranks) -> None:
 
 
 def update_of(state: TrainState, computing: PackedTransformer, config: TrainConfig, ranks: Ranks) -> Update:
-    """What moves the weights: the kernels where they compute, PyTorch's AdamW elsewhere."""
+    """Return the update of the weights: the fused kernels' unless the backend is ``torch``, else PyTorch's AdamW."""
     if backend_of(config, state.model.device).name == "torch":
         return TorchUpdate(state, computing, config)
     return FusedUpdate(state, computing, config, ranks)
 
 
 def backend_of(config: TrainConfig, device: torch.device) -> Backend:
-    """Who computes, by the recipe.
+    """Return the backend that the recipe selects on a device.
 
     Raises:
         BackendUnavailableError: it cannot run there.
@@ -219,32 +221,32 @@ def backend_of(config: TrainConfig, device: torch.device) -> Backend:
 
 
 def computing_model(model: PackedTransformer, config: TrainConfig) -> PackedTransformer:
-    """Who computes velocities: the model itself, or a copy in the recipe's type."""
+    """Return the model that computes velocities, set up as ``compute`` says: the given one, or a copy in its type."""
     compute, dtype = config.compute, getattr(torch, config.compute.dtype)
     backend = backend_of(config, model.device)
-    if dtype != model.dtype and not is_sharded(model):  # which gathers weights in that type
+    if dtype != model.dtype and not is_sharded(model):  # sharded weights are gathered in that type
         model = copy.deepcopy(model).to(dtype)
     model.operations = backend.operations(compute.compile, known_packs=True)
     if compute.compile:
         compile_blocks(model)
-    recompute(model, compute.recompute)  # around what is compiled, which would take its place otherwise
+    recompute(model, compute.recompute)  # after compiling, which would otherwise replace the wrapped forward
     return model
 
 
 def batch_losses(model: nn.Module, batch: Batch, around: Surroundings | None = None) -> Tensor:
-    """Loss of each image of a batch, ``[n]``, in at least float32; ``around`` as the model takes it."""
+    """Return the loss of each image of a batch, ``[n]``, in at least float32; ``around`` as the model takes it."""
     given = {} if around is None else {"around": around}
     velocities: Tensor = model(batch.tokens, batch.t_model, batch.layout, batch.latent_size, batch.labels, **given)
     return image_losses(velocities.to(at_least_fp32(velocities.dtype)), batch.targets, batch.layout)
 
 
 def stage_sums(losses: Sequence[float], stages: Sequence[int], num_stages: int) -> list[float]:
-    """The sum of the losses of each stage, then the number of its images: ``2 S`` numbers that add up over ranks."""
+    """Return the sum of losses of each stage, then the number of its images: ``2 S`` numbers, additive over ranks."""
     members = [[loss for loss, stage in zip(losses, stages, strict=True) if stage == s] for s in range(num_stages)]
     return [*(math.fsum(part) for part in members), *(float(len(part)) for part in members)]
 
 
 def stage_means(sums: Sequence[float]) -> list[float | None]:
-    """Mean loss of each stage from :func:`stage_sums`; None for a stage without images."""
+    """Return the mean loss of each stage from :func:`stage_sums`; None for a stage without images."""
     half = len(sums) // 2
     return [total / count if count else None for total, count in zip(sums[:half], sums[half:], strict=True)]

@@ -1,8 +1,8 @@
-"""What a step does with gradients: norm, clipping, AdamW, moving average, and the copy that computes.
+"""The optimizer update: gradient norm, clipping, AdamW, moving average, and refresh of the computing copy.
 
-Both ways change the same tensors of a :class:`TrainState` and count alike, so a run may take one and go on with the
-other. :class:`TorchUpdate` is PyTorch's own, for which the host decides whether the step counts; it has the bits of a
-plain loop. :class:`FusedUpdate` is the kernels', for which the device decides, so that the host need not be waited for.
+Both implementations change the same tensors of a :class:`TrainState` and keep the same counts, so a run may switch
+between them. :class:`TorchUpdate` uses PyTorch's operations and has the bits of a plain loop; the host decides whether
+the step counts. :class:`FusedUpdate` uses the kernels; the device decides, so that the host need not be waited for.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .ranks import ALONE, Ranks
 from .state import TrainState
 
 LARGEST_CLIP = 2.0**62
-"""What the kernels clip to where a recipe clips to more: squares of what is larger are infinite in float32."""
+"""Upper limit of the clipping norm given to the kernels: squares of clipped gradients must be finite in float32."""
 
 
 class Update(Protocol):
-    """Moves the weights of a state once all gradients are there.
+    """Updates the weights of a state from complete gradients.
 
     Attributes:
         takes_rounded: whether gradients may be those of the computing copy, in its type.
@@ -38,16 +38,18 @@ class Update(Protocol):
     takes_rounded: bool
 
     def prepare(self, lr: float) -> None:
-        """Before a step: its learning rate."""
+        """Set the learning rate of the next step."""
         ...
 
     def launch(self, losses: Tensor, model: nn.Module, zero: bool = False) -> Tensor:
-        """Clip the gradients, and move the weights if that is decided on the device. Nothing waits for it.
+        """Clip the gradients, and update the weights if the device decides whether the step counts.
+
+        The host does not wait for the device.
 
         Args:
             losses: ``[n]`` float32, of this rank's images: if one is not finite, the step must change nothing.
-            model: whose ``grad`` they are.
-            zero: gradients are zeros afterwards, and stay where they are.
+            model: the model whose ``grad`` are used.
+            zero: whether to zero the gradients in place afterwards, keeping their memory.
 
         Returns:
             the norm before clipping, over all ranks, 0-d float32.
@@ -55,21 +57,23 @@ class Update(Protocol):
         ...
 
     def finish(self, finite: bool) -> None:
-        """Once the host knows whether losses and norm are finite on all ranks: move the weights if that is still to be
-        done, and count."""
+        """Complete the step once the host knows whether losses and norm are finite on all ranks.
+
+        If they are, update the weights unless the device has done so, and count the step.
+        """
         ...
 
     def follow(self) -> None:
-        """Have the computing copy take over the weights, which were changed from outside."""
+        """Copy the weights into the computing copy, after they were changed from outside."""
         ...
 
 
 class TorchUpdate:
-    """PyTorch's, see :class:`Update`; the host decides.
+    """The update in PyTorch, see :class:`Update`; the host decides whether a step counts.
 
     Args:
-        state: whose weights, moments and averages are changed.
-        computing: who computes: the state's model, or a copy of it in another type.
+        state: the state whose weights, moments and averages are updated.
+        computing: the model that computes: the state's model, or a copy of it in another type.
         config: the recipe.
     """
 
@@ -84,7 +88,7 @@ class TorchUpdate:
             group["lr"] = lr
 
     def launch(self, losses: Tensor, model: nn.Module, zero: bool = False) -> Tensor:
-        """See :class:`Update`."""
+        """See :class:`Update`; ``zero`` is ignored, as only graphs need it, which require :class:`FusedUpdate`."""
         with named("clip"):
             return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), self.max_norm))
 
@@ -106,16 +110,17 @@ class TorchUpdate:
 
 
 class FusedUpdate:
-    """The kernels', see :class:`Update`: the whole model in four launches, whether the step counts is decided there.
+    """The update in four kernel launches for the whole model, see :class:`Update`; the device decides.
 
-    AdamW and the average are those of :class:`TorchUpdate` up to rounding. Sharded weights are updated where they lie,
-    by a norm summed over the ranks that share a copy.
+    AdamW and the average equal those of :class:`TorchUpdate` up to rounding. Sharded weights are updated in place, by a
+    norm summed over the ranks that share a copy.
 
     Args:
-        state: whose weights, moments and averages are changed.
-        computing: who computes: the state's model, or a copy of it in bfloat16, which is written in the same pass.
+        state: the state whose weights, moments and averages are updated.
+        computing: the model that computes: the state's model, or a copy of it in bfloat16, which is written in the same
+            pass.
         config: the recipe.
-        ranks: all must agree that a step counts.
+        ranks: the ranks, all of which must have finite losses for a step to count.
 
     Raises:
         ValueError: weights, moments or averages are not contiguous float32 tensors on one device.
@@ -144,7 +149,10 @@ class FusedUpdate:
         self._gate = torch.zeros((), device=self.fused.counters.device)
 
     def prepare(self, lr: float) -> None:
-        """See :class:`Update`. The steps taken are the average's, whoever took them."""
+        """See :class:`Update`.
+
+        The device's step count is set to the average's, which :class:`TorchUpdate` advances as well.
+        """
         self.fused.lr.fill_(lr)
         self.fused.counters[:1].fill_(self.state.ema.step)
 
@@ -159,10 +167,10 @@ class FusedUpdate:
         if missing:
             raise ValueError(f"gradients: got none for {missing[0]}, expected one for every parameter")
         gradients = local([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-        if self.sharing is not None:  # a shard moves once, when the first forward pass pads it
+        if self.sharing is not None:  # the first forward pass pads shards and thereby moves them, once
             self.fused.parameters = local(list(self.state.model.parameters()))
             self.fused.averages = local(list(self.state.ema.model.parameters()))
-        total = losses.double().sum()  # of finite float32 numbers it is finite
+        total = losses.double().sum()  # in float64 a sum of finite float32 losses is finite
         with named("clip"):
             norm = self.fused.norm(gradients)
             if self.sharing is not None:
@@ -172,13 +180,13 @@ class FusedUpdate:
             if not self.ranks.alone:
                 dist.all_reduce(total)
         with named("optimizer"):
-            # Zero times what is finite is zero; times anything else, and beside a closed gate, it is NaN.
+            # With finite losses and an open gate this adds zero to the norm; otherwise NaN, which skips the update.
             self.fused.update(gradients, norm + (0 * total).float() + self._gate, zero_gradients=zero)
         return norm
 
     @torch.no_grad()
     def finish(self, finite: bool) -> None:
-        """See :class:`Update`. What is counted on the device, the host has found out by itself."""
+        """See :class:`Update`. The device has its own counts; the host keeps these from ``finite``."""
         if finite:
             self.state.ema.step += 1
             torch._foreach_add_(self.counts, 1.0)
@@ -191,7 +199,7 @@ class FusedUpdate:
 
     @contextmanager
     def shut(self) -> Iterator[None]:
-        """Inside, launches run and change nothing but gradients: no step counts."""
+        """Context in which launches run but change nothing except gradients: no step counts."""
         self._gate.fill_(torch.nan)
         try:
             yield
@@ -199,19 +207,19 @@ class FusedUpdate:
             self._gate.zero_()
 
     def changed(self) -> list[Tensor]:
-        """What a step that counts changes on the device: weights, moments, averages, copies."""
+        """Return the tensors that a counted step changes on the device: weights, moments, averages, copies."""
         fused = self.fused
         return [*fused.parameters, *fused.exp_avgs, *fused.exp_avg_sqs, *fused.averages, *fused.copies]
 
 
 @torch.no_grad()
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's part of each, in the memory where it lies."""
+    """Return this rank's shard of each tensor, without copies."""
     return [mine(tensor) for tensor in tensors]
 
 
 def _sharing_group(parameter: Any) -> dist.ProcessGroup | None:
-    """The ranks that have one copy of the weights together; None where each has its own."""
+    """Return the group of ranks that share one copy of the weights; None where each rank has its own copy."""
     if not isinstance(parameter, DTensor):
         return None
     mesh = parameter.device_mesh

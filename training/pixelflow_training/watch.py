@@ -1,4 +1,4 @@
-"""What a run says while it goes on: how fast it is, how far, and what its losses are."""
+"""Monitoring of a run in progress: speed, progress and losses."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ BAR = "{n_fmt}/{total_fmt} |{bar:12}| {elapsed}<{remaining}{postfix}"
 
 
 class Watch:
-    """Times a run, writes the log's lines of training and evaluation, and draws the progress bar; used inside ``with``.
+    """Times a run, logs training and evaluation, and shows the progress bar; a context manager.
 
-    Speed is that of training alone: of the time since the last line, :meth:`pause` takes out what was spent on anything
-    else. Model FLOPs utilization (MFU) is the share of the devices' peak in bfloat16; there is none for a device whose
-    peak is not known, nor for products in another type.
+    Speed is that of training alone, over the time since the last line without the time spent in :meth:`pause`. Model
+    FLOPs utilization (MFU) is the fraction of the devices' peak in bfloat16; it is omitted for a device whose peak is
+    not known, and for products in another type.
 
     Args:
         config: the recipe.
-        state: whose steps are told.
-        log: the run's; silence on ranks that keep none.
-        ranks: whose devices share the work.
-        quiet: no bar.
+        state: the state that is trained.
+        log: the run's log; :class:`~.run.Silence` on ranks without one.
+        ranks: the ranks whose devices share the work.
+        quiet: whether to omit the progress bar.
     """
 
     def __init__(self, config: TrainConfig, state: TrainState, log: Log | Silence, ranks: Ranks, quiet: bool) -> None:
@@ -61,18 +61,18 @@ class Watch:
 
     @property
     def seconds(self) -> float:
-        """How long the run has taken, all its goings-on together, with evaluations and saves."""
+        """Duration of the run over all its processes so far, including evaluations and saves."""
         return time.perf_counter() - self._began
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Around what is not training."""
+        """Context that excludes its duration from the speed, for anything but training."""
         began = time.perf_counter()
         yield
         self._lap += time.perf_counter() - began
 
     def step(self, done: Stepped, lr: float) -> None:
-        """Count the step that the state has just done, and tell of it where a line is due."""
+        """Count the step that the state has just completed, and log it if a line is due."""
         config, step = self._config, self._state.step
         lengths = token_lengths(config, (step - 1) * config.batch_size, config.batch_size)
         self._images += config.batch_size
@@ -96,16 +96,16 @@ class Watch:
             self._bar.set_postfix_str(summary(done, speed), refresh=False)
 
     def held_out(self, losses: Sequence[float | None]) -> None:
-        """Tell an evaluation's mean losses by stage. One that is not finite is text, as JSON knows no NaN."""
+        """Log the mean losses of an evaluation by stage. Non-finite ones are text, because JSON has no NaN."""
         told = [loss if loss is None or math.isfinite(loss) else str(loss) for loss in losses]
         self._log.write({"event": "held_out", "step": self._state.step, "stage_loss": told, "seconds": self.seconds})
 
     def samples(self, found: Mapping[str, object]) -> None:
-        """Tell of a picture, see :func:`~.samples.save_samples`."""
+        """Log a sample sheet, given what :func:`~.samples.save_samples` returned."""
         self._log.write({"event": "samples", "step": self._state.step, **found})
 
     def _speed(self) -> dict[str, float]:
-        """Of all ranks together since the last line."""
+        """Return the speed of all ranks together since the last line, and start anew."""
         now = time.perf_counter()
         seconds = now - self._lap
         speed = {
@@ -121,14 +121,14 @@ class Watch:
 
 
 def peak_of(config: TrainConfig, device: torch.device) -> float | None:
-    """What a rank's device could do at most, FLOP/s, in the type that the recipe computes in; None if not known."""
+    """Return the peak FLOP/s of a rank's GPU in bfloat16; None if it is unknown or the recipe uses another type."""
     if device.type != "cuda" or config.compute.dtype != "bfloat16":
         return None
     return flops.peak_flops(torch.cuda.get_device_name(device))
 
 
 def summary(done: Stepped, speed: dict[str, float]) -> str:
-    """A line's figures for the bar: the loss, that of each stage (``-`` for one without images), and how fast it is."""
+    """Format figures for the progress bar: loss, loss of each stage (``-`` for one without images), and speed."""
     stages = " ".join("-" if loss is None else f"{loss:.3f}" for loss in done.stage_loss)
     images, tokens, rate = (
         tqdm.format_sizeof(speed[f"{what}_per_second"], divisor=1000) for what in ("images", "tokens", "flops")

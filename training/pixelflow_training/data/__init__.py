@@ -1,4 +1,4 @@
-"""Where training images come from: the digits, folders and shards, or a source of your own."""
+"""Sources of training images: the digits, class folders, tar shards, or a source of your own."""
 
 from .augment import augment, to_signed
 from .decode import decode

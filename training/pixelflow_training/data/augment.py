@@ -1,4 +1,4 @@
-"""Random affine changes of training images."""
+"""Random affine augmentation of training images."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from pixelflow_training.config import AugmentConfig
 
 
 def to_signed(images: Tensor) -> Tensor:
-    """uint8 0..255 to float32 in [-1, 1]."""
+    """Convert uint8 0..255 to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def augment(images: Tensor, config: AugmentConfig, affine: Tensor) -> Tensor:
-    """Turn, resize and move each image a little.
+    """Rotate, scale and shift each image by its own random amounts.
 
-    Every number of the grid is computed on its own, without a matrix product, so an image does not depend on its mates.
+    Every element of the sampling grid is computed separately, without a matrix product, so an image's bits do not
+    depend on the other images of the batch.
 
     Args:
-        images: ``[n, c, R, R]`` uint8, or float32 in [-1, 1], the background being 0 or -1.
+        images: ``[n, c, R, R]`` uint8, or float32 in [-1, 1]. Outside of them is black: 0, or -1 in float32.
         config: the limits.
-        affine: ``[n, 4]`` from -1 to 1, as fractions of them: turn, size, moves across and down.
+        affine: ``[n, 4]`` from -1 to 1, as fractions of the limits: rotation, scale, shift across, shift down.
 
     Returns:
-        the images as they are where the limits are zero, else float32 in [-1, 1].
+        the images unchanged if all affine limits are zero, else float32 in [-1, 1].
     """
     if not (config.rotate or config.scale or config.shift):
         return images
@@ -39,7 +40,7 @@ def augment(images: Tensor, config: AugmentConfig, affine: Tensor) -> Tensor:
     y, x = (
         torch.arange(1 - side, side, 2, dtype=torch.float64, device=images.device) / side for side in images.shape[2:]
     )
-    # In units of half the side, from the middle: where in the image each pixel comes from.
+    # The source position of each pixel, relative to the middle, in units of half the side.
     from_x = cos * x - sin * y[:, None] + 2 * config.shift * across
     from_y = sin * x + cos * y[:, None] + 2 * config.shift * down
     grid = torch.stack([from_x, from_y], dim=-1).float()

@@ -1,4 +1,4 @@
-"""The published preparation of an image: resized, and a square cut out."""
+"""The published image preparation: resize, then cut out a square."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from torch import Tensor
 
 from .decode import check_pixels
 
-MARGIN = 1.125  # of the short side over the square that is cut out at random
+MARGIN = 1.125  # short side of the resized image, relative to the side of the random crop
 
 
 def prepare(
     image: Tensor, resolution: int, crop: Literal["random", "center"], place: tuple[float, float], max_pixels: int
 ) -> Tensor:
-    """Resize an image and cut a square out of it, as the published code does but for where.
+    """Resize an image and crop a square, as the published code does, except that the caller chooses the place.
 
     Args:
         image: ``[c, H, W]`` uint8, c = 1 or 3.
-        resolution: R, the square's side.
-        crop: ``random``: the short side becomes 1.125 R by Lanczos's filter, and the square is cut out at ``place``.
-            ``center``: halved by means of 2x2 blocks while it stays R or larger, then the short side becomes R by
-            bicubic interpolation, and the square is cut out of the middle.
-        place: see :func:`offset`; across, down.
-        max_pixels: a strip so narrow that it would have more when resized is refused.
+        resolution: R, the side of the square.
+        crop: ``random`` resizes the short side to 1.125 R with a Lanczos filter and cuts the square out at ``place``.
+            ``center`` halves the image by means of 2x2 blocks while its short side stays R or larger, then resizes the
+            short side to R with bicubic interpolation and cuts the square out of the middle.
+        place: across, down; see :func:`offset`.
+        max_pixels: an image so narrow that its resized version would have more pixels is refused.
 
     Returns:
         ``[c, R, R]`` uint8.
 
     Raises:
-        UnreadableImageError: a narrow strip.
+        UnreadableImageError: the resized image would have more than ``max_pixels``.
 
-    Source: arXiv 2504.07963 and its code; Dhariwal and Nichol, arXiv 2105.05233, for the crop of the middle.
+    Source: arXiv 2504.07963 and its code; Dhariwal and Nichol, arXiv 2105.05233, for ``center``.
     """
     channels_last = image.permute(1, 2, 0).numpy()
     picture = Image.fromarray(channels_last[..., 0] if image.shape[0] == 1 else channels_last)
@@ -56,12 +56,12 @@ def prepare(
 
 
 def offset(room: int, place: float) -> int:
-    """Where a window begins that may begin anywhere from 0 to ``room``.
+    """Return the start of a window that may start anywhere from 0 to ``room``.
 
     Args:
         room: whole pixels.
-        place: above 0, at most 1. Where it is uniform, every beginning is equally likely; 1/2 is the middle, or the
-            pixel before it.
+        place: above 0, at most 1. If it is uniform, every start is equally likely; 1/2 is the middle, or the pixel
+            before it.
     """
     return math.ceil(place * (room + 1)) - 1
 

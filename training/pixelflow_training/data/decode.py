@@ -1,4 +1,4 @@
-"""From the bytes of an image file to pixels, whatever is in them."""
+"""Decodes image files of untrusted content to pixels."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from torch import Tensor
 
 from .source import PASSING, UnreadableImageError
 
-FORMATS = ("BMP", "JPEG", "PNG", "WEBP")  # by content; no other decoder of Pillow sees the bytes
+FORMATS = ("BMP", "JPEG", "PNG", "WEBP")  # detected by content; no other Pillow decoder sees the bytes
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
 def decode(file: BinaryIO, channels: int, max_pixels: int) -> Tensor:
-    """Decode an image, turned upright as its EXIF orientation says; of an animation, the first frame.
+    """Decode an image and apply its EXIF orientation; of an animation, decode the first frame.
 
     Args:
         file: a JPEG, PNG, WebP or BMP.
-        channels: 3 for colour, 1 for grey. Palettes and CMYK are converted, transparency is dropped, and of 16 bits the
-            high byte is taken.
-        max_pixels: an image that says it has more is refused before it is decoded.
+        channels: 3 for colour, 1 for grey. Palettes and CMYK are converted, transparency is dropped, and of 16-bit
+            samples the high byte is taken.
+        max_pixels: an image whose header states more pixels is refused before it is decoded.
 
     Returns:
         ``[channels, H, W]`` uint8.
 
     Raises:
-        UnreadableImageError: the bytes are no such image, or not all of one.
-        OSError: they cannot be read now, and may be another time.
+        UnreadableImageError: the bytes are not such an image, are incomplete, or have more than ``max_pixels`` pixels.
+        OSError: a transient failure; reading may succeed another time.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, which changes no pixel
+            warnings.simplefilter("ignore")  # about odd metadata, which changes no pixel
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
                 check_pixels(image.size, max_pixels)
@@ -42,19 +42,24 @@ def decode(file: BinaryIO, channels: int, max_pixels: int) -> Tensor:
                 return _pixels(_upright(image), channels)
     except (UnreadableImageError, MemoryError):
         raise
-    except UnidentifiedImageError:  # an OSError, of the bytes
+    except UnidentifiedImageError:  # a subclass of OSError, but a fault of the bytes
         raise UnreadableImageError("not a JPEG, PNG, WebP or BMP image") from None
-    except Exception as error:  # decoders meet bytes from anywhere, and have no error type in common
+    except Exception as error:  # decoders given arbitrary bytes have no error type in common
         if isinstance(error, OSError) and error.errno in PASSING:
             raise
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int, what: str = "") -> None:
-    """Refuse a width and height whose pixels are too many.
+    """Refuse a size with too many pixels.
+
+    Args:
+        size: width and height.
+        max_pixels: the limit.
+        what: prefix of the message.
 
     Raises:
-        UnreadableImageError: saying how many there are.
+        UnreadableImageError: there are more than ``max_pixels``; the message states the size.
     """
     width, height = size
     if width * height > max_pixels:
@@ -64,7 +69,7 @@ def check_pixels(size: tuple[int, int], max_pixels: int, what: str = "") -> None
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # of metadata that cannot be read; the pixels have been
+    except Exception:  # the metadata cannot be read; the pixels have been decoded
         return image
 
 

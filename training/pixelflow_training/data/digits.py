@@ -13,16 +13,21 @@ from .source import ImageSet, split
 
 
 def load_digits(config: DataConfig, resolution: int, channels: int) -> tuple[ImageSet, ImageSet]:
-    """Training and held-out parts of the 1,797 real 8x8 scans (E. Alpaydin, C. Kaynak, UCI 1998), named by number.
+    """Load the training and held-out parts of the 1,797 real 8x8 scans (E. Alpaydin, C. Kaynak, UCI 1998).
+
+    Images are named by their number in the data set.
 
     Args:
-        config: how many are held out, and which.
+        config: how many images are held out, and which.
         resolution: side in pixels; the scans are enlarged by bicubic interpolation.
-        channels: the grey value is repeated.
+        channels: number of channels; the grey value is repeated in each.
+
+    Returns:
+        the images to train on, and the held-out ones.
 
     Raises:
         ImportError: scikit-learn, which ships the scans, is not installed.
-        ValueError: ``held_out`` leaves nothing on one side.
+        ValueError: ``held_out`` leaves the training or the held-out part empty.
     """
     try:
         from sklearn.datasets import load_digits as load_scans
@@ -41,6 +46,6 @@ def load_digits(config: DataConfig, resolution: int, channels: int) -> tuple[Ima
 
 
 def enlarge(scan: np.ndarray, resolution: int) -> np.ndarray:
-    """An 8x8 scan of values 0..16 as ``[resolution, resolution]`` uint8."""
+    """Convert an 8x8 scan of values 0..16 to ``[resolution, resolution]`` uint8."""
     small = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
     return np.asarray(small.resize((resolution, resolution), Image.Resampling.BICUBIC))

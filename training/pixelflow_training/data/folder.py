@@ -1,4 +1,4 @@
-"""Images in a tree of folders, one for each class, as ImageNet's are: ``root/class/.../image.jpg``."""
+"""Images in a tree with one folder per class, like ImageNet's: ``root/class/.../image.jpg``."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from .source import unreadable
 
 
 class FolderSource:
-    """The images below a folder; the class is the number of the first folder on the way, in the order of names.
+    """The images below a folder; the class is the index of the top-level folder in the sorted order of names.
 
-    Images are in the order of their paths' bytes, whatever the file system says. Links are followed. Files and folders
-    whose names begin with a dot are left out, and so is what does not end like an image.
+    Images are sorted by the bytes of their paths, independently of the file system's order. Links are followed. Files
+    and folders whose names begin with a dot are ignored, as are files without the suffix of an image.
 
     Args:
         root: the folder.
-        num_classes: of the model; 0 for a model without classes, which takes any number of folders.
-        channels, max_pixels: as in :func:`~.decode.decode`.
+        num_classes: of the model; 0 for a model without classes, which accepts any number of folders.
+        channels, max_pixels: see :func:`~.decode.decode`.
 
     Raises:
-        ConfigError: there are not as many folders as classes, one has no image, or a link leads back to where it lies.
+        ConfigError: the number of folders differs from that of classes, a folder has no image, or a link leads back to
+            a folder that contains it.
         OSError: a folder cannot be read.
     """
 
@@ -52,7 +53,7 @@ class FolderSource:
         self._classes = classes
 
     def name(self, sample: int) -> str:
-        """Path below the root."""
+        """Path relative to the root."""
         return self._names[sample]
 
     def load(self, sample: int) -> Tensor:
@@ -65,7 +66,7 @@ class FolderSource:
             raise unreadable(error, path) from error
 
     def listing(self) -> Listing:
-        """See :func:`~.listing.listing_of`; asks for the size of every file."""
+        """See :func:`~.listing.listing_of`; queries the size of every file."""
         ends = torch.bincount(self.labels).cumsum(0).tolist()
         return {
             name: describe((image, size_of(self.root / image)) for image in map(self.name, range(begin, end)))
@@ -74,9 +75,9 @@ class FolderSource:
 
 
 def _images_below(root: Path, name: str) -> list[str]:
-    """Paths of a class's images below the root, sorted."""
+    """Return the paths of a class's images relative to the root, sorted."""
     found = []
-    ways = {root: {_identity(root)}}  # to a folder: what it is and what it lies in
+    ways = {root: {_identity(root)}}  # folder -> identities of the folder and of all folders above it
     for folder, folders, files in os.walk(root / name, onerror=_raise, followlinks=True):
         path = Path(folder)
         itself, above = _identity(path), ways[path.parent]
@@ -90,7 +91,7 @@ def _images_below(root: Path, name: str) -> list[str]:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """The same for whatever leads there."""
+    """Device and inode, which are the same for every path that leads to the folder."""
     status = folder.stat()
     return status.st_dev, status.st_ino
 
@@ -100,6 +101,6 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def _listed(names: list[str], what: str) -> str:
-    """``3 class folders (cat, dog, owl)``."""
+    """Format a count and up to five names: ``3 class folders (cat, dog, owl)``."""
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     return f"{len(names)} {what}" + (f" ({shown})" if names else "")

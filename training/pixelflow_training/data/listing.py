@@ -1,4 +1,4 @@
-"""What files a run is trained on, in few words for its checkpoints: so that others are noticed where it goes on."""
+"""A compact listing of the files a run is trained on, stored in checkpoints to detect changes when the run resumes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 from .source import PASSING, ImageSource
 
 Listing = dict[str, str]
-"""Each part of the data, a class folder or a tar, by name: how many images it has, their bytes, and a digest of the
-images' names and sizes in their order."""
+"""The parts of the data, class folders or tars, by name.
+
+A value states the number of images, their total size in bytes, and a digest of the images' names and sizes in order.
+"""
 
 
 def listing_of(source: ImageSource) -> Listing:
-    """The listing of a source: its own, or for one that has none what can be told of its labels."""
+    """Return the listing of a source: its own if it has one, else a digest of its labels."""
     own = getattr(source, "listing", None)
     if own is not None:
         found: Listing = own()
@@ -25,11 +27,11 @@ def listing_of(source: ImageSource) -> Listing:
 
 
 def describe(images: Iterable[tuple[str, int]]) -> str:
-    """One part of a listing.
+    """Describe one part of a listing.
 
     Args:
-        images: name and size in bytes of each, in their order; what is said of an image beside its size belongs to its
-            name.
+        images: name and size in bytes of each image, in order. Anything else that identifies an image must be part of
+            its name.
     """
     sha, count, total = hashlib.sha256(), 0, 0
     for name, size in images:
@@ -39,10 +41,10 @@ def describe(images: Iterable[tuple[str, int]]) -> str:
 
 
 def size_of(path: Path) -> int:
-    """A file's size in bytes; 0 if it cannot be told, of an image that will be skipped.
+    """Return a file's size in bytes, or 0 if it cannot be determined, for an image that will be skipped.
 
     Raises:
-        OSError: it may be told another time.
+        OSError: a transient failure; the size may be available another time.
     """
     try:
         return path.stat().st_size
@@ -53,7 +55,7 @@ def size_of(path: Path) -> int:
 
 
 def differences(now: Listing, before: Listing) -> list[str]:
-    """What was added, changed and removed, a line each."""
+    """List the parts that were added, changed or removed, one line each."""
     lines = []
     for name in sorted(now.keys() | before.keys()):
         if name not in before:

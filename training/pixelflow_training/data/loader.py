@@ -1,4 +1,4 @@
-"""Images of the coming steps, read by other processes while this one trains."""
+"""Loads the images of the coming steps in worker processes while training runs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from pixelflow_training.plan import Plan, plan_step
 from .source import Taken, TrainingImages
 
 PATIENCE = 5.0
-"""Seconds until a worker whose connection was cut has an exit code."""
+"""Seconds to wait for the exit code of a worker whose connection was cut."""
 
 
 class _Steps(Dataset[Taken]):
-    """The images of a step, by its number; what a worker has of the run."""
+    """A data set of steps: the images of a step, by its number. This is the part of the run that a worker receives."""
 
     def __init__(self, data: TrainingImages, config: TrainConfig, rank: int, world_size: int) -> None:
         self.data = data
@@ -38,17 +38,19 @@ class _Steps(Dataset[Taken]):
 
 
 class Loader:
-    """The images of a run's steps in their order, the next ones made ahead by ``data.workers`` processes.
+    """The images of a run's steps in order, prefetched by ``data.workers`` processes. A context manager.
 
-    With 0 workers they are made when they are asked for. The bits are the same: an image is a function of the plan.
-    Workers are fresh processes, as a fork would copy the locks of this one's threads. They run inside ``with``.
+    With 0 workers they are loaded on demand. The bits are the same, because images are a function of the plan. Workers
+    are spawned rather than forked, because a fork would copy the locks of this process's threads. They run from
+    entering to leaving the context.
 
     Args:
-        data: where the images come from.
+        data: the training images.
         config: the recipe.
-        first_step: the first step that will be asked for, from 0; then one after the other up to ``steps``.
-        rank, world_size: as in :func:`~pixelflow_training.plan.plan_step`.
-        device: where the images are wanted.
+        first_step: the first step that will be requested, from 0; the following ones must be requested in order, up to
+            ``steps``.
+        rank, world_size: see :func:`~pixelflow_training.plan.plan_step`.
+        device: device of the images that :meth:`take` returns.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Loader:
             collate_fn=_as_it_is,
             worker_init_fn=_end_with_the_parent,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # or the global one would move
+            generator=torch.Generator(),  # otherwise torch would draw from the global generator
             multiprocessing_context="spawn",
         )
         others = set(multiprocessing.active_children())
@@ -93,7 +95,7 @@ class Loader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._taken = None  # with which torch ends the workers, unless an error's trace still holds it
+        self._taken = None  # torch ends the workers when this is freed, unless a traceback still refers to it
         for process in self._processes:
             process.kill()
             process.join()
@@ -102,19 +104,19 @@ class Loader:
         return len(self.data)
 
     def listing(self) -> dict[str, str] | None:
-        """That of ``data``."""
+        """Listing of ``data``."""
         return self.data.listing()
 
     def name(self, sample: int) -> str:
-        """That of ``data``."""
+        """Name of a sample of ``data``."""
         return self.data.name(sample)
 
     def take(self, plan: Plan) -> Taken:
-        """The images of a plan, which must be that of the next step.
+        """Return the images of a plan, which must be the plan of the next step.
 
         Raises:
-            ValueError: it is of another step.
-            ChildProcessError: a worker has ended.
+            ValueError: the plan is of another step.
+            ChildProcessError: a worker has ended unexpectedly.
         """
         step = int(plan.position[0]) // self._steps.config.batch_size
         if step != self._next_step:
@@ -130,7 +132,7 @@ class Loader:
         try:
             return next(coming)
         except (RuntimeError, OSError, EOFError) as error:
-            # Whoever is killed leaves its connections before the system knows how it has ended.
+            # The connections of a killed process close before its exit code is available.
             hung_up = isinstance(error, (ConnectionError, EOFError))
             ended = wait([process.sentinel for process in self._processes], PATIENCE if hung_up else 0)
             for process in self._processes:
@@ -142,17 +144,17 @@ class Loader:
             raise ChildProcessError(
                 f"step {self._next_step}: a process that reads images has ended unexpectedly: {', '.join(dead)}; "
                 "-9 is often a want of memory, and data.workers says how many there are"
-            ) from error.with_traceback(None)  # whose frames would keep the others alive
+            ) from error.with_traceback(None)  # the frames of its traceback would keep the other workers alive
 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Start processes that signals pass by: they keep the mask that they are started under.
+    """Start child processes with SIGINT and SIGTERM blocked; they inherit the mask that they are started under.
 
-    The parent is told to stop by the same signals, finishes its step with them, and ends them itself. What torch makes
-    of SIGCHLD, errors in the middle of anything, is undone.
+    The trainer receives the same signals, finishes its step, which needs the workers, and then ends them itself.
+    torch's SIGCHLD handler, which raises errors at arbitrary places, is replaced by the previous one.
     """
-    resource_tracker.ensure_running()  # now, as starting it lets these signals through again
+    resource_tracker.ensure_running()  # before the signals are blocked, because starting the tracker unblocks them
     on_death = signal.getsignal(signal.SIGCHLD)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
@@ -164,12 +166,13 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _end_with_the_parent(_: int) -> None:
-    """End this worker as soon as its trainer has ended, however that was.
+    """End this worker as soon as its trainer has ended, for whatever reason.
 
-    torch's own watch begins when a worker is up, and would take whoever has adopted it by then for its trainer.
+    torch's own watchdog starts only when the worker is up. If the trainer has died by then, it would take the process
+    that has adopted the worker for the trainer.
     """
     parent = multiprocessing.parent_process()
-    assert parent is not None  # a worker was started by somebody
+    assert parent is not None  # a worker always has a parent
 
     def watch() -> None:
         parent.join()

@@ -1,4 +1,4 @@
-"""A great many names in little memory, quick to send to another process."""
+"""Compact storage of a large number of names that is fast to send to another process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 class Names:
-    """A sequence of names that cannot be changed: one object, whatever their number.
+    """An immutable sequence of names, stored as a single byte string, whatever their number.
 
     Args:
-        names: file names, which need not be UTF-8.
+        names: file names, which need not be valid UTF-8.
     """
 
     def __init__(self, names: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""From a recipe to the images that it names."""
+"""Opens the images that a recipe names."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from .source import ImageSource, TrainingImages, split
 
 
 def open_data(config: TrainConfig, source: ImageSource | None = None) -> tuple[TrainingImages, TrainingImages]:
-    """Images to train on, and those that are held out.
+    """Open the data set of a recipe, split into the images to train on and the held-out images.
 
     Args:
         config: the recipe.
-        source: images of your own, instead of those that ``data.name`` and ``data.path`` say.
+        source: a source of your own, used instead of the one that ``data.name`` and ``data.path`` name.
+
+    Returns:
+        the images to train on, and the held-out ones.
 
     Raises:
-        ConfigError: there is no path, or what is there does not suit the model.
-        ValueError: ``data.held_out`` leaves nothing on one side, or a label is of no class.
+        ConfigError: ``data.path`` is missing, or its contents do not suit the model.
+        ValueError: ``data.held_out`` leaves one of the parts empty, or labels have the wrong type, shape or range.
         OSError: a folder or file cannot be read.
-        ImportError: the digits without scikit-learn.
+        ImportError: ``data.name`` is ``digits`` and scikit-learn is not installed.
     """
     data, model = config.data, config.model
     if source is None and data.name == "digits":

@@ -1,4 +1,4 @@
-"""Images of a source as training takes them: prepared, and one that cannot be read replaced by the next that can."""
+"""Images of a source, resized and cropped for training, with unreadable images replaced by readable ones."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .source import ImageSource, SkippedImage, Taken, UnreadableImageError
 
 
 class PreparedImages:
-    """Some images of a source, resized and cropped.
+    """A subset of a source's images, resized and cropped.
 
-    An image that cannot be read is replaced, pixels and label, by the next one that can be, in the order of ``samples``
-    and from its end on to its beginning. So what a plan gets is a pure function of the plan and the files.
+    An image that cannot be read is replaced, pixels and label, by the next readable one in the order of ``samples``,
+    which wraps around at its end. What a plan gets is therefore a pure function of the plan and the files.
 
     Args:
-        source: where they come from.
-        samples: ``[N]`` int64, which ones.
+        source: the source of the images.
+        samples: ``[N]`` int64, indices into the source.
         config: the recipe.
     """
 
@@ -35,18 +35,20 @@ class PreparedImages:
         return self.samples.shape[0]
 
     def listing(self) -> Listing:
-        """What files the source has, used or not: which ones are used depends on all of them."""
+        """Listing of the whole source, held-out images included: which images are used depends on all of them."""
         return listing_of(self.source)
 
     def name(self, sample: int) -> str:
-        """That of the source."""
+        """Name of a sample in the source."""
         return self.source.name(int(self.samples[sample]))
 
     def take(self, plan: Plan) -> Taken:
-        """The images of a plan. Where more are skipped than ``data.max_skipped`` allows, the rest of them is black.
+        """Load the images of a plan.
+
+        Once more than ``data.max_skipped`` images have been skipped, the remaining images are left black.
 
         Raises:
-            ValueError: the source gave something else than it should, or no image at all can be read.
+            ValueError: the source returned an image of the wrong type or shape, or none of the images can be read.
         """
         images = torch.zeros(len(plan), *self.shape, dtype=torch.uint8)
         labels = torch.zeros(len(plan), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Images in tar files, as WebDataset writes them: the members ``key.jpg`` and ``key.cls`` are one sample."""
+"""Images in tar files, as WebDataset writes them: the members ``key.jpg`` and ``key.cls`` form one sample."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .names import Names
 from .source import unreadable
 
 LABELS = (".cls", ".json")
-LABEL_BYTES = 1 << 20  # a label that claims to be longer is none
+LABEL_BYTES = 1 << 20  # a longer file is not taken for a label
 
 
 class Member(NamedTuple):
-    """A file in a tar: its name there, where its bytes begin in the tar, and their number."""
+    """A file in a tar: its name, the offset of its contents in the tar, and their size in bytes."""
 
     name: str
     offset: int
@@ -33,18 +33,21 @@ class Member(NamedTuple):
 
 
 class ShardSource:
-    """The images of tar files. Each file is listed once; then any image is one read.
+    """The images of tar files. Each tar is scanned once; after that, loading any image is a single read.
 
-    Members with the same path up to the first dot of the file name are a sample: one image, and its class as a number
-    in ``.cls`` or under ``label`` in ``.json``. Samples are in the order of the tars' names and of their first members.
+    Members with the same path up to the first dot of the file name form a sample: one image, and its class as a number
+    in ``.cls`` or under ``label`` in ``.json``. Samples are sorted by tar name and then by the position of their first
+    member.
 
     Args:
-        path: a tar, or a folder of them (``*.tar``); not compressed, as a compressed one must be read from its start.
+        path: a tar, or a folder of them (``*.tar``). They must be uncompressed, as a compressed tar can only be read
+            from its start.
         num_classes: of the model; 0 for a model without classes, which needs no labels.
-        channels, max_pixels: as in :func:`~.decode.decode`.
+        channels, max_pixels: see :func:`~.decode.decode`.
 
     Raises:
-        ConfigError: naming the tar and the sample that is not whole, twice there, or of no such class.
+        ConfigError: there are no tars or no images, a tar is damaged, or a sample is incomplete, has a member twice or
+            has an invalid class; the message names the tar and the sample.
         OSError: a tar cannot be read.
     """
 
@@ -71,7 +74,7 @@ class ShardSource:
         self._places = torch.tensor(places)
 
     def name(self, sample: int) -> str:
-        """The tar's file name and the member's."""
+        """File name of the tar and name of the member in it."""
         return f"{self._shards[int(self._places[sample, 0])].name}: {self._names[sample]}"
 
     def load(self, sample: int) -> Tensor:
@@ -85,7 +88,10 @@ class ShardSource:
         return decode(io.BytesIO(content), self.channels, self.max_pixels)
 
     def listing(self) -> Listing:
-        """See :func:`~.listing.listing_of`. An image's class counts as well: the tar says it, not the order."""
+        """See :func:`~.listing.listing_of`.
+
+        An image's class is included: it is stored in the tar, not implied by the order.
+        """
         numbers = self._places[:, 0].contiguous()
         found = {}
         for number, shard in enumerate(self._shards):
@@ -96,23 +102,27 @@ class ShardSource:
 
 
 def _members(shard: Path, descriptor: int) -> Iterator[Member]:
-    """The plain files of a tar that is whole."""
+    """Yield the regular files of a tar.
+
+    Raises:
+        ConfigError: the tar is compressed, truncated or damaged.
+    """
     try:
         with tarfile.open(shard, "r:") as archive:
             while member := archive.next():
                 if member.isreg() and not member.issparse():
                     yield Member(member.name, member.offset_data, member.size)
-                archive.members.clear()  # type: ignore[attr-defined] # a list of all that it has seen
+                archive.members.clear()  # type: ignore[attr-defined] # otherwise tarfile keeps every member
             end = archive.offset
     except tarfile.TarError as error:
         raise ConfigError(f"data.path: {shard}: not a tar without compression, or not all of one: {error}") from error
-    # What comes next is the end, unless a header is damaged, at which tarfile stops as well.
+    # tarfile also stops without an error at a damaged header, so check that a block of zeros, the end, follows.
     if os.pread(descriptor, tarfile.BLOCKSIZE, end).strip(b"\0"):
         raise ConfigError(f"data.path: {shard}: damaged at byte {end}")
 
 
 def _samples(shard: Path, members: list[Member]) -> Iterator[tuple[Member, Member | None]]:
-    """Image and label of each sample."""
+    """Yield the image and the label, if any, of each sample."""
     samples: dict[str, dict[str, Member]] = {}
     for member in members:
         folder, slash, file = member.name.rpartition("/")
@@ -132,7 +142,7 @@ def _samples(shard: Path, members: list[Member]) -> Iterator[tuple[Member, Membe
 
 
 def _label(descriptor: int, member: Member | None, num_classes: int, where: str) -> int:
-    """The class that a member of a tar holds."""
+    """Read the class from a label member of a tar."""
     expected = f"expected a class from 0 to {num_classes - 1}"
     if member is None:
         raise ConfigError(f"{where} has neither a .cls nor a .json, {expected}")

@@ -1,4 +1,4 @@
-"""The images of a run that could not be read: each is logged once, and too many of them stop it."""
+"""Tracks unreadable images: each is logged once, and too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from .source import SkippedImage
 
 
 class SkippedImages:
-    """Counts different images, by name, over all of a run.
+    """Counts the different unreadable images, by name, over the whole run.
 
-    The log is the only record. It is cut where a run goes on and written before the checkpoint of its step, so none is
-    lost and none is counted twice.
+    The log is the only record. It is cut where a run resumes and is written before the checkpoint of its step, so no
+    image is lost from the count or counted twice.
 
     Args:
-        log: the run's, cut at the step that it goes on from; silence on ranks that keep none.
+        log: the run's log, cut at the step to resume from; :class:`~pixelflow_training.run.Silence` on ranks without a
+            log.
         limit: ``data.max_skipped``.
     """
 
     def __init__(self, log: Log | Silence, limit: int) -> None:
         self.limit = limit
         self._log = log
-        self._names = {str(record["name"]): None for record in log.records("skipped_image")}  # in their order
+        self._names = {str(record["name"]): None for record in log.records("skipped_image")}  # in order
 
     def __len__(self) -> int:
         return len(self._names)
 
     def add(self, step: int, images: Iterable[SkippedImage]) -> None:
-        """Take in what was skipped on the way to a step.
+        """Count and log images that were skipped in preparing a step.
 
         Raises:
-            ValueError: there are more than the limit; the message has the last ones.
+            ValueError: there are more than the limit; the message names the last five.
         """
         for name, reason in images:
             if name not in self._names:

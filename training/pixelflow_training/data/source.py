@@ -1,4 +1,4 @@
-"""What training asks of images: a source of them by number, and those of a plan, ready for the pack."""
+"""Interfaces between training and its images: sources of images by number, and the images of a plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pixelflow_training.plan import Plan
 
 
 class UnreadableImageError(Exception):
-    """An image cannot be read, or is not one; the message is the reason, and the same every time."""
+    """An image cannot be read or is not an image; the message is the reason, which is the same on every attempt."""
 
 
 PASSING = frozenset(
@@ -26,13 +26,14 @@ PASSING = frozenset(
         errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
     }
 )  # fmt: skip
-"""Errors of a disk, a server or this process, not of a file: it may be read another time."""
+"""Transient errors of a disk, a server or this process, not of the file: it may be readable another time."""
 
 
 def unreadable(error: OSError, path: Path) -> Exception:
-    """What to raise where a file cannot be read.
+    """Return the exception to raise where a file cannot be read.
 
-    An image that another stands in for is to be the same one every time, so an error that passes ends the run instead.
+    A replaced image must be replaced on every attempt. A transient error is therefore raised as an OSError, which ends
+    the run, and not as an :class:`UnreadableImageError`.
     """
     if error.errno in PASSING:
         return OSError(error.errno, error.strerror, str(path))
@@ -40,32 +41,33 @@ def unreadable(error: OSError, path: Path) -> Exception:
 
 
 class ImageSource(Protocol):
-    """Labelled images by number, of any size. Whoever implements it can be trained on: ``train(source=...)``.
+    """Labelled images of any size, by number. Any object that implements it can be trained on: ``train(source=...)``.
 
-    With ``data.workers`` above 0 it is pickled, once for each worker. If it has a method ``listing()``, which says in a
-    ``dict[str, str]`` what there is, part by part, a run that goes on is held against it; else against the labels.
+    With ``data.workers`` above 0 it is pickled, once for each worker. If it has a method ``listing()`` that describes
+    the data part by part in a ``dict[str, str]``, a resumed run compares that with the checkpoint's; otherwise it
+    compares the labels.
 
     Attributes:
-        labels: ``[N]`` int64, from 0 to ``model.num_classes - 1``; their number is that of the images.
+        labels: ``[N]`` int64, from 0 to ``model.num_classes - 1``, one for each of the N images.
     """
 
     @property
     def labels(self) -> Tensor:
-        """See above."""
+        """Labels, ``[N]`` int64."""
 
     def name(self, sample: int) -> str:
-        """What a user would look for: a file's name, say."""
+        """Return a name by which a user can find the image, such as a file name."""
 
     def load(self, sample: int) -> Tensor:
-        """An image ``[c, H, W]`` uint8 with the model's channels, the same at every call.
+        """Return an image ``[c, H, W]`` uint8 with the model's channels, the same on every call.
 
         Raises:
-            UnreadableImageError: it is skipped; any other error stops the run.
+            UnreadableImageError: the image is skipped; any other error stops the run.
         """
 
 
 class SkippedImage(NamedTuple):
-    """An image that could not be read."""
+    """An image that could not be read, and why."""
 
     name: str
     reason: str
@@ -78,7 +80,7 @@ class Taken:
     Attributes:
         images: ``[n, c, R, R]`` uint8.
         labels: ``[n]`` int64.
-        skipped: those that could not be read; others stand in for them.
+        skipped: images that could not be read and were replaced by others.
     """
 
     images: Tensor
@@ -86,23 +88,23 @@ class Taken:
     skipped: tuple[SkippedImage, ...] = ()
 
     def pin_memory(self) -> Taken:
-        """The same in memory that a GPU can read by itself."""
+        """Return a copy in page-locked memory."""
         return Taken(self.images.pin_memory(), self.labels.pin_memory(), self.skipped)
 
 
 class TrainingImages(Protocol):
-    """Images of the model's size, numbered as plans number samples."""
+    """Images of the model's size, numbered as in a plan's ``sample``."""
 
     def __len__(self) -> int: ...
 
     def listing(self) -> dict[str, str] | None:
-        """What files there are, as in :mod:`.listing`; None for images that a version of this package makes."""
+        """Return the listing of the files, see :mod:`.listing`; None if the images do not come from files."""
 
     def name(self, sample: int) -> str:
-        """What a user would look for, of a sample's number in plans."""
+        """Return a name by which a user can find a sample, given its number in plans."""
 
     def take(self, plan: Plan) -> Taken:
-        """The images of a plan."""
+        """Return the images of a plan."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -112,7 +114,7 @@ class ImageSet:
     Attributes:
         images: ``[N, c, R, R]`` uint8.
         labels: ``[N]`` int64.
-        names: where they come from; by default their numbers.
+        names: of the images; by default their numbers.
     """
 
     images: Tensor
@@ -123,22 +125,22 @@ class ImageSet:
         return self.labels.shape[0]
 
     def listing(self) -> None:
-        """There are no files."""
+        """Return None: the images are in memory, not in files."""
 
     def name(self, sample: int) -> str:
-        """As it was given."""
+        """Return the given name of a sample, or its number."""
         return self.names[sample] if self.names else str(sample)
 
     def take(self, plan: Plan) -> Taken:
-        """The images of a plan."""
+        """Return the images of a plan."""
         return Taken(self.images[plan.sample], self.labels[plan.sample])
 
 
 def split(count: int, config: DataConfig) -> tuple[Tensor, Tensor]:
-    """Numbers of the images to train on and of those held out, each in an order drawn by ``split_seed``.
+    """Split sample numbers into those to train on and those held out, each in an order drawn by ``split_seed``.
 
     Raises:
-        ValueError: ``held_out`` leaves nothing on one side.
+        ValueError: ``held_out`` leaves one of the parts empty.
     """
     if not 0 < config.held_out < count:
         raise ValueError(f"data.held_out: got {config.held_out}, expected 1 to {count - 1}")
