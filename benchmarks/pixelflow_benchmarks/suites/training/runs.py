@@ -1,7 +1,7 @@
 """Training runs in this process: the project's own step in its variants, and a plain loop of the published shape.
 
 All of them train the same weights in turns, which saves the memory of a model for each; speed does not depend on
-values. Where their loops differ, in batches, optimizer and averages, each has its own.
+values. Where the two loops differ, in batches, optimizer and averages, each has its own.
 """
 
 from __future__ import annotations
