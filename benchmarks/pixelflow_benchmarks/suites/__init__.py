@@ -1,1 +1,1 @@
-"""What is measured: a module or folder for each question."""
+"""Benchmark suites: one module or folder per ``pixelflow bench`` command that measures something."""

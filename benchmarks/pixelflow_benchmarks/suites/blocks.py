@@ -1,7 +1,7 @@
-"""Launches and traffic of one transformer block, counted on fake tensors: nothing of it is measured.
+"""Launches and memory traffic of one transformer block, counted on fake tensors: nothing is measured.
 
-The block is the published model's (width 1152, 16 heads) at a stage, with guidance. Bytes are per token and channel of
-the residual stream, where bf16 tokens take 2.
+The block is that of the published model (width 1152, 16 heads) at one stage, with guidance. Bytes are given per token
+and channel of the residual stream, where a bf16 value takes 2.
 """
 
 from __future__ import annotations
@@ -43,20 +43,21 @@ PUBLISHED = "published code, bf16 autocast"
 KINDS = ("product", "attention", "pointwise")
 
 TEXT_WIDTH, TEXT_TOKENS = 2048, 512
-"""Of the published text-conditional model's encoder, and the most tokens of a prompt."""
+"""Width of the published text-conditional model's text encoder, and the maximum number of tokens in a prompt."""
 
 
 def trace_engine_block(
     operations: Operations, side_by_side: bool, sequences: int, side: int, text: bool = False
 ) -> list[TracedOp]:
-    """The engine's block in bf16, from a modulated norm to the next one.
+    """Trace the engine's block in bf16, from one modulated norm to the next.
 
     Args:
-        operations: who computes.
-        side_by_side: queries, keys and values are one product.
-        sequences: images, null halves included.
+        operations: implementation of the block's operations.
+        side_by_side: whether queries, keys and values are computed by one product.
+        sequences: number of sequences: images, null halves included.
         side: tokens along a side of an image.
-        text: with cross-attention; keys and values of the prompts are made before the first step and do not count.
+        text: whether the block has cross-attention. Keys and values of the prompts are computed before the first step
+            and are not counted.
     """
     condition: dict[str, Any] = {"cross_attention_dim": TEXT_WIDTH, "num_classes": 0} if text else {"num_classes": 1000}
     config = ModelConfig(num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, depth=1, **condition)
@@ -80,7 +81,7 @@ def trace_engine_block(
 
 
 def fake_layout(sequences: int, side: int) -> PackedLayout:
-    """Square images of one size, on the fake device; inside ``fake_cuda``."""
+    """Return the layout of square images of one size, on the fake device; call it inside ``fake_cuda``."""
     layout = PackedLayout.from_grids([(side, side)] * sequences)
     return replace(
         layout,
@@ -92,7 +93,7 @@ def fake_layout(sequences: int, side: int) -> PackedLayout:
 
 
 def trace_reference_block(sequences: int, side: int) -> list[TracedOp]:
-    """The reference model's block, float32 weights under bf16 autocast, as the published code samples."""
+    """Trace the reference model's block: float32 weights under bf16 autocast, as the published code samples."""
     with torch.device("meta"):
         block = ReferenceBlock(WIDTH, HEADS, True, None)
     with fake_cuda():
@@ -106,10 +107,10 @@ def trace_reference_block(sequences: int, side: int) -> list[TracedOp]:
 
 
 def trace_public_block(path: Path, sequences: int, side: int) -> list[TracedOp]:
-    """The block of a checkout of the published code, in a process of its own.
+    """Trace the block of a checkout of the published code, in a separate process.
 
     Raises:
-        RuntimeError: it cannot be imported or traced; the message has the last line of what it said.
+        RuntimeError: the code cannot be imported or traced; the message has the last line of the process's stderr.
     """
     command = [sys.executable, "-m", "pixelflow_benchmarks.opponents.public_code", "trace", str(path)]
     roots = os.pathsep.join(filter(None, sys.path))
@@ -127,12 +128,13 @@ def trace_public_block(path: Path, sequences: int, side: int) -> list[TracedOp]:
 
 
 def trace_blocks(batch: int, stage: int, public: Path | None) -> list[dict[str, Any]]:
-    """A record for each block that there is: the engine's fused and plain one, the reference's, the published code's.
+    """Trace every available block and return a record for each.
 
-    A checkout that cannot be traced is ``absent``, with the reason.
+    The blocks are the engine's (fused, fused with text, plain), the reference's and, given a checkout, the published
+    code's. A checkout that cannot be traced gives an ``absent`` record with the reason.
 
     Args:
-        batch: images; with guidance a model sees twice as many.
+        batch: number of images; with guidance a model sees twice as many sequences.
         stage: 0 to 3.
         public: a checkout of the published code.
     """
@@ -154,7 +156,7 @@ def trace_blocks(batch: int, stage: int, public: Path | None) -> list[dict[str, 
 
 
 def block_record(variant: str, ops: Ops, values: int) -> dict[str, Any]:
-    """Totals of a block and its operations in order; ``values`` is tokens times channels."""
+    """Return a block's totals and its operations in order; ``values`` is the number of tokens times channels."""
     moved = {kind: sum(op.bytes_moved for op in ops if op.kind == kind) / values for kind in KINDS}
     return {
         "kind": "block",
@@ -169,7 +171,7 @@ def block_record(variant: str, ops: Ops, values: int) -> dict[str, Any]:
 
 
 def operation_tables(run: Run) -> Iterator[TextTable]:
-    """A table of operations for each block."""
+    """Yield a table of operations for each block, with operations of the same name and class added up."""
     for record in run.of_kind("block"):
         rows: dict[tuple[str, str], list[float]] = {}
         for op in record["ops"]:
@@ -181,7 +183,7 @@ def operation_tables(run: Run) -> Iterator[TextTable]:
 
 
 def block_table(run: Run) -> TextTable:
-    """Launches and bytes of each block."""
+    """Return the table of launches and bytes of each block."""
     totals = [
         (
             record["variant"],

@@ -1,7 +1,7 @@
-"""Loss curves: the packed step on each backend beside the reference, which is trained image by image.
+"""Loss curves of the packed training step on each backend, compared with the reference trained image by image.
 
-All begin with one seed's weights and see its batches, in float32; who trains is all that differs. Another seed draws
-other weights, orders, times and noise: what curves differ by between seeds is the measure.
+With one seed all of them start from the same weights and see the same batches, in float32; only the implementation
+differs. Another seed draws other weights, orders, times and noise: the difference between seeds is the yardstick.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from pixelflow_training.step import batch_losses
 
 REFERENCE = "reference"
 WINDOWS = 10
-"""In which a curve is averaged: a step's own loss is that of a few images at random times."""
+"""Number of windows over which a curve is averaged: a single step's loss is that of a few images at random times."""
 
 Losses = Callable[[Batch], Tensor]
 
 
 def recipe(steps: int, seed: int) -> TrainConfig:
-    """A model small enough for the interpreter, on digits of 8 pixels in two stages: images of 4 tokens and of 1."""
+    """Return a recipe small enough for Triton's interpreter: 8-pixel digits in two stages, of 4 tokens and of 1."""
     return TrainConfig(
         model=ModelConfig(
             num_attention_heads=2, attention_head_dim=24, depth=1, in_channels=1, out_channels=1, num_classes=10
@@ -52,22 +52,23 @@ def recipe(steps: int, seed: int) -> TrainConfig:
 
 
 def measure_curves(backends: Sequence[str], seeds: int, steps: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Train the reference and every backend by every seed.
+    """Train the reference and every backend with every seed.
 
     Args:
-        backends: of the packed model.
-        seeds: how many, from 0.
-        steps: of training, a multiple of ``WINDOWS``.
-        device: where to run.
+        backends: backends of the packed model.
+        seeds: number of seeds, counted from 0.
+        steps: training steps, a multiple of ``WINDOWS``.
+        device: device to run on.
 
     Yields:
-        records: ``curve`` with a variant's ``loss`` at every step; ``agreement`` of a backend's curve with the
-        reference's of that seed: the largest ``difference`` of a window's mean, and of a ``step``; ``spread``, the
-        difference between the reference's seeds in the window where it is smallest. Wrong is what differs by more.
-        ``absent`` for a backend that cannot run.
+        ``curve`` records with a variant's ``loss`` at every step. ``agreement`` records that compare a backend's curve
+        with the reference's of the same seed: the largest ``difference`` between window means, the largest difference
+        at a single ``step``, and ``spread``, the difference between the reference's seeds in the window where it is
+        smallest. A curve whose difference exceeds the spread is wrong: its record has a ``fault`` instead of these
+        figures. ``absent`` records for backends that cannot run.
 
     Raises:
-        ValueError: the steps are no multiple of the windows.
+        ValueError: ``steps`` is not a multiple of ``WINDOWS``.
     """
     if steps < WINDOWS or steps % WINDOWS:
         raise ValueError(f"steps: got {steps}, expected a multiple of {WINDOWS}")
@@ -95,7 +96,7 @@ def measure_curves(backends: Sequence[str], seeds: int, steps: int, device: torc
 
 
 def reference_losses(model: PixelFlowTransformer, batch: Batch) -> Tensor:
-    """Loss of each image ``[n]``, one by one."""
+    """Compute the loss of each image ``[n]``, one image at a time."""
     losses = []
     pixels = [images_of(tokens, batch, model.patch_size) for tokens in (batch.tokens, batch.targets)]
     for i, (x, target) in enumerate(zip(*pixels, strict=True)):
@@ -105,12 +106,12 @@ def reference_losses(model: PixelFlowTransformer, batch: Batch) -> Tensor:
 
 
 def windows(losses: Sequence[float]) -> Tensor:
-    """Means over equal parts of a curve, ``[WINDOWS]`` float64."""
+    """Return the means over equal parts of a curve, ``[WINDOWS]`` float64."""
     return torch.tensor(losses, dtype=torch.float64).unflatten(0, (WINDOWS, -1)).mean(1)
 
 
 def spread_of(curves: Sequence[Sequence[float]]) -> float:
-    """The difference between the highest and the lowest curve in the window where they are nearest."""
+    """Return the difference between the highest and the lowest curve in the window where it is smallest."""
     means = torch.stack([windows(curve) for curve in curves])
     return (means.amax(0) - means.amin(0)).min().item()
 
@@ -118,7 +119,7 @@ def spread_of(curves: Sequence[Sequence[float]]) -> float:
 def agreement(
     variant: str, seed: int, losses: Sequence[float], expected: Sequence[float], spread: float
 ) -> dict[str, Any]:
-    """The record of how far a curve is from the reference's of the same seed; wrong beyond the spread of seeds."""
+    """Return the record that compares a curve with the reference's of the same seed; beyond ``spread`` it is wrong."""
     difference = (windows(losses) - windows(expected)).abs().max().item()
     step = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
     record = {"kind": "agreement", "case": f"seed {seed}", "variant": variant, "right": difference <= spread}
@@ -127,7 +128,7 @@ def agreement(
 
 
 def curves_table(run: Run) -> TextTable:
-    """A row for each curve: where it begins and ends, and how far it is from the reference's of its seed."""
+    """A row per curve: its first and last window, and its distance from the reference's curve of the same seed."""
     agreements = {(r["variant"], r["case"]): r for r in run.of_kind("agreement")}
     rows = []
     for record in run.of_kind("curve"):
@@ -149,7 +150,7 @@ def curves_table(run: Run) -> TextTable:
 
 
 def _train(config: TrainConfig, model: nn.Module, losses_of: Losses, device: torch.device) -> list[float]:
-    """A plain loop: the loss of every step."""
+    """Train in a plain loop and return the loss of every step."""
     data = _digits(config)
     settings, losses = config.optimizer, []
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=settings.weight_decay, fused=True)

@@ -1,6 +1,6 @@
-"""How far each way of running a model is from the same model in float64: velocities, and images at equal noise.
+"""Distance of each way of running a model from the same model in float64: velocities, and images at equal noise.
 
-A velocity may be as far from it as level D allows: twice as far as the reference model in the same type, and two
+A velocity may be as far from float64 as level D allows: twice as far as the reference model in the same type, plus two
 roundings.
 """
 
@@ -23,7 +23,7 @@ from pixelflow_engine import BackendUnavailableError, Checkpoint, PixelFlowEngin
 from pixelflow_engine.schedule import make_stages, step_times
 
 Velocity = Callable[[Tensor, float], Tensor]
-"""Of images ``[B, c, h, w]`` float64 at a model time."""
+"""A velocity field: a function of images ``[B, c, h, w]`` float64 and a model time."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -31,10 +31,11 @@ class Moment:
     """A state of the float64 run between two of its steps, and the velocity there.
 
     Attributes:
-        stage: its index.
-        t_model: the model time.
-        last: a stage's last evaluation, at tau = 0.999: the noise that the velocity is read from has nearly gone, so
-            rounding the state moves it a thousandfold. The step that follows is as much shorter.
+        stage: index of the stage.
+        t_model: model time.
+        last: whether this is the stage's last evaluation, at tau = 0.999. The noise that the velocity is read from has
+            almost gone there, so rounding of the state is amplified a thousandfold. The step that follows is shorter
+            by the same factor.
         x, velocity: ``[B, c, h, w]`` float64.
     """
 
@@ -55,7 +56,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """As a table shows it."""
+        """Name shown in tables."""
         return f"{self.dtype}, {self.backend}{', compiled' if self.compiled else ''}"
 
 
@@ -65,28 +66,28 @@ VARIANTS = tuple(
     for backend, compiled in (("torch", False), ("torch", True), ("triton", False), ("triton", True), ("flash", False))
 )
 INTERPRETED = (Variant("float32", "torch", False), Variant("float32", "triton", False))
-"""Under Triton's interpreter, which has no bfloat16: the kernels, and PyTorch beside them."""
+"""Variants run under Triton's interpreter, which has no bfloat16: the kernels, and PyTorch for comparison."""
 
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """The largest error of a velocity over the largest true one of its batch.
+    """Largest velocity errors, each divided by the largest true velocity of its batch.
 
     Attributes:
-        usual: over all evaluations but each stage's last.
-        last: over those.
+        usual: maximum over all moments except each stage's last evaluation.
+        last: maximum over the last evaluations.
     """
 
     usual: float
     last: float
 
     def allowed(self, dtype: torch.dtype) -> Errors:
-        """What level D allows beside these, the reference's in that type; an eps is two roundings."""
+        """Return the errors that level D allows if these are the reference's in ``dtype``; an eps is two roundings."""
         two = torch.finfo(dtype).eps
         return Errors(2 * self.usual + two, 2 * self.last + two)
 
     def fault(self, allowed: Errors) -> str | None:
-        """What is wrong, if something is; what is not a number is."""
+        """Return what is wrong, or None; NaN is wrong."""
         if self.usual <= allowed.usual and self.last <= allowed.last:
             return None
         found = f"velocity errors {self.usual:.1e} and, at tau 0.999, {self.last:.1e}"
@@ -100,16 +101,16 @@ def measure_distance(
 
     Args:
         checkpoint: a class-conditional model.
-        labels: of the images; the place is the seed.
-        steps: Euler's, at each stage, with the default guidance.
-        device: where to run.
-        variants: what to run.
+        labels: class labels of the images; an image's index is its seed.
+        steps: Euler steps per stage, with the default guidance.
+        device: device to run on.
+        variants: variants to run.
 
     Yields:
-        ``reference`` for each type, with its errors ``velocity`` and ``velocity_last`` (see :class:`Errors`).
-        ``distance`` for each variant, with the same, what is ``allowed`` and ``allowed_last`` of them, and ``psnr`` of
-        each image in dB, for values in [0, 1]; with a ``fault`` where it is further away. ``absent`` for a variant that
-        cannot run.
+        A ``reference`` record for each dtype, with its errors ``velocity`` and ``velocity_last`` (see :class:`Errors`).
+        A ``distance`` record for each variant, with the same errors, their bounds ``allowed`` and ``allowed_last``, the
+        ``psnr`` of each image in dB, for values in [0, 1], and a ``fault`` where a bound is exceeded. An ``absent``
+        record for a variant that cannot run.
     """
     truth = PixelFlowEngine.from_checkpoint(checkpoint, device, torch.float64, "torch")
     moments, pictures = _true_run(truth, labels, steps)
@@ -145,7 +146,7 @@ def measure_distance(
 
 
 def errors_of(velocity: Velocity, moments: Sequence[Moment]) -> Errors:
-    """Of a velocity field along the float64 run; what is not a number counts as without bound."""
+    """Return the errors of a velocity field along the float64 run; NaN counts as infinite."""
     found = {False: 0.0, True: 0.0}
     for moment in moments:
         off = (velocity(moment.x, moment.t_model).double() - moment.velocity).abs().max()
@@ -155,7 +156,7 @@ def errors_of(velocity: Velocity, moments: Sequence[Moment]) -> Errors:
 
 
 def _reference(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, labels: Sequence[int]) -> Velocity:
-    """The reference model's velocity, its weights in that type."""
+    """Return the reference model's velocity field, with weights in ``dtype``."""
     weights = {name: tensor.to(device) for name, tensor in checkpoint.state_dict.items()}
     model = random_reference(checkpoint.config, weights, dtype)
     classes = torch.tensor(labels, device=device)
@@ -172,7 +173,7 @@ def _true_run(engine: PixelFlowEngine, labels: Sequence[int], steps: int) -> tup
 
     def keep(event: StepEvent) -> None:
         if event.step == steps - 1:
-            return  # the stage's end: no velocity is taken there
+            return  # the end of the stage: no velocity is evaluated there
         assert isinstance(event.latents, Tensor)
         config = engine.config.scheduler
         _, times = step_times(make_stages(config)[event.stage], config, steps, shift=1.0)
@@ -200,7 +201,7 @@ def _psnr(image: Tensor, truth: Tensor) -> float:
 
 
 def distance_table(run: Run) -> TextTable:
-    """The reference's errors and those of each variant that ran, beside what is allowed; its worst and median image."""
+    """A row per variant that ran, and per reference: its errors, the allowed ones, the worst and the median image."""
     rows = []
     for record in run.records:
         if record["kind"] not in ("reference", "distance"):

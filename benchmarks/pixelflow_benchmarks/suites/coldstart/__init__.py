@@ -1,1 +1,1 @@
-"""What a user waits for before the first image, each time in a process of its own."""
+"""``bench coldstart``: what a user waits for before the first image, measured in new processes."""

@@ -1,7 +1,7 @@
-"""One cold start: a process that goes from nothing to two images and says how long each step took.
+"""One cold start: a process that goes from nothing to two images and reports how long each phase took.
 
-``python -m pixelflow_benchmarks.suites.coldstart.child JOB`` with a job as JSON, see :class:`~.job.Job`. It prints one
-line of JSON. What takes long to import is imported where that is timed, and nowhere before.
+``python -m pixelflow_benchmarks.suites.coldstart.child JOB`` takes a job as JSON, see :class:`~.job.Job`, and prints
+one line of JSON. Modules that are slow to import are imported inside the timed phases and nowhere before.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 
 
 def main() -> None:
-    """Do the job in the first argument."""
+    """Run the job given as the first command-line argument and print its result."""
     arrived = time.monotonic()
     print(json.dumps(start(json.loads(sys.argv[1]), arrived)))
 
 
 def start(job: dict[str, Any], arrived: float) -> dict[str, Any]:
-    """Do a job.
+    """Run a job.
 
     Args:
-        job: fields of :class:`~.job.Job`.
-        arrived: when the process began to run Python code of ours, on the clock of ``time.monotonic``.
+        job: the fields of :class:`~.job.Job`, and ``began``, the time at which the process was started.
+        arrived: time at which the process reached :func:`main`. Both are on the clock of ``time.monotonic``.
 
     Returns:
-        ``seconds`` by phase; with torch.compile ``graphs_compiled`` and ``cache_hits``.
+        ``seconds`` by phase; with torch.compile also ``graphs_compiled`` and ``cache_hits``.
     """
     seconds: dict[str, float] = {"interpreter": arrived - job["began"]}
 
@@ -92,7 +92,7 @@ def start(job: dict[str, Any], arrived: float) -> dict[str, Any]:
 
 
 def _compiled() -> dict[str, int]:
-    """What torch.compile made so far, and what of it it found in its cache."""
+    """Return how many graphs torch.compile has compiled so far, and how often it found one in its caches."""
     from torch._dynamo.utils import counters
 
     hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]

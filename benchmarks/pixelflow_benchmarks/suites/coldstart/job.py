@@ -1,4 +1,4 @@
-"""A process that is started to be timed: what it is told, where it may leave files, what it answers."""
+"""Processes that are started to be timed: their job, the folder for their caches and their answer."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ CHILD = "pixelflow_benchmarks.suites.coldstart.child"
 
 
 class ChildError(RuntimeError):
-    """A process failed; the message is the last line that it said."""
+    """A process failed, or did not print what was expected; a failed process's last line of output is the message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What a cold start does.
+    """Settings of one cold start.
 
     Attributes:
-        checkpoint: a folder that is loaded.
-        device, dtype, backend, compile, graphs: of the engine.
-        steps, labels, guidance_scale, seed: of the call that makes the images.
-        images: the file that they are written to.
-        warmup: batches whose capture is timed in the end, where there are graphs.
+        checkpoint: folder of the checkpoint to load.
+        device, dtype, backend, compile, graphs: settings of the engine.
+        steps, labels, guidance_scale, seed: arguments of the call that makes the images.
+        images: file that the images are written to.
+        warmup: batch sizes whose graph capture is timed at the end; only with ``graphs``.
     """
 
     checkpoint: str
@@ -46,17 +46,17 @@ class Job:
 
 
 def cold_start(job: Job, cache: Path) -> dict[str, Any]:
-    """Do a job in a process of its own.
+    """Run a job in a new process.
 
     Args:
-        job: what to do.
-        cache: where compilers keep what they made; an empty folder, or one that was filled before.
+        job: the job.
+        cache: folder for compiler caches: empty, or filled by an earlier process.
 
     Returns:
-        what the child says, see :func:`~.child.start`.
+        The child's answer, see :func:`~.child.start`.
 
     Raises:
-        ChildError: it failed.
+        ChildError: the process failed.
     """
     told = json.dumps(asdict(job) | {"began": time.monotonic()})
     said = run_process([sys.executable, "-m", CHILD, told], caches(cache))
@@ -65,7 +65,7 @@ def cold_start(job: Job, cache: Path) -> dict[str, Any]:
 
 
 def caches(folder: Path) -> dict[str, str]:
-    """Variables that send what compilers keep, and all temporary files, into a folder."""
+    """Return environment variables that redirect compiler caches and temporary files to subfolders, which are made."""
     names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "TMPDIR": "tmp"}
     for name in names.values():
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -73,14 +73,14 @@ def caches(folder: Path) -> dict[str, str]:
 
 
 def seconds_of_process(command: Sequence[str], expected: str) -> float:
-    """Wall time of a process from its start to its end.
+    """Measure the wall time of a process from its start to its end.
 
     Args:
         command: program and arguments.
-        expected: what it must say.
+        expected: text that must occur in its standard output.
 
     Raises:
-        ChildError: it failed, or said something else.
+        ChildError: the process failed, or ``expected`` is not in its output.
     """
     began = time.monotonic()
     said = run_process(command, {})
@@ -91,10 +91,10 @@ def seconds_of_process(command: Sequence[str], expected: str) -> float:
 
 
 def run_process(command: Sequence[str], variables: Mapping[str, str]) -> str:
-    """What a process prints.
+    """Run a process and return its standard output.
 
     Raises:
-        ChildError: it ends with another status than 0.
+        ChildError: the exit status is not 0.
     """
     roots = os.pathsep.join(filter(None, sys.path))
     environment = {**os.environ, "PYTHONPATH": roots, **variables}

@@ -1,4 +1,4 @@
-"""Cold starts in turns: every variant once, each in a new process, then all of them again."""
+"""Cold starts in interleaved rounds: in each round every variant runs once, in a new process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMMANDS = {
     "pixelflow --help": (["-c", "from pixelflow_engine.cli import main; main()", "--help"], "generate"),
     'python -c "import pixelflow_engine"': (["-c", "import pixelflow_engine"], ""),
 }
-"""What else is started: arguments of Python, and a word that it must say."""
+"""Commands that are timed as well: arguments of the Python interpreter, and a text that the output must contain."""
 
 TOTAL = "until the first image"
 
@@ -32,12 +32,12 @@ Check = Callable[[str, Tensor], str | None]
 
 
 class Starts:
-    """What was found so far of one variant.
+    """Results of one variant so far.
 
     Attributes:
-        seconds: by phase, turn after turn.
-        more: what the last process said beside them.
-        fault: why it is not started any more.
+        seconds: by phase, one value per round.
+        more: the other values that the last process reported.
+        fault: why the variant is not started again; None while nothing is wrong.
     """
 
     def __init__(self, variant: str) -> None:
@@ -48,12 +48,12 @@ class Starts:
         self._image: Tensor | None = None
 
     def note(self, seconds: dict[str, float]) -> None:
-        """One more turn."""
+        """Add the seconds of one round."""
         for phase, value in seconds.items():
             self.seconds.setdefault(phase, []).append(value)
 
     def wrong(self, first: Tensor, second: Tensor, check: Check) -> str | None:
-        """What is wrong with a process's two images, if something is; all of one variant have the same bits."""
+        """Return what is wrong with a process's two images, or None; all images of a variant must be bitwise equal."""
         if self._image is None:
             if found := check(self.variant, first):
                 return found
@@ -65,7 +65,7 @@ class Starts:
         return None
 
     def records(self) -> Iterator[Record]:
-        """A measurement for each phase; one that says what was wrong, if something was."""
+        """Yield a measurement for each phase, or a single one with the fault if something was wrong."""
         head = {"kind": "measurement", "variant": self.variant}
         if self.fault is not None:
             yield {**head, "case": TOTAL, "right": False, "fault": self.fault}
@@ -86,21 +86,21 @@ def measure_cold_starts(
     deadline: float = math.inf,
     start: Start = cold_start,
 ) -> Iterator[Record]:
-    """Start every variant in turns.
+    """Start every variant once in each round.
 
     Args:
-        variants: in an order of :func:`~.variants.in_order`.
-        job: what a variant does, its images written to a file.
-        check: says what is wrong with a variant's image.
-        folder: where files may lie for a while.
-        repeats: turns.
+        variants: variants, ordered by :func:`~.variants.in_order`.
+        job: makes the job of a variant that writes its images to the given file.
+        check: returns what is wrong with a variant's image, or None.
+        folder: folder for temporary files.
+        repeats: number of rounds.
         commands: whether :data:`COMMANDS` are timed too.
-        deadline: after which no turn is begun, on the clock of ``time.perf_counter``; there is one turn at least.
-        start: does a job.
+        deadline: time after which no round is begun, on the clock of ``time.perf_counter``; at least one round runs.
+        start: runs a job.
 
     Yields:
-        ``measurement`` of each variant and phase, in seconds of a process; ``absent`` for a filled cache that nobody
-        could fill.
+        A ``measurement`` of each variant and phase, in seconds per process; ``absent`` for a variant with a filled
+        cache if the variant that fills it failed.
     """
     found = {variant.name: Starts(variant.name) for variant in variants}
     plain = Starts(COMMAND)
@@ -125,7 +125,11 @@ def measure_cold_starts(
 
 
 def read_files_once() -> None:
-    """Import everything once in a process whose time nobody takes: from then on the files are in the page cache."""
+    """Import the package once in an untimed process, so that the files of that import are in the page cache.
+
+    The import is lazy: the files of torch and of the engine's modules are in the page cache only because the calling
+    process has imported them itself.
+    """
     run_process([sys.executable, "-c", "import pixelflow_engine"], {})
 
 

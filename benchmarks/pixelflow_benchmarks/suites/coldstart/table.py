@@ -9,7 +9,7 @@ from .measure import TOTAL
 
 
 def coldstart_table(run: Run) -> TextTable:
-    """A row per variant: the median of each phase, and the whole wait with its spread."""
+    """A row per variant: the whole wait with its spread, and the median of each phase; then a row per command."""
     by: dict[str, dict[str, Record]] = {}
     for record in run.of_kind("measurement"):
         by.setdefault(record["variant"], {})[record["case"]] = record

@@ -1,4 +1,4 @@
-"""Who makes the first image, and what it must look like."""
+"""Variants of ``bench coldstart``: the engines that make a first image, their checkpoint and the check of the image."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from pixelflow_engine.noise import CounterNoise
 EMPTY, FILLED = ", empty cache", ", filled cache"
 COMMAND = "command line"
 BUNDLED = "digits"
-"""The model that comes with the package, as a shape."""
+"""Name of the bundled model, accepted where a shape is expected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """An engine in a process of its own.
+    """An engine that is started in a new process.
 
     Attributes:
-        name: with what compilers find in their cache, where they run at all.
-        backend, compile, graphs: of the engine.
+        name: name of the engine; where a compiler runs, followed by the state of its cache.
+        backend, compile, graphs: settings of the engine.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Variant:
 
     @property
     def cache(self) -> Literal["empty", "filled"] | None:
-        """What compilers find when it starts; None where there are none."""
+        """State of the compilers' cache at the start; None where no compiler runs."""
         return "empty" if self.name.endswith(EMPTY) else "filled" if self.name.endswith(FILLED) else None
 
     @property
     def engine(self) -> str:
-        """Its name without the cache: those of one engine share a cache."""
+        """Name without the state of the cache: variants of one engine share a cache."""
         return self.name.removesuffix(EMPTY).removesuffix(FILLED)
 
 
@@ -61,13 +61,13 @@ ON_GPU = (
     *_both("triton", "triton", False, False),
     *_both("torch, compiled", "torch", True, False),
 )
-"""Most important first; a cache is empty before it is filled."""
+"""Most important first; the variant with an empty cache comes before the one with the filled cache."""
 
 VARIANTS = {variant.name: variant for variant in (*ON_GPU, *ON_CPU)}
 
 
 def in_order(names: Iterable[str]) -> list[Variant]:
-    """Variants as they are run: before one with a filled cache comes the one that fills it."""
+    """Return variants in the order in which they run: the one that fills a cache, added if need be, before its user."""
     found: dict[str, Variant] = {}
     for name in names:
         variant = VARIANTS[name]
@@ -78,12 +78,12 @@ def in_order(names: Iterable[str]) -> list[Variant]:
 
 
 def checkpoint_of(shape: str, folder: Path, dtype: torch.dtype) -> Checkpoint:
-    """The bundled model, or one of that shape with random weights, saved in ``folder`` in float32.
+    """Return the bundled model, or a model of the given shape with random weights, saved in ``folder`` in float32.
 
     Args:
-        shape: ``digits`` or one of the benchmarks' shapes.
-        folder: a new one.
-        dtype: what random weights are exact in.
+        shape: ``digits``, or one of the benchmarks' shapes.
+        folder: a new folder.
+        dtype: type in which the random weights are exact.
     """
     if shape == BUNDLED:
         return load_checkpoint(BUNDLED)
@@ -96,15 +96,16 @@ def checkpoint_of(shape: str, folder: Path, dtype: torch.dtype) -> Checkpoint:
 def checker(
     checkpoint: Checkpoint, steps: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[str, Tensor], str | None]:
-    """A check of a variant's image, by the rule of the images suite.
+    """Return a function that checks a variant's image by the rule of the images suite.
 
-    The plain engine has the reference's bits on a CPU; others are no further from float64 than twice the reference.
+    In float32 on a CPU the plain engine must have the reference's bits. All others may be twice as far from float64 as
+    the reference, plus two float32 roundings, see :func:`~pixelflow_benchmarks.suites.images.measure.wrong`.
 
     Args:
         checkpoint: the model.
-        steps: Euler's, at each stage.
-        dtype: of the matrix products.
-        device: where the images are made.
+        steps: Euler steps per stage.
+        dtype: type of the matrix products.
+        device: device on which the images are made.
     """
     problem = ImageProblem(config=checkpoint.config, batch=1, steps=steps, dtype=dtype, device=device)
     weights: Mapping[str, Tensor] = {name: w.to(device) for name, w in checkpoint.state_dict.items()}

@@ -1,1 +1,1 @@
-"""The regression gate: counts and ratios that hold on any machine, beside a committed baseline."""
+"""The regression gate: compares counts and ratios that hold on any machine with a committed baseline."""

@@ -1,4 +1,4 @@
-"""The committed baseline: what was counted, the ratios, and by how much each may change. JSON, for reading in diffs."""
+"""The committed baseline: counts, ratios and by how much each may change, as JSON that is readable in diffs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from .measure import Counts, Measured
 
 DEFAULT = Path(__file__).parents[3] / "baselines.json"
-"""In a checkout."""
+"""Path of the baseline in a checkout."""
 
 AT_MOST = {
     "launches": 1.0,
@@ -24,21 +24,21 @@ AT_MOST = {
     "narrow": 1.0,
     "shared": 1.0,
 }
-"""After over before that still passes, of what should be small; in a new file."""
+"""Largest ratio of after to before that passes, for figures that should be small; the values of a new baseline."""
 
 AT_LEAST = {"times": 0.9}
-"""The same of what should be large."""
+"""Smallest ratio of after to before that passes, for figures that should be large; the values of a new baseline."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """What a file holds.
+    """Contents of a baseline file.
 
     Attributes:
-        versions: of Triton and ptxas; machine code of others is not compared.
-        processor: that the ratios were taken on.
-        at_most: the largest after over before that passes, by kind of count.
-        at_least: the same for ratios: the smallest.
+        versions: versions of Triton and ptxas; machine code from other versions is not compared.
+        processor: processor on which the ratios were measured.
+        at_most: largest ratio of after to before that passes, by kind of count.
+        at_least: smallest ratio of after to before that passes, for ``times``.
         block, machine_code: see :class:`~.measure.Measured`.
         times: how many times faster than the reference, by variant.
     """
@@ -53,10 +53,10 @@ class Baseline:
 
 
 def read_baseline(path: Path) -> Baseline:
-    """Read and check a file.
+    """Read and check a baseline file.
 
     Raises:
-        ValueError: it is not there or malformed; the message names the file and what was expected where.
+        ValueError: the file is missing or malformed; the message names the file, the field and what was expected.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -81,12 +81,15 @@ def read_baseline(path: Path) -> Baseline:
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:
-    """Write it, a line for each number."""
+    """Write a baseline file, one number per line."""
     path.write_text(json.dumps(asdict(baseline), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def updated(old: Baseline | None, measured: Measured) -> Baseline:
-    """The baseline that a run makes. Tolerances stay; a ratio that lies within the run's spread stays, too."""
+    """Return the baseline that a run leads to.
+
+    Tolerances are kept. So is an old ratio of the same processor that lies within the run's spread.
+    """
     times = {}
     for name, spread in measured.times.items():
         before = None if old is None or old.processor != measured.processor else old.times.get(name)
@@ -109,7 +112,7 @@ def _expect(path: Path, name: str, right: bool, what: str) -> None:
 
 
 def _is(value: Any, *types: type) -> bool:
-    """An object of JSON whose values are of these types; ``true`` is no number."""
+    """Whether ``value`` is a JSON object whose values are of these types; ``true`` and ``false`` are not numbers."""
     return isinstance(value, dict) and all(isinstance(v, types) and not isinstance(v, bool) for v in value.values())
 
 

@@ -1,4 +1,4 @@
-"""A run of the gate beside its baseline: what became worse, what better, what only one of them has."""
+"""Comparison of a gate run with its baseline: what became worse or better, and what only one of them has."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ FAILING: tuple[Verdict, ...] = ("wrong", "worse", "gone", "new")
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One figure in both.
+    """One figure in the baseline and in the run.
 
     Attributes:
         name: what was measured, and which kind of figure it is.
-        before, after: as a reader wants them.
-        ratio: after over before; NaN where one is not there.
-        verdict: ``new`` and ``gone`` fail, too: what the baseline does not have is held to nothing.
-        limit: of the ratio.
+        before, after: both values, formatted for a reader.
+        ratio: after divided by before; NaN if one of them is missing.
+        verdict: result of the comparison. ``new`` and ``gone`` fail too: a figure that the baseline lacks would have no
+            limit.
+        limit: limit of the ratio, as text.
     """
 
     name: str
@@ -37,14 +38,14 @@ class Change:
 
     @property
     def line(self) -> str:
-        """As one line of text."""
+        """The change as one line of text."""
         ratio = "" if math.isnan(self.ratio) else f", ratio {self.ratio:.4g}"
         limit = f" ({self.limit})" if self.limit and self.verdict == "worse" else ""
         return f"{self.verdict}: {self.name}: from {self.before} to {self.after}{ratio}{limit}"
 
 
 def changes(baseline: Baseline, measured: Measured) -> list[Change]:
-    """Every figure of both, what fails first."""
+    """Compare all figures of the baseline and the run; failing ones come first."""
     found = [*_counted("block", baseline.block, measured.block, baseline.at_most, measured.faults)]
     if measured.skipped is None:
         before, after = baseline.machine_code, measured.machine_code
@@ -61,7 +62,7 @@ def _counted(
     old = {(subject, kind): n for subject, kinds in before.items() for kind, n in kinds.items()}
     new = {(subject, kind): n for subject, kinds in after.items() for kind, n in kinds.items()}
     for subject, kind in {**old, **new}:
-        if subject in faults:  # said once, with its reason
+        if subject in faults:  # reported once, with its reason, by changes()
             continue
         name = f"{group}, {subject}: {kind}"
         one, two = old.get((subject, kind)), new.get((subject, kind))
@@ -75,10 +76,14 @@ def _counted(
 
 
 def _timed(baseline: Baseline, measured: Measured) -> Iterator[Change]:
-    """A ratio is worse where even its turns' upper fifth begins below what is allowed; better, the other way round."""
+    """Compare the ratios of times.
+
+    A ratio is worse if even its 80th percentile over the rounds is below the baseline times the limit, and better if
+    even its 20th percentile is above the baseline divided by the limit.
+    """
     limit = baseline.at_least["times"]
     for variant in {**baseline.times, **measured.times}:
-        if f"CPU, {variant}" in measured.faults:  # said once, with its reason
+        if f"CPU, {variant}" in measured.faults:  # reported once, with its reason, by changes()
             continue
         name = f"CPU, {variant}: times faster than the reference"
         one, spread = baseline.times.get(variant), measured.times.get(variant)
@@ -99,7 +104,7 @@ def _alone(name: str, before: float | None, after: float | None) -> Change:
 
 
 def change_table(found: Sequence[Change]) -> TextTable:
-    """The ratios, and whatever else is not as it was."""
+    """A row per ratio of times, and per other figure that has changed."""
     shown = [change for change in found if change.verdict != "same" or change.name.startswith("CPU")]
     rows = []
     for change in shown:

@@ -1,7 +1,7 @@
-"""What the gate measures, without a GPU and without a single absolute time.
+"""What the gate measures, without a GPU and without any absolute time.
 
-Launches and bytes of a fused block on fake tensors, the machine code of a sample of kernels, and how many times faster
-than the reference the engine is on a CPU, both in the same run.
+These are the launches and bytes of a fused block on fake tensors, the machine code of a sample of kernels, and how many
+times faster than the reference the engine is on a CPU, with both timed in the same run.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from pixelflow_kernels import aot
 from pixelflow_kernels.machine_code import Specimen
 
 Counts = dict[str, dict[str, int]]
-"""By subject (a class of operations, a kernel) and kind (launches, bytes, instructions, ...)."""
+"""Counts by subject (a class of operations, or a kernel), then kind (launches, bytes, instructions, ...)."""
 
 BATCH, STAGE = 16, 3
-"""Of the block."""
+"""Number of images, and stage, of the traced block."""
 
 ARCH = 90
 SAMPLE = (
@@ -51,7 +51,7 @@ SAMPLE = (
     "cascade.renoise_given/fp32/w64",
     "cascade.pairs/u8-bf16/s4",
 )
-"""What a step of sampling and a step of training launch, at the published model's sizes."""
+"""Kernels that a step of sampling or of training launches, at the published model's sizes."""
 
 TURNS = 25
 CPU_SHAPE = PixelFlowConfig(
@@ -59,23 +59,23 @@ CPU_SHAPE = PixelFlowConfig(
     scheduler=SchedulerConfig(num_stages=4),
     resolution=64,
 )
-"""Four stages of up to 1024 tokens: a tenth of a second for an image, of which the host's share is small."""
+"""Four stages of up to 1024 tokens: an image takes a tenth of a second, of which host overhead is a small part."""
 COMPILED = "engine, compiled"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One run of the gate.
+    """Results of one run of the gate.
 
     Attributes:
-        versions: of Triton and ptxas, which decide the machine code.
-        processor: that the ratios were taken on.
-        block: launches and bytes of the engine's fused block, by class.
-        machine_code: of the sample, by specimen; empty where ``skipped`` says why.
-        times: how many times faster than the reference, by variant: the spread over turns.
-        faults: what could not be counted or timed because it is wrong, by name.
-        skipped: why nothing was compiled.
-        arch: that the sample was compiled for.
+        versions: versions of Triton and ptxas, which determine the machine code.
+        processor: processor on which the ratios were measured.
+        block: launches and bytes of the engine's fused block, by class of operation.
+        machine_code: counts of the sample's machine code, by specimen; empty if ``skipped`` is set.
+        times: how many times faster than the reference, by variant: the spread over rounds.
+        faults: what was not counted or timed because it is wrong, by name, with the reason.
+        skipped: why nothing was compiled; None if the sample was compiled.
+        arch: architecture for which the sample was compiled.
     """
 
     versions: Mapping[str, str]
@@ -89,10 +89,10 @@ class Measured:
 
 
 def count_block(operations: Operations | None = None) -> Counts:
-    """Launches and bytes of one block with guidance, by class of operation.
+    """Count launches and bytes of one block with guidance, by class of operation.
 
     Args:
-        operations: who computes; the engine's fused kernels where it is None.
+        operations: implementation of the block's operations; by default the engine's fused kernels.
     """
     side = STAGE_SIDES[STAGE]
     ops = trace_engine_block(operations or FusedOperations("triton"), True, 2 * BATCH, side)
@@ -106,10 +106,10 @@ def count_block(operations: Operations | None = None) -> Counts:
 
 
 def sample() -> list[Specimen]:
-    """The kernels that are compiled, most important first.
+    """Return the specimens of :data:`SAMPLE`, in its order.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: a name in :data:`SAMPLE` is not that of a specimen.
     """
     ops = dict.fromkeys(name.partition(".")[0] for name in SAMPLE)
     by_name = {specimen.name: specimen for op in ops for specimen in aot.specimens_of(op, ARCH)}
@@ -119,9 +119,11 @@ def sample() -> list[Specimen]:
 
 
 def compile_sample(specimens: Iterable[Specimen]) -> tuple[Counts, dict[str, str]]:
-    """What each specimen takes on sm_90, and why where it does not compile.
+    """Compile specimens for sm_90.
 
-    ``main_loop`` is what attention's instructions per score are made of: tiles do not change with the code.
+    Returns:
+        Counts of each specimen's machine code, and faults of those that do not compile. ``main_loop`` stands for
+        attention's instructions per score: it is their numerator, and tile sizes do not change with the code.
     """
     counts: Counts = {}
     faults = {}
@@ -142,15 +144,15 @@ def compile_sample(specimens: Iterable[Specimen]) -> tuple[Counts, dict[str, str
 
 
 def compilers() -> dict[str, str]:
-    """Versions of what decides the machine code."""
+    """Return the versions of the compilers that determine the machine code."""
     found = aot.versions()
     return {name: found[name] for name in ("triton", "ptxas")}
 
 
 def engine_ratios(turns: int = TURNS) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Whole cascades by the reference, the exact and the compiled engine, on one thread: see :func:`ratios`.
+    """Time whole cascades by the reference, the exact and the compiled engine; see :func:`ratios`.
 
-    One thread, so that the number of cores does not decide what is compared.
+    They run on one thread, so that the ratios do not depend on the number of cores.
     """
     import torch._dynamo
 
@@ -170,22 +172,22 @@ def engine_ratios(turns: int = TURNS) -> tuple[dict[str, dict[str, float]], dict
 def ratios(
     calls: Mapping[str, Call], truth: Callable[[], Tensor], turns: int
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """How many times faster than the reference each call is, turn by turn; images are compared first.
+    """Measure how many times faster than the reference each call is, round by round; images are compared first.
 
     Args:
-        calls: by name, the reference among them.
-        truth: the images in float64.
-        turns: in each every call runs once.
+        calls: calls by name, the reference among them.
+        truth: makes the images in float64.
+        turns: number of rounds; every call runs once in each.
 
     Returns:
-        The spread of each but the reference, and what is wrong with those that have none.
+        The spread of each call's ratio, the reference's excepted, and the faults of calls that are wrong or failed.
     """
     images: dict[str, Tensor] = {}
     faults: dict[str, str] = {}
     for name, call in calls.items():
         try:
             images[name] = call()
-        except Exception as error:  # a compiler fails in many ways; the others are measured all the same
+        except Exception as error:  # a compiler can fail in many ways; the other variants are still measured
             faults[name] = first_line(error)
     faults |= wrong(images, truth())
     timed = time_runs({name: calls[name] for name in images if name not in faults}, torch.device("cpu"), turns)
@@ -197,11 +199,11 @@ def ratios(
 
 
 def measure_gate(wanted: Mapping[str, str] | None) -> Measured:
-    """Count, compile, time.
+    """Count, compile and time.
 
     Args:
-        wanted: versions of the compilers whose machine code there is something to compare with; with others nothing is
-            compiled. None takes any.
+        wanted: versions of the compilers that made the machine code to compare with; with any other version nothing is
+            compiled. None accepts all versions.
     """
     versions = compilers()
     skipped = None

@@ -1,4 +1,4 @@
-"""How far the gate's ratios lie apart that should not: several runs of the same code."""
+"""How much the gate's ratios vary over several runs of the same code, where they should not vary at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def spread_table(runs: Sequence[dict[str, Any]]) -> TextTable:
     """A row per variant.
 
     Args:
-        runs: of each the ``load`` of the machine and, by variant, the spread of its times faster than the reference.
+        runs: for each run, the ``load`` of the machine and, by variant, the spread of how many times faster than the
+            reference it was.
     """
     rows = []
     for variant in (key for key in runs[0] if key not in ("load", "faults")):

@@ -1,1 +1,1 @@
-"""Whole images, from noise to pixels: the first one, and how many a second after that."""
+"""``bench images``: whole images, from noise to pixels: the time of the first call and of those that follow."""

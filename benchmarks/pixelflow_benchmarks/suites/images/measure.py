@@ -1,4 +1,4 @@
-"""Whole images by every opponent: equal images first, then wall time in turns."""
+"""Measurement of whole images by every variant: the images are checked first, then timed in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def measure_images(
     """Check every variant, then time the right ones.
 
     Args:
-        problem: what is made.
-        opponents: who makes it.
-        names: of the variants; the reference is always one.
-        ceilings: of the device.
-        repeats: turns.
-        deadline: after which no variant is begun and no turn, on the clock of ``time.perf_counter``; who has begun has
-            one turn at least.
+        problem: the images to make.
+        opponents: models of all variants.
+        names: names of the variants; the reference is always added.
+        ceilings: measured ceilings of the device.
+        repeats: number of rounds.
+        deadline: time after which no variant and no round is begun, on the clock of ``time.perf_counter``; variants
+            that have begun are timed for at least one round.
 
     Yields:
-        ``measurement`` of each variant, in seconds per image of the batch; ``first_seconds`` of the whole first call,
-        compilation and capture included. ``absent`` once for what cannot run here, ``skipped`` for what no time
-        was left for.
+        A ``measurement`` of each variant, in seconds per image of the batch; its ``first_seconds`` are those of the
+        whole first call, compilation and capture included. ``absent`` once for a variant that cannot run at all, and
+        with its ``case`` for one that cannot run this problem. ``skipped`` for what there was no time left for.
     """
     if time.perf_counter() > deadline:
         yield {"kind": "skipped", "case": problem.case, "reason": "no time was left"}
@@ -55,7 +55,7 @@ def measure_images(
             calls[name] = opponents.call(name, problem)
         except (BackendUnavailableError, RuntimeError, ValueError) as error:
             record: Record = {"kind": "absent", "variant": name, "reason": first_line(error)}
-            if isinstance(error, BackendUnavailableError) or name == PUBLIC:  # nowhere, not in this case alone
+            if isinstance(error, BackendUnavailableError) or name == PUBLIC:  # in no case, not only in this one
                 opponents.absent[name] = record["reason"]
             else:
                 record["case"] = problem.case
@@ -71,7 +71,7 @@ def check_and_time(
     repeats: int,
     deadline: float = math.inf,
 ) -> Iterator[Record]:
-    """The ``measurement`` of each call; see :func:`measure_images`."""
+    """Yield the ``measurement`` of each call; see :func:`measure_images`."""
     device = problem.device
     records: dict[str, Record] = {}
     images: dict[str, Tensor] = {}
@@ -85,7 +85,7 @@ def check_and_time(
         try:
             record["first_seconds"], images[name] = seconds_of(call, device)
             record["graphs_compiled"] = graphs_compiled() - before
-        except Exception as error:  # a compiler fails in many ways; the others are measured all the same
+        except Exception as error:  # a compiler can fail in many ways; the other variants are still measured
             record |= {"right": False, "fault": first_line(error)}
         records[name] = record
     for name, fault in wrong(images, truth()).items():
@@ -94,27 +94,28 @@ def check_and_time(
     timed = time_runs(right, device, repeats, end_of_turns(deadline))
     for name, fault in timed.failed.items():
         records[name] |= {"right": False, "fault": fault}
-    for name, record in records.items():  # each as soon as it is whole: who is cut short has those before
+    for name, record in records.items():  # each as soon as it is complete: an interrupted run keeps those before
         if name in timed.timings:
             record |= figures(problem, timed.timings[name], ceilings)
             others = {other: timed.timings[other] for other in (REFERENCE, LOOP, PUBLIC) if other in timed.timings}
             record["times"] = {other: timed.timings[name].times_faster_than(its) for other, its in others.items()}
             if found := joules_of(right[name], device):
                 record |= {**found, "joules": found["joules"] / problem.batch}
-            # A profile takes longer than what it is of; a loop over blocks of noise has half a million operations, none
-            # of them the model's. The published code is another process.
+            # A profiled run takes longer than an unprofiled one. The loop over blocks of noise would add half a million
+            # operations, none of them the model's, and the published code runs in another process.
             if device.type == "cpu" and name not in (LOOP, PUBLIC) and time.perf_counter() < deadline:
                 record["shares"] = shares(right[name])
         yield record
 
 
 def wrong(images: Mapping[str, Tensor], truth: Tensor) -> dict[str, str]:
-    """What is wrong with each variant's images, where something is.
+    """Return what is wrong with each variant's images; variants without a fault are left out.
 
-    On a CPU the exact engine and both references have the same bits. Whoever else draws the reference's noise is no
-    further from float64 than twice the reference plus two roundings, as root mean squares. Noise of its own gives other
-    images: finite ones is all that is asked there. The same engine is checked with the reference's noise; the published
-    code, which begins with other noise on a GPU, on a CPU.
+    On a CPU the exact engine and both references must have the same bits. Every other variant that draws the
+    reference's noise may be twice as far from float64 as the reference, plus two float32 roundings, as root mean
+    squares. A variant with its own noise makes other images, which only have to be finite; the same engine is checked
+    with the reference's noise. This also holds for the published code on a GPU, where it begins with other noise; it is
+    checked on a CPU.
     """
     if REFERENCE not in images:
         return dict.fromkeys(images, "nothing to compare with: the reference failed")
@@ -134,12 +135,12 @@ def wrong(images: Mapping[str, Tensor], truth: Tensor) -> dict[str, str]:
 
 
 def distance(images: Tensor, truth: Tensor) -> float:
-    """Root mean square of the difference."""
+    """Return the root mean square of the difference."""
     return (images.double() - truth.to(images.device)).square().mean().sqrt().item()
 
 
 def figures(problem: ImageProblem, timing: Timing, ceilings: Ceilings) -> Record:
-    """Seconds per image, images a second, and the share of the time that the device's ceilings alone would take."""
+    """Return seconds per image, images per second, and the floor at the device's ceilings as a share of the time."""
     one = Timing(tuple(seconds / problem.batch for seconds in timing.turns))
     floor = ceilings.floor(problem.flops, problem.pointwise_bytes) / problem.batch
     return {
@@ -153,7 +154,7 @@ def figures(problem: ImageProblem, timing: Timing, ceilings: Ceilings) -> Record
 
 
 def shares(call: Callable[[], object]) -> dict[str, float]:
-    """Of one run's time on a CPU: attention's and matrix products' share."""
+    """Return the shares of attention and of matrix products in the time of one run on a CPU."""
     with cpu_profile() as found:
         call()
     times = {event.key: event.self_cpu_time_total for event in found.key_averages()}

@@ -1,7 +1,7 @@
-"""Who makes images: the reference with and without the published noise loop, and the engine in its variants.
+"""Variants that make images: the reference with and without the published noise loop, the engine, the published code.
 
 All draw the same random stream, that of the published code, so that their images can be compared. It is drawn on the
-CPU; what the engine does without it, with its own noise, is a variant of its own on a GPU.
+CPU; on a GPU, a separate variant shows the engine with its own noise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ENGINES: dict[str, tuple[str, bool, bool]] = {
     "engine, triton, compiled": ("triton", True, True),
     "engine, flash, compiled": ("flash", True, True),
 }
-"""Backend, compiled, replayed from graphs."""
+"""Backend, whether blocks are compiled, and whether steps are replayed from CUDA graphs."""
 PUBLIC = "published code"
 OWN_NOISE = "engine, triton, compiled, its own noise"
 ON_CPU = (LOOP, REFERENCE, EXACT, "engine, compiled", PUBLIC)
@@ -57,14 +57,14 @@ ON_GPU = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageProblem:
-    """What is made.
+    """A batch of images to make.
 
     Attributes:
-        config: of the model.
-        batch: images at once; class labels in turn.
-        steps: Euler's, at each stage.
-        dtype: of the matrix products.
-        device: where.
+        config: configuration of the model.
+        batch: number of images; their class labels follow from their index.
+        steps: Euler steps per stage.
+        dtype: type of the matrix products.
+        device: device to run on.
     """
 
     config: PixelFlowConfig
@@ -75,7 +75,7 @@ class ImageProblem:
 
     @property
     def case(self) -> str:
-        """Its name."""
+        """Name of the problem in records."""
         return f"batch {self.batch}, euler {self.steps}"
 
     @property
@@ -85,7 +85,7 @@ class ImageProblem:
 
     @property
     def stages(self) -> list[StageProblem]:
-        """The stages that an image goes through."""
+        """The stages that an image passes through."""
         return [
             StageProblem(
                 config=self.config,
@@ -101,27 +101,27 @@ class ImageProblem:
 
     @property
     def flops(self) -> int:
-        """Of the products and the attention of all evaluations."""
+        """Floating-point operations of the matrix products and attention of all evaluations."""
         return self.steps * sum(stage.flops for stage in self.stages)
 
     @property
     def pointwise_bytes(self) -> int:
-        """What all evaluations move beside them."""
+        """Bytes that the pointwise passes of all evaluations move."""
         return self.steps * sum(stage.pointwise_bytes for stage in self.stages)
 
 
 class ImageOpponents:
-    """Models of all variants, each made when it is first asked for.
+    """Models of all variants, each made when it is first needed.
 
     Args:
-        config: of the model.
-        weights: of all models, exact in ``dtype``.
-        dtype: of the matrix products.
-        device: where.
+        config: configuration of the model.
+        weights: weights of all models, exact in ``dtype``.
+        dtype: type of the matrix products.
+        device: device to run on.
         public: a checkout of the published code.
 
     Attributes:
-        absent: who cannot be had, and why; they are not asked for again.
+        absent: variants that cannot run, with the reason; they are not tried again.
     """
 
     def __init__(
@@ -139,12 +139,12 @@ class ImageOpponents:
         self._engines: dict[str, PixelFlowEngine] = {}
 
     def call(self, name: str, problem: ImageProblem) -> Call:
-        """What makes the images, ``[B, c, H, W]`` in [0, 1].
+        """Return a function that makes the images, ``[B, c, H, W]`` in [0, 1].
 
         Raises:
-            BackendUnavailableError: it cannot run here.
+            BackendUnavailableError: the variant's backend cannot run here.
             RuntimeError: the published code cannot be run.
-            ValueError: there is no checkout of it.
+            ValueError: no checkout of the published code was given.
         """
         if name == PUBLIC:
             return self._public(problem)
@@ -157,12 +157,12 @@ class ImageOpponents:
         return lambda: engine_images(engine, problem, "counter" if name == OWN_NOISE else "public")
 
     def truth(self, problem: ImageProblem) -> Tensor:
-        """The reference's images in float64."""
+        """Make the reference's images in float64."""
         model = random_reference(self.config, self.weights, torch.float64)
         return reference_images(model, problem, drawn_at_once(problem.device), torch.float64)
 
     def close(self) -> None:
-        """Release the engines' graphs, end the published code's process."""
+        """Release the engines' graphs and end the published code's process."""
         for engine in self._engines.values():
             engine.close()
         if self._process is not None:
@@ -181,7 +181,7 @@ class ImageOpponents:
 
     def _reference(self, compiled: bool) -> PixelFlowTransformer:
         if compiled not in self._references:
-            # They want gradients: only then do automatic casts keep what they made.
+            # Autocast caches its casts of weights only if they require gradients.
             model = random_reference(self.config, self.weights, torch.float32).requires_grad_(True)
             if compiled:
                 compile_blocks(model)
@@ -198,7 +198,7 @@ class ImageOpponents:
 
 
 class PublicImages:
-    """The published code's pipeline; the images of the first call are fetched from its process, later ones are not."""
+    """The published code's pipeline, in its own process. Only the images of the first call are fetched and returned."""
 
     def __init__(self, process: PublicProcess, problem: ImageProblem) -> None:
         self._process = process
@@ -212,7 +212,7 @@ class PublicImages:
         self._images: Tensor | None = None
 
     def __call__(self) -> Tensor:
-        """Make the images."""
+        """Make the images; later calls return those of the first."""
         file = Path(self._process.folder.name) / "images.pt"
         self._process.ask(self._request | {"keep": None if self._images is not None else str(file)})
         if self._images is None:
@@ -221,7 +221,7 @@ class PublicImages:
 
 
 def drawn_at_once(device: torch.device) -> NoiseSource:
-    """The published random stream without the published loop."""
+    """Return the published random stream, drawn without the published loop."""
     return DrawnAtOnce(torch.Generator().manual_seed(SEED), device)
 
 
@@ -229,7 +229,10 @@ def drawn_at_once(device: torch.device) -> NoiseSource:
 def reference_images(
     model: PixelFlowTransformer, problem: ImageProblem, noise: NoiseSource, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The reference's sampler; products in the problem's type by automatic casts."""
+    """Make images ``[B, c, H, W]`` in [0, 1] by the reference's sampler.
+
+    Matrix products run in the problem's type by autocast, unless ``dtype`` is given: then nothing is cast.
+    """
     side, stages = problem.config.resolution, problem.config.scheduler.num_stages
     low = problem.dtype == torch.bfloat16 and dtype is None
     with torch.autocast(problem.device.type, torch.bfloat16, enabled=low):
@@ -246,7 +249,7 @@ def reference_images(
 
 
 def engine_images(engine: PixelFlowEngine, problem: ImageProblem, noise: Literal["counter", "public"]) -> Tensor:
-    """The engine's, by its public call."""
+    """Make images ``[B, c, H, W]`` in [0, 1] by the engine's public call."""
     out = engine(
         problem.labels,
         num_inference_steps=problem.steps,

@@ -10,7 +10,7 @@ from .opponents import LOOP, PUBLIC, REFERENCE
 
 
 def image_table(run: Run) -> TextTable:
-    """A row per case and variant: seconds an image, speed against both references, the first call, energy or shares."""
+    """A row per case and variant: time, speed relative to three others, floor, first call, energy or shares, target."""
     rows, head = [], run.environment
     for r in run.of_kind("measurement"):
         if not r["right"]:

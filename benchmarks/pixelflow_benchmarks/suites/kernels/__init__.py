@@ -1,1 +1,1 @@
-"""Every kernel beside PyTorch, at the sizes of the published model."""
+"""``bench kernels``: every kernel compared with PyTorch, at the sizes of the published model."""

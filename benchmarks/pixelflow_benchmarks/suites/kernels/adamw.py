@@ -1,4 +1,4 @@
-"""adamw: norm, clipping, AdamW and moving average of the parameters of some blocks, in place."""
+"""adamw: gradient norm, clipping, AdamW and moving average for the parameters of several blocks, in place."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .case import STAGE_SIDES, WIDTH, Case, Outputs, Problem, size_of
 
 LR, BETAS, EPS, DECAY, EMA = 1e-4, (0.9, 0.999), 1e-8, 0.01, 0.9999
 MAX_NORM = 1e9
-"""Above the gradients' norm: all of clipping is done, and no norm's last bit decides others."""
+"""Above the gradients' norm: clipping does all its work, but the last bit of the norm affects no other value."""
 TAKEN = 100
-"""Steps before this one."""
+"""Steps taken before this one."""
 
 State = dict[str, list[Tensor]]
 
 
 def cases(problem: Problem) -> Iterator[Case]:
-    """Once for all stages; half as many blocks as there are images, each of them of the published width."""
+    """Yield one case for all stages, at the last one: half as many blocks of the published width as images."""
     if problem.stage == len(STAGE_SIDES) - 1:
         yield _update(problem)
 
 
 def block_shapes() -> list[tuple[int, ...]]:
-    """Weights and biases of a block, and the weights of its four norms."""
+    """Return the shapes of a block's weights and biases, and of the weights of its four norms."""
     wide = ((3, 1), (1, 1), (4, 1), (1, 4), (6, 1))
     products = [(rows * WIDTH, columns * WIDTH) for rows, columns in wide]
     shapes: list[tuple[int, ...]] = [(WIDTH,)] * 4
@@ -36,7 +36,7 @@ def block_shapes() -> list[tuple[int, ...]]:
 
 
 def start(problem: Problem) -> State:
-    """Parameters, gradients and what a hundred steps have left behind, float32, the same every time."""
+    """Return parameters, gradients, moments and averages, random float32 values that are the same on every call."""
     shapes = block_shapes() * max(problem.batch // 2, 1)
     names = ("parameters", "gradients", "exp_avgs", "exp_avg_sqs", "averages")
     state = {
@@ -72,14 +72,14 @@ def _update(problem: Problem) -> Case:
         plain=plain,
         truth=lambda: plain(torch.float64),
         exact=True,
-        growth=4.0,  # torch also rounds beta2 and a parameter that has decayed
-        # Gradients twice: they cannot be clipped before all of them have been read.
+        growth=4.0,  # torch also rounds beta2, and the parameter after weight decay
+        # Gradients count twice: they cannot be clipped before all of them have been read.
         bytes_moved=2 * size_of(*gradients) + 2 * sum(size_of(*state[n]) for n in state if n != "gradients"),
     )
 
 
 class _Ours:
-    """The first call gives the outputs that are checked; each call is one step."""
+    """The project's kernels. Each call is one step; the outputs of the first one are checked."""
 
     def __init__(self, state: State) -> None:
         self.gradients = state["gradients"]
@@ -99,7 +99,7 @@ class _Ours:
 
 
 class _Torch:
-    """torch's clipping, AdamW (fused, or a launch for each operation) and interpolation, by lists of tensors."""
+    """PyTorch's clipping, AdamW (fused or foreach) and interpolation on lists of tensors; each call is one step."""
 
     def __init__(self, state: State, fused: bool) -> None:
         self.parameters = [torch.nn.Parameter(x.clone()) for x in state["parameters"]]

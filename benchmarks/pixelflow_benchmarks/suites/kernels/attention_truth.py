@@ -1,7 +1,7 @@
-"""Attention of a pack of equally long images in plain PyTorch, image by image.
+"""Attention of a pack of equally long images in plain PyTorch, image by image, to save memory.
 
 The last stage of the published model with 16 guided images has 32 * 16 * 4096^2 scores: 69 GB in float64, and autograd
-would keep them all. One image's are 2.1 GB, of which three or four copies live at a time.
+would keep them all. Those of one image take 2.1 GB, and three or four copies of them exist at a time.
 
 Shapes: ``q``, ``k``, ``v`` ``[n * length, H, D]``.
 """
@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp; operands, weights and output are in ``dtype``, a row's sum is that of rounded weights."""
+    """Compute output ``[n * length, H, D]`` and log-sum-exp ``[H, n * length]``.
+
+    Operands, weights and the output are in ``dtype``; a row's sum is that of the rounded weights.
+    """
     outputs, sums = [], []
     for a, b, c in _images(length, q, k, v):
         out, lse = _attended_image(a.to(dtype), b.to(dtype), c.to(dtype))
@@ -25,14 +28,14 @@ def attended(q: Tensor, k: Tensor, v: Tensor, length: int, dtype: torch.dtype) -
 
 
 def outputs(attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
-    """Of a function of ``[1, H, N, D]``."""
+    """Compute the output of an attention function of tensors ``[1, H, N, D]``."""
     return torch.cat([attention(a[None], b[None], c[None])[0].transpose(0, 1) for a, b, c in _images(length, q, k, v)])
 
 
 def gradients(
     attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor, length: int, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Of q, k and v, computed and returned in ``dtype``, through a function of ``[1, H, N, D]``."""
+    """Compute the gradients of q, k and v in ``dtype`` through an attention function of tensors ``[1, H, N, D]``."""
     found = []
     for *x, g in _images(length, q, k, v, grad):
         leaves = tuple(t.detach().to(dtype)[None].requires_grad_() for t in x)
@@ -42,15 +45,15 @@ def gradients(
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The definition."""
+    """Compute attention by its definition."""
     return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1) @ v
 
 
 def growth(q: Tensor, k: Tensor, length: int) -> float:
-    """How many roundings of its own type a weight is worth (see :func:`~.case.level_d`).
+    """Return the ``growth`` of :func:`~.case.level_d` for attention: a weight's error in roundings of its own type.
 
-    A logit's rounding error is relative to the logit, and so is then that of its weight; but logits are never rounded
-    to less than float32, whose roundings weigh little in a half type.
+    A logit's rounding error is proportional to the logit, and becomes a relative error of its weight. Logits are kept
+    in at least float32, so that this part is small in a half-precision type.
     """
     largest = max((a @ b.mT).abs().max().item() for a, b in _images(length, q, k)) * q.shape[-1] ** -0.5
     high = torch.finfo(torch.promote_types(q.dtype, torch.float32)).eps
@@ -58,7 +61,7 @@ def growth(q: Tensor, k: Tensor, length: int) -> float:
 
 
 def _images(length: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Each image's ``[H, N, D]``."""
+    """Split packed tensors into those of each image, ``[H, N, D]``."""
     return zip(*(x.transpose(0, 1).split(length, dim=1) for x in tensors), strict=True)
 
 

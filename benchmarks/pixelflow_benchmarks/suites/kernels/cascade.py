@@ -1,4 +1,4 @@
-"""cascade: entering a stage with noise drawn in the kernel or given; training pairs from uint8 images."""
+"""cascade: entering a stage, with noise drawn in the kernel or given; training pairs from uint8 images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PATCH, CHANNELS, ALPHA, BETA = 4, 3, 0.8, 0.6
 
 
 def cases(problem: Problem) -> Iterator[Case]:
-    """The renoise on entering this stage; at the last stage also a training batch of all of them."""
+    """Yield renoising on entry to this stage, except the first; at the last stage also training pairs of all stages."""
     if problem.stage > 0:
         yield from _renoise(problem)
     if problem.stage == len(STAGE_SIDES) - 1:

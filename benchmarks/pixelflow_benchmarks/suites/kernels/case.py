@@ -1,6 +1,6 @@
-"""A benchmark case: one computation, several implementations of it, and what proves each right.
+"""Benchmark cases: one computation, several implementations of it, and the checks that each must pass.
 
-A stage's sizes are those of the published class-to-image model (256 px, patch 4, width 1152, 16 heads of 72).
+Sizes of a stage are those of the published class-to-image model (256 px, patch 4, width 1152, 16 heads of 72).
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ STAGE_SIDES = (8, 16, 32, 64)
 """Tokens along a side of an image at each stage."""
 
 LOOSEST = 0.1
-"""Of a row's largest value; in bfloat16 level D comes to some 0.03."""
+"""Largest bound that is accepted, relative to a row's largest value; in bfloat16 level D's bound is about 0.03."""
 
 Outputs = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What a case is made for.
+    """The sizes, dtype and device for which cases are made.
 
     Attributes:
-        stage: of the cascade, 0 to 3.
-        batch: images; with guidance a model sees twice as many.
-        dtype: of tokens and velocities.
-        device: where.
+        stage: stage of the cascade, 0 to 3.
+        batch: number of images; with guidance a model sees twice as many sequences.
+        dtype: type of tokens and velocities.
+        device: device to run on.
     """
 
     stage: int
@@ -41,7 +41,7 @@ class Problem:
 
     @property
     def label(self) -> str:
-        """As it stands in a case's name."""
+        """The part of a case's name that describes the problem."""
         return f"stage{self.stage}-b{self.batch}"
 
     @property
@@ -50,22 +50,22 @@ class Problem:
         return STAGE_SIDES[self.stage]
 
     def layout(self, guided: bool = True) -> PackedLayout:
-        """The pack that a model sees: both halves of the batch with guidance."""
+        """Return the layout of the pack that a model sees: with guidance, both halves of the batch."""
         return PackedLayout.from_grids([(self.side, self.side)] * self.batch * (1 + guided), self.device)
 
     def normal(self, *shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
-        """Standard normals in ``dtype``, the problem's where it is not given."""
+        """Draw standard normals in ``dtype``, by default the problem's."""
         generator = torch.Generator(self.device).manual_seed(seed)
         return torch.randn(shape, generator=generator, device=self.device).to(dtype or self.dtype)
 
 
 def size_of(*tensors: Tensor | None) -> int:
-    """Bytes of tensors' values."""
+    """Return the number of bytes of all values of the tensors; None counts as nothing."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def compiled(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
-    """``torch.compile`` of one graph for one shape."""
+    """Compile a function by ``torch.compile``, as a single graph with static shapes."""
     call: Callable[..., Outputs] = torch.compile(function, fullgraph=True, dynamic=False)
     return call
 
@@ -76,17 +76,17 @@ class Case:
 
     Attributes:
         name: ``"op.kernel/shape"``, unique.
-        variants: implementations by name; ``ours`` is the kernel. Each returns the same tuple of tensors.
-        absent: implementations that cannot run here, and why.
-        plain: the computation in plain PyTorch, in the same type: what level D compares with.
-        truth: the same from the same inputs in float64.
-        exact: the level A outputs: ``ours`` must have the bits of ``plain``.
-        growth: roundings at the size of a row's largest true value that level D grants twice (see :func:`level_d`); one
-            number, or one for each output.
-        bytes_moved: read and written at least, each tensor once in each direction. Left out are numbers per image
-            (lengths, steps, seeds, intervals) and attention's log-sum-exp, which not everybody keeps.
-        flops: of matrix products, a multiplication and an addition being two; attention's backward pass computes its
-            scores again. 0 for what is bound by memory.
+        variants: implementations by name; ``ours`` is the kernel. All return the same tuple of tensors.
+        absent: implementations that cannot run here, with the reason.
+        plain: the computation in plain PyTorch, in the same types: the yardstick of level D.
+        truth: the same computation from the same inputs in float64; None converts the outputs of ``plain``.
+        exact: whether the case is level A: ``ours`` must have the bits of ``plain``.
+        growth: factor on the two roundings that level D grants (see :func:`level_d`); one number, or one per output.
+        bytes_moved: bytes that must at least be read and written, each tensor once per direction. Left out are values
+            per image (lengths, steps, seeds, intervals) and attention's log-sum-exp, which not every implementation
+            stores.
+        flops: floating-point operations of matrix products, a multiplication and an addition being two; attention's
+            backward pass recomputes its scores. 0 for kernels bound by memory.
     """
 
     name: str
@@ -101,9 +101,9 @@ class Case:
 
 
 def faults(case: Case) -> dict[str, list[str]]:
-    """What is wrong with the outputs of each variant; nothing where they are right.
+    """Return what is wrong with the outputs of each variant: an empty list if they are right.
 
-    Level A cases: ``ours`` equals ``plain`` in every bit. Otherwise :func:`level_d`.
+    In level A cases ``ours`` must equal ``plain`` in every bit. All others must pass :func:`level_d`.
     """
     plain = case.plain()
     truth = case.truth() if case.truth is not None else tuple(p.double() for p in plain)
@@ -129,23 +129,27 @@ def _fault(case: Case, name: str, out: Tensor, plain: Tensor, truth: Tensor, gro
 
 
 def level_d(out: Tensor, plain: Tensor, truth: Tensor, growth: float = 1.0) -> str | None:
-    """What is wrong by level D: further from float64 than twice plain PyTorch of the same type plus two roundings.
+    """Check level D: at most twice as far from float64 as plain PyTorch in the same type, plus two roundings.
 
-    Errors are relative to the largest true value of their row, the last dimension: one row that is wrong is not
-    measured by what others are. What plain PyTorch is granted is its largest such error. A bound that a tenth of a row
-    would pass proves nothing, and is a fault, too.
+    Errors are relative to the largest true value of their row (the last dimension), so that an error in a row of small
+    values is not hidden by larger rows. The error of plain PyTorch is its largest over all rows. A bound above
+    :data:`LOOSEST` (a tenth of a row's largest value) would prove nothing and is a fault too.
 
-    It is for rows that do not come out of cancellation, as a query's gradient does where one key has nearly all of its
-    weight: with 64 keys or more of normal logits none does.
+    The check is meant for rows that are not the result of cancellation, as a query's gradient is if one key has nearly
+    all of the weight: with 64 or more keys and normal logits this does not happen.
 
     Args:
-        out: what is looked at.
-        plain: the same computation in plain PyTorch, in the same type.
-        truth: in float64, from the same inputs.
-        growth: how much larger than a row's largest true value what is rounded on the way to it may be.
+        out: the output to check.
+        plain: the output of the same computation in plain PyTorch, in the same type.
+        truth: the output in float64, from the same inputs.
+        growth: factor on the two roundings: how much larger than a row's largest true value the intermediate values
+            that are rounded may be.
+
+    Returns:
+        What is wrong, or None.
     """
     size = truth.abs().amax(-1).clamp_(min=torch.finfo(truth.dtype).tiny)
-    # One difference in float64 lives at a time: at the last stage of 16 guided images it is 1.2 GB.
+    # Only one difference in float64 exists at a time: at the last stage with 16 guided images it takes 1.2 GB.
     error, of_plain = (((x - truth).abs_().amax(-1) / size).max().item() for x in (out, plain))
     bound = 2 * of_plain + torch.finfo(out.dtype).eps * growth  # an eps is two roundings
     if not bound <= LOOSEST:

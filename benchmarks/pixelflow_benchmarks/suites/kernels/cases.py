@@ -1,4 +1,4 @@
-"""What ``pixelflow bench kernels`` measures: every operation at the sizes of the published model's stages."""
+"""The cases of ``pixelflow bench kernels``: every operation at the sizes of the published model's stages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from .case import STAGE_SIDES, Case, Problem
 
 OPS = ("varlen_attention", "modulate", "rope2d", "ode_step", "cascade", "adamw")
-"""Most important first: a run that is cut short has measured what matters most."""
+"""Most important first, so that an interrupted run has measured what matters most."""
 
 __all__ = ["OPS", "STAGE_SIDES", "Case", "Problem", "all_cases"]
 
@@ -18,10 +18,12 @@ __all__ = ["OPS", "STAGE_SIDES", "Case", "Problem", "all_cases"]
 def all_cases(
     ops: Iterable[str], stages: Iterable[int], batch: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Case]:
-    """The cases of some operations and stages, the largest stage first; tensors live while their case is looked at.
+    """Yield the cases of the given operations and stages, the largest stage first.
+
+    The tensors of a case are allocated when it is yielded and need not be kept any longer than the case.
 
     Raises:
-        ValueError: there is no such operation or stage.
+        ValueError: an operation or a stage does not exist.
     """
     ops, stages = tuple(ops), sorted(stages, reverse=True)
     for op in ops:

@@ -1,6 +1,6 @@
-"""Measure kernels: check, then time, then compare with the device's ceilings.
+"""Measurement of kernels: check, then time, then compare with the device's ceilings.
 
-Nothing that computes a wrong result gets a speed.
+A variant with a wrong result is not given a speed.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ def measure(
     """Yield a record per case and variant, as soon as the case is measured.
 
     Args:
-        cases: the most important first.
-        ceilings: of the device.
-        device: where.
-        repeats: of each variant.
-        deadline: after which no case is begun, on the clock of ``time.perf_counter``; there is one case at least.
+        cases: cases, the most important first.
+        ceilings: measured ceilings of the device.
+        device: device to run on.
+        repeats: measurements of each variant.
+        deadline: time after which no case is begun, on the clock of ``time.perf_counter``; at least one case is
+            measured.
 
     Yields:
-        ``measurement``, where it is right with ``gigabytes_per_second``, ``fraction_of_copy`` and, for cases with
-        matrix products, ``teraflops``, ``fraction_of_product``; ``absent``, with its ``case``, for a variant that is
-        not there. ``skipped``, without a case, where the deadline came first.
+        A ``measurement`` of each variant; if it is right, with ``gigabytes_per_second``, ``fraction_of_copy`` and, for
+        cases with matrix products, ``teraflops`` and ``fraction_of_product``. ``absent``, with its ``case``, for a
+        variant that cannot run. A single ``skipped``, without a case, if the deadline came first.
     """
     for number, case in enumerate(cases):
         if number > 0 and time.perf_counter() > deadline:
@@ -58,9 +59,9 @@ def measure(
 
 
 def figures(case: Case, timing: Timing, ceilings: Ceilings) -> Record:
-    """Rates of one timing; the denominators are the least bytes and the products, not what a variant really does.
+    """Return the rates of one timing, from the case's declared bytes and products, not from what a variant really does.
 
-    The floor is the larger of both times: one kernel computes while it reads.
+    The floor is the larger of the two times, since a kernel computes while it reads.
     """
     bytes_share = case.bytes_moved / timing.median / ceilings.bytes_per_second
     flops_share = case.flops / timing.median / ceilings.flops_per_second

@@ -1,4 +1,4 @@
-"""modulate: gated residual, norm and modulation, forward and backward."""
+"""modulate: gated residual, norm and modulation, forward and with the backward pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ EPS = 1e-6
 
 
 def cases(problem: Problem) -> Iterator[Case]:
-    """A block's first norm; residual and RMSNorm before the MLP; residual and LayerNorm after it; and gradients."""
+    """Yield, each forward and with gradients: RMSNorm before the MLP, LayerNorm after it, and a block's first norm.
+
+    The first two also add the gated residual.
+    """
     layout = problem.layout()
     image = layout.image_index
     x, y = (problem.normal(layout.num_tokens, WIDTH, seed=seed) for seed in (0, 1))
@@ -82,11 +85,11 @@ def _both(
         return torch.autograd.grad(function(*leaves), leaves, grads)
 
     def truth() -> Outputs:
-        """Of all images at once: 15 GB at the last stage of 16 guided images."""
+        """Compute all images at once: 15 GB at the last stage with 16 guided images."""
         return backward(plain, tuple(t.double().requires_grad_() for t in inputs), tuple(g.double() for g in grads))
 
-    # Forward: operands and outputs. Backward: the residual again (and y where there is a gate) with all rows but the
-    # shift, gradients in and out.
+    # Forward: operands and outputs. Backward: the residual again (and y where there is a gate) with all rows except the
+    # shift; gradients in and out.
     again = size_of(*inputs[:-2], inputs[-1], image)
     yield Case(
         name=f"modulate.{name}.forward+backward/{problem.label}",

@@ -1,4 +1,4 @@
-"""ode_step: guidance and Euler; the last stage of Dopri5 and its error norm."""
+"""ode_step: an Euler step with guidance; the last stage of Dopri5 and its error norm, also with guidance."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from pixelflow_kernels.ode_step.specimens import ERROR, STAGES
 from .case import PATCH_CHANNELS, Case, Outputs, Problem, compiled, size_of
 
 SOLUTION = STAGES[-1]
-"""Dopri5's longest row: the state that an attempt arrives at, of six slopes, the newest of them not stored yet."""
+"""Dopri5's longest row: the state at the end of an attempt, from six slopes of which the newest is not stored yet."""
 TOLERANCES = (1e-3, 1e-6)
 
 NORM_GROWTH = 4 * torch.finfo(torch.float32).eps / torch.finfo(torch.float64).eps
-"""The norm is float64, its squares are added up in float32: 4 times level D's two roundings are of that type."""
+"""Growth of the error norm: it is float64, but its squares are summed in float32, so level D's two roundings become
+four times two float32 roundings."""
 
 
 def cases(problem: Problem) -> Iterator[Case]:
-    """On the head's tokens; the state is float32."""
+    """Yield cases on tokens as the model's head produces them; the state is float32."""
     B, device = problem.batch, problem.device
     values = problem.side**2 * PATCH_CHANNELS
     x = problem.normal(B, values, dtype=torch.float32)
@@ -47,7 +48,8 @@ def cases(problem: Problem) -> Iterator[Case]:
 
 
 def _attempt(problem: Problem, x: Tensor, velocity: Tensor, step: Tensor, weight: Tensor) -> Iterator[Case]:
-    """What an attempt of Dopri5 does with its newest velocities: store the slope, and move or measure."""
+    """Yield what an attempt of Dopri5 does with its newest velocities: store the slope, and update the state or compute
+    the error norm."""
     B, out = problem.batch, torch.empty_like(x)
     slopes = problem.normal(len(ERROR), *x.shape, seed=2, dtype=torch.float32)
     tolerance = torch.tensor(TOLERANCES, dtype=torch.float64, device=problem.device)
@@ -71,7 +73,7 @@ def _attempt(problem: Problem, x: Tensor, velocity: Tensor, step: Tensor, weight
         norm = error_norm_(slopes, x, step, SOLUTION, ERROR, tolerance, velocity, weight)
         return norm, slopes[-1]
 
-    # Read: the state, stored slopes whose weight is not 0, velocities. Written: the newest slope, and state or norms.
+    # Read: state, velocities and stored slopes with nonzero weight. Written: the newest slope, and state or norms.
     of_stage, of_error = (sum(w != 0 for w in row[:-1]) for row in (SOLUTION, ERROR))
     size = size_of(x)
     for name, ours, plain, known, moved, growth in (
@@ -90,13 +92,13 @@ def _on_slopes(
     size: int,
     growth: tuple[float, ...] | None,
 ) -> Case:
-    """A case whose variants write into slopes of their own: what one leaves there must not pass for another's.
+    """Return a case in which each variant writes into its own slopes, so that none can pass with another's result.
 
     Args:
-        name: of the case.
-        ours, plain: of state, slopes and velocity; the last slope is written.
-        inputs: these three; the slopes are not touched.
-        size: bytes that are read and written.
+        name: name of the case.
+        ours, plain: functions of state, slopes and velocity that write the last slope.
+        inputs: state, slopes and velocity; these slopes are not written to.
+        size: bytes read and written.
         growth: see :class:`Case`; None for level A.
     """
     x, slopes, velocity = inputs
@@ -118,7 +120,7 @@ def _on_slopes(
 
 
 def _poisoned(slopes: Tensor) -> Tensor:
-    """A copy whose last slope is not there yet."""
+    """Return a copy whose last slope, which is to be written, is NaN."""
     copy = slopes.clone()
     copy[-1] = torch.nan
     return copy

@@ -1,4 +1,4 @@
-"""rope2d: norm and rotation of q and k, read out of a fused product, forward and backward; and the rotation alone."""
+"""rope2d: norm and rotation of q and k, slices of a fused product, forward and with backward; the rotation alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EPS = 1e-6
 
 
 def cases(problem: Problem) -> Iterator[Case]:
-    """Forward, backward, rotation."""
+    """Yield norm with rotation forward, the same with its backward pass, and the rotation alone."""
     layout = problem.layout()
     T = layout.num_tokens
     table = rotation_table(layout, HEAD_DIM)
@@ -65,7 +65,7 @@ def cases(problem: Problem) -> Iterator[Case]:
         return tuple(x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs[:4])
 
     def truth() -> Outputs:
-        """Of all images at once: 17 GB at the last stage of 16 guided images."""
+        """Compute all images at once: 17 GB at the last stage with 16 guided images."""
         table = rotation_table(layout, HEAD_DIM, torch.float64)
         return backward(leaves_of(torch.float64), table, tuple(g.double() for g in grads), ours=False)
 

@@ -15,7 +15,7 @@ OURS, BACKWARD = "ours", "+backward"
 
 
 def kernel_table(run: Run) -> TextTable:
-    """A row per case and variant: time, rates, and how many times faster than plain PyTorch."""
+    """A row per case and variant: time, rates, how many times faster than eager PyTorch, and the target of ours."""
     environment, ceilings = run.environment, run.of_kind("ceilings")[0]
     rows = []
     for r in run.records:
@@ -46,7 +46,7 @@ def kernel_table(run: Run) -> TextTable:
 
 
 def _target(run: Run, record: Record) -> str:
-    """What this kernel should reach, with the verdict; nothing of one that has no place among the stages."""
+    """Return the kernel's target with the verdict; empty if the case has no stage, or a backward pass no forward."""
     shape = re.search(r"/stage(\d)-b\d+$", record["case"])
     if shape is None:
         return ""

@@ -1,6 +1,7 @@
-"""varlen_attention: self-attention of packed images, forward and with its backward, beside SDPA and FlashAttention.
+"""varlen_attention: self-attention of packed images, forward and with backward, against SDPA and FlashAttention.
 
-Floating-point operations are counted at the head's own 72 channels: two products forward, five backward.
+Floating-point operations are counted for the 72 channels of a head, without padding: two products forward, five
+backward.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SDPA = {"SDPA (cuDNN)": SDPBackend.CUDNN_ATTENTION, "SDPA (flash)": SDPBackend.F
 
 
 def cases(problem: Problem) -> Iterator[Case]:
-    """Forward, and forward with backward, on one stage's pack."""
+    """Yield forward, and forward with backward, on the pack of one stage."""
     layout = problem.layout()
     images, length = layout.num_images, problem.side**2
     cu, longest = layout.cu_seqlens, layout.max_seqlen
@@ -94,7 +95,7 @@ def _gradients_call(
 def _present(
     functions: dict[str, Callable[..., Tensor]], inputs: tuple[Tensor, ...]
 ) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
-    """Those that run on these inputs, and the others with the reason; ours has to run."""
+    """Split functions into those that run on these inputs and the others with the reason; on a GPU, ours must run."""
     present, absent = {}, {}
     for name, function in functions.items():
         try:

@@ -1,1 +1,1 @@
-"""``bench memory``: peaks per stage, batch and variant, measured; and live bytes, counted without a GPU."""
+"""``bench memory``: measured peaks per stage, batch size and variant, and live bytes counted without a GPU."""

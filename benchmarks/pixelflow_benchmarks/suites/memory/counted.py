@@ -1,7 +1,7 @@
-"""Live bytes of one evaluation of a model on a CUDA device that need not be there, counted on fake tensors.
+"""Live bytes of one evaluation of a model on a CUDA device that need not exist, counted on fake tensors.
 
-A stage is run through its last step. What is made before it for all its steps is counted with it: static tensors, the
-modulations of every step, the casts of weights that autocast keeps.
+Only the last step of a stage is run. What is made beforehand for all steps of the stage is counted with it: static
+tensors, the modulations of every step, and the casts of weights that autocast keeps.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .records import memory_figures, memory_head, size_of, skipped, with_slopes
 FUSED, PLAIN, REFERENCE = "engine, fused", "engine, plain", "reference, bf16 autocast"
 VARIANTS = (FUSED, PLAIN, REFERENCE)
 STEPS = 10
-"""Euler's, the default of a call; the engine keeps the modulations of all of them."""
+"""Euler steps of a stage, the default of a call; the engine keeps the modulations of all of them."""
 
 CUDA = torch.device("cuda")
 
@@ -47,8 +47,8 @@ class Counted:
     """Bytes of an evaluation.
 
     Attributes:
-        weights: that were there before, laid side by side where the variant does that.
-        activations: the most that lived beside them.
+        weights: bytes of the weights, which exist beforehand; concatenated if the variant does that.
+        activations: peak of the live bytes in addition to the weights.
     """
 
     weights: int
@@ -58,16 +58,17 @@ class Counted:
 def count_memory(
     shape: str, names: Sequence[str], batches: Sequence[int], deadline: float = math.inf
 ) -> Iterator[Record]:
-    """Count variants at every stage and batch.
+    """Count variants at every stage and batch size.
 
     Args:
-        shape: of the model; weights and products are bf16, the reference's weights float32.
-        names: of variants.
-        batches: images; with guidance the model sees twice as many.
-        deadline: after which no stage is begun, on the clock of ``time.perf_counter``.
+        shape: shape of the model; weights and products are bf16, the reference's weights float32.
+        names: names of variants.
+        batches: numbers of images; with guidance the model sees twice as many sequences.
+        deadline: time after which no stage is begun, on the clock of ``time.perf_counter``.
 
     Yields:
-        ``memory`` of each, ``counted``, the largest stage first; ``skipped`` for what no time was left for.
+        A ``memory`` record of each, marked ``counted``, the largest stage first; ``skipped`` for a stage that there was
+        no time left for.
     """
     config = SHAPES[shape]
     for stage in reversed(range(config.scheduler.num_stages)):
@@ -93,7 +94,7 @@ def count_memory(
 
 
 def count(name: str, problem: StageProblem) -> Counted:
-    """The last step of a stage by one of :data:`VARIANTS`."""
+    """Count the last step of a stage by one of :data:`VARIANTS`."""
     if name == REFERENCE:
         return _count_reference(problem)
     operations: Operations = FusedOperations("triton") if name == FUSED else PlainOperations()

@@ -1,8 +1,8 @@
-"""Bytes that live at once, by two accounts: what operations give back, and what the CPU's allocator was asked for.
+"""Bytes alive at the same time, counted in two ways: from the results of operations, and from the CPU's allocator.
 
-The first sees tensors, also fake ones, so it needs neither a device nor memory. What a kernel takes and releases inside
-one operation is hidden from it. The second sees every request to PyTorch's allocator for CPUs, that one included, but
-not what a library takes from the system itself.
+The first way (:class:`LiveBytes`) sees tensors, also fake ones, so that it needs neither a device nor memory. It does
+not see what a kernel allocates and releases within one operation. The second way (:func:`allocator_peak`) sees every
+request to PyTorch's CPU allocator, those within an operation included, but not what a library takes from the system.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from pixelflow_benchmarks.harness.profiling import cpu_profile
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, counts the bytes of the tensors that operations make, until nobody holds them any more.
+    """Dispatch mode that counts the bytes of the storages that operations create, until their last reference is gone.
 
-    What was there before, like weights, is not counted, nor are views of it.
+    Tensors that existed before, such as weights, are not counted, nor are views of them.
 
     Args:
-        device: only tensors of this kind of device count: ``cpu``, ``cuda``.
-        weights: tensors whose casts live to the end, as those that autocast makes of them do.
+        device: type of the devices whose tensors count: ``cpu`` or ``cuda``.
+        weights: tensors whose casts are kept alive to the end, as autocast keeps its casts of weights.
 
     Attributes:
-        now: bytes that live.
-        peak: the most that lived at once.
+        now: bytes alive now.
+        peak: the most bytes alive at the same time so far.
     """
 
     def __init__(self, device: str, weights: Iterable[Tensor] = ()) -> None:
@@ -42,10 +42,10 @@ class LiveBytes(TorchDispatchMode):
         self._finalizers: list[weakref.finalize[Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count what it made."""
+        """Run the operation and count the storages that it creates."""
         kwargs = kwargs or {}
         for tensor in self._tensors((args, kwargs)):
-            self._note(tensor, 0)  # unseen so far: it was there before
+            self._note(tensor, 0)  # not seen before as a result: it existed before counting began
         out = func(*args, **kwargs)
         if func._schema.name == "aten::_to_copy" and id(args[0]) in self._weights:
             self._casts.append(out)
@@ -55,7 +55,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def __exit__(self, *raised: Any) -> None:
-        """Stop counting; what is released later changes nothing."""
+        """Stop counting; later releases change nothing."""
         for finalizer in self._finalizers:
             finalizer.detach()
         self._finalizers.clear()
@@ -74,7 +74,7 @@ class LiveBytes(TorchDispatchMode):
             return
         self._known.add(key)
         self.now += size
-        # A storage's Python object lives as long as the storage does, whoever holds it.
+        # A storage's Python object lives as long as the storage itself, whatever refers to it.
         self._finalizers.append(weakref.finalize(storage, self._release, key, size))
 
     def _release(self, key: int, size: int) -> None:
@@ -83,10 +83,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def allocator_peak(run: Callable[[], object]) -> int:
-    """The most bytes that PyTorch's allocator for CPUs had given out at once during a run, beside those before it."""
+    """Return the peak of the bytes handed out by PyTorch's CPU allocator during a run, beyond those before it."""
     with cpu_profile(memory=True) as found:
         kept = run()
-    del kept  # until now, so that what is returned counts to the end
+    del kept  # only now, so that what the run returns counts to the end
     results: Any = found.profiler.kineto_results if found.profiler is not None else None
     if results is None:
         return 0
@@ -96,7 +96,7 @@ def allocator_peak(run: Callable[[], object]) -> int:
         if event.name() == "[memory]" and event.device_type().name == "CPU"
     ]
     now = peak = 0
-    for _, change in sorted(changes, key=lambda one: one[0]):  # those of one moment stay in their order
+    for _, change in sorted(changes, key=lambda one: one[0]):  # stable: changes at the same time stay in order
         now += change
         peak = max(peak, now)
     return peak

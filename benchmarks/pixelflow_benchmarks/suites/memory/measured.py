@@ -1,4 +1,4 @@
-"""Peaks of real runs: stages of the model by every opponent, and a training step's forward and backward pass."""
+"""Measured peaks: stages of the model by every variant, and the forward and backward pass of a training step."""
 
 from __future__ import annotations
 
@@ -39,29 +39,33 @@ def measure_memory(
     device: torch.device,
     deadline: float = math.inf,
 ) -> Iterator[Record]:
-    """Check every variant at every stage and batch, then take the peak of a run of the right ones.
+    """Check every variant at every stage and batch size, and measure the peak of a run of those that are right.
 
     Args:
-        shape: the model's name.
-        config: of the model.
-        weights: of all models, exact in ``dtype``.
-        names: of variants; the reference, which the others are checked against, is always one.
-        batches: images; with guidance the model sees twice as many. Training has as many of every stage.
-        steps: Euler's.
-        dtype: of the matrix products.
-        device: where.
-        deadline: after which no stage is begun, on the clock of ``time.perf_counter``.
+        shape: name of the model's shape.
+        config: configuration of the model.
+        weights: weights of all models, exact in ``dtype``.
+        names: names of variants; the reference, which the others are checked against, is added unless only training is
+            asked for.
+        batches: numbers of images; with guidance the model sees twice as many sequences. A training step has this
+            number of images of every stage.
+        steps: Euler steps.
+        dtype: type of the matrix products.
+        device: device to run on.
+        deadline: time after which no stage is begun, on the clock of ``time.perf_counter``. A CPU also skips a stage
+            that would end after it even if it took no longer than the stage before.
 
     Yields:
-        ``memory`` of each, on a GPU the largest stage first, on a CPU, where that takes minutes, the smallest; training
-        last. ``absent`` once for who cannot be had; ``skipped`` for what no time was left for.
+        A ``memory`` record of each. A GPU takes the largest stage first; a CPU, where that one takes minutes, the
+        smallest. Training comes last. ``absent`` once for a variant that cannot run; ``skipped`` for what there was no
+        time left for.
     """
     opponents, told, took = Opponents(config, weights, dtype, None), set[str](), 0.0
     stages = range(config.scheduler.num_stages)
     variants = tuple(dict.fromkeys((REFERENCE, *(name for name in names if name != TRAINING))))
     try:
         for stage in () if names == [TRAINING] else stages if device.type == "cpu" else reversed(stages):
-            # From small to large, a stage takes longer than the one before it.
+            # On a CPU stages run from small to large, so that each takes longer than the one before it.
             if (began := time.perf_counter()) + (took if device.type == "cpu" else 0) > deadline:
                 yield skipped(shape, f"stage {stage}", variants)
                 continue
@@ -83,18 +87,18 @@ def measure_memory(
     if TRAINING in names and time.perf_counter() > deadline:
         yield skipped(shape, "training", [TRAINING])
     elif TRAINING in names:
-        # As many of each stage, or the slope would be that of the stages that the larger batch happens to have.
+        # Equally many of each stage, or the slope would depend on the stages that the larger batch happens to have.
         sizes = [batch * config.scheduler.num_stages for batch in batches]
         yield from with_slopes([measure_training(shape, config, weights, n, dtype, device) for n in sizes])
 
 
 def measure_stage(shape: str, problem: StageProblem, opponents: Opponents, variants: Sequence[str]) -> Iterator[Record]:
-    """The records of one stage and batch; see :func:`measure_memory`.
+    """Yield the records of one stage and batch size; see :func:`measure_memory`.
 
-    A run's first time compiles and captures, and is what is checked; the peak is that of the second. It is beside what
-    lay there before the first, so what a program keeps between its steps is in it.
+    The first run compiles and captures, and is checked; the peak is that of the second run. It is relative to what was
+    allocated before the first run, so that it includes what a program keeps between runs.
     """
-    truth = true_first_state(problem, opponents.weights, ends_of(problem))  # first, while there is room
+    truth = true_first_state(problem, opponents.weights, ends_of(problem))  # first, while there is memory for it
     records: dict[str, Record] = {}
     checks: dict[str, Ran] = {}
     for name in variants:
@@ -108,7 +112,7 @@ def measure_stage(shape: str, problem: StageProblem, opponents: Opponents, varia
             checks[name] = _on_host(run.run(keep_first=True))
             found = peak_of(run.run, problem.device, before, _pool(run))
             records[name] = record | memory_figures(opponents.size(name), **found)
-        except Exception as error:  # the others are measured all the same
+        except Exception as error:  # the other variants are still measured
             records[name] = record | {"right": False, "fault": first_line(error)}
             checks.pop(name, None)
         finally:
@@ -122,12 +126,12 @@ def measure_stage(shape: str, problem: StageProblem, opponents: Opponents, varia
 
 
 def _on_host(ran: Ran) -> Ran:
-    """The same where it takes no room on the device."""
+    """Copy the states to the host, where they take no device memory."""
     return replace(ran, first=None if ran.first is None else ran.first.cpu(), end=ran.end.cpu())
 
 
 def _pool(run: object) -> Pool | None:
-    """What a run's graphs share; None without graphs. It is there after the first run."""
+    """Return the memory pool that a run's graphs share; None without graphs. It exists after the first run."""
     capture = run.store.capture if isinstance(run, EngineRun) else None
     return capture.pool if isinstance(capture, CudaCapture) else None
 
@@ -140,7 +144,7 @@ def measure_training(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Record:
-    """A forward and backward pass by plain PyTorch, the images spread over all stages."""
+    """Measure a forward and backward pass by plain PyTorch, with the images spread over all stages."""
     record = memory_head(shape, "training", batch, TRAINING, counted=False) | {"right": True}
     try:
         step = training_step(config, weights, batch, dtype, device)

@@ -1,4 +1,4 @@
-"""The peak of a run: by the allocator's own account, beside it what the system, or the graphs' pool, holds."""
+"""The peak of a run as PyTorch's allocator counts it, and what the system sees or the graphs' pool holds."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PROCESS = Path("/proc/self")
 
 
 def settle(device: torch.device) -> int:
-    """Release what nobody holds; the bytes that are left on a GPU."""
+    """Release unreferenced memory and return the bytes that remain allocated on a GPU; 0 for a CPU."""
     gc.collect()
     if device.type != "cuda":
         return 0
     with torch.cuda.device(device):
         one = torch.ones(16, 16, device=device)
-        _ = one @ one  # the library's workspace is nobody's in particular
+        _ = one @ one  # allocates the library's workspace, which must not be attributed to a variant
         del one, _
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -32,16 +32,16 @@ def settle(device: torch.device) -> int:
 
 
 def peak_of(run: Callable[[], object], device: torch.device, before: int, pool: Pool | None) -> dict[str, int]:
-    """The peak of one run, beside what lay there before.
+    """Measure the peak of one run, beyond what was allocated before.
 
     Args:
-        run: on a GPU it runs once; on a CPU a second time for the system's figure.
-        device: where.
-        before: what :func:`settle` gave before the run was made ready.
-        pool: that its graphs share.
+        run: the run; a GPU runs it once, a CPU a second time for the system's figure.
+        device: device that it runs on.
+        before: what :func:`settle` returned before the first run.
+        pool: memory pool that its graphs share.
 
     Returns:
-        ``activations``, and fields of a record of memory.
+        ``activations``, and further fields of a ``memory`` record.
     """
     if device.type != "cuda":
         found = {"activations": allocator_peak(run)}
@@ -55,25 +55,25 @@ def peak_of(run: Callable[[], object], device: torch.device, before: int, pool: 
     activations = torch.cuda.max_memory_allocated(device) - before
     found = {"activations": activations, "reserved_bytes": torch.cuda.max_memory_reserved(device)}
     if pool is not None:
-        # What a replay uses lies in the pool, and the allocator counts of it only what is held by tensors.
+        # What a replay uses lies in the pool, of which the allocator counts only what tensors hold.
         held, used = pool_sizes(pool)
         found |= {"activations": activations + held - used, "pool_bytes": held}
     return found
 
 
 def pool_sizes(pool: Pool) -> tuple[int, int]:
-    """Bytes that a graph pool holds, and those of them that tensors hold."""
+    """Return the bytes that a graph pool holds, and how many of them belong to tensors."""
     segments = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(pool)]
     return sum(s["total_size"] for s in segments), sum(s["allocated_size"] for s in segments)
 
 
 def resident_peak(run: Callable[[], object]) -> int | None:
-    """By how many bytes the process grew at most during a run, for the system; None where the system does not tell."""
+    """Return by how many bytes the process's resident memory grew at most during a run; None if that is unknown."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what was released before must not be taken for what is there
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was released earlier must not count as resident
     try:
-        (PROCESS / "clear_refs").write_text("5")  # the peak begins anew
+        (PROCESS / "clear_refs").write_text("5")  # resets the peak
         before = _resident("VmRSS")
         run()
         return max(_resident("VmHWM") - before, 0)

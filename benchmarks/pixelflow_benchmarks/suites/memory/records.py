@@ -1,17 +1,18 @@
-"""What a record of memory says.
+"""Records of kind ``memory``.
 
-A record of kind ``memory`` has ``case``, ``variant`` and, unless it has a ``fault``:
+A record has ``case``, ``variant`` and ``counted`` (whether nothing ran and the bytes are those of fake tensors). Unless
+it has a ``fault``, it also has:
 
 ==================== ==================================================================================================
-``weights_bytes``    parameters, and buffers that are made of them once
-``activation_bytes`` what is beside them at the peak
-``peak_bytes``       both
-``per_image_bytes``  what one further image of the batch adds: the slope from the smallest batch to the largest
-``pool_bytes``       of the activations, what graphs hold; on a GPU with graphs
-``reserved_bytes``   what PyTorch had taken from the GPU at the peak, all opponents' weights included
-``resident_bytes``   by how much the process grew, for the system; on a CPU
-``gradient_bytes``   of the activations of a training step
-``counted``          nothing ran: the account of fake tensors
+``weights_bytes``    parameters, and buffers that are made from them once
+``activation_bytes`` everything else at the peak
+``peak_bytes``       the sum of both
+``per_image_bytes``  what a further image of the batch adds: the slope from the smallest batch to the largest; only with
+                     two batches or more
+``pool_bytes``       the part of the activations that graphs hold; on a GPU with graphs
+``reserved_bytes``   what PyTorch had reserved on the GPU at the peak, the weights of all opponents included
+``resident_bytes``   growth of the process as the system sees it; on a CPU
+``gradient_bytes``   the part of a training step's activations that are gradients
 ==================== ==================================================================================================
 """
 
@@ -26,20 +27,20 @@ from pixelflow_benchmarks.harness.results import Record
 
 
 def size_of(module: nn.Module) -> int:
-    """Bytes of its parameters and buffers; what several share is there once."""
+    """Return the bytes of a module's parameters and buffers; shared storages count once."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def memory_head(shape: str, work: str, batch: int, variant: str, *, counted: bool) -> Record:
-    """What says whose record it is.
+    """Return the fields that identify a record.
 
     Args:
-        shape: of the model.
-        work: what is done: ``stage 3``, ``training``.
-        batch: images at once.
-        variant: who does it.
-        counted: on fake tensors.
+        shape: shape of the model.
+        work: what is run: ``stage 3``, ``training``.
+        batch: number of images.
+        variant: name of the variant.
+        counted: whether the bytes are counted on fake tensors.
     """
     case = f"{shape}, {work}, batch {batch}"
     named = {"case": case, "variant": variant, "shape": shape, "work": work, "batch": batch}
@@ -47,7 +48,7 @@ def memory_head(shape: str, work: str, batch: int, variant: str, *, counted: boo
 
 
 def memory_figures(weights: int, activations: int, **more: Any) -> Record:
-    """The bytes of a record."""
+    """Return the fields of a record that hold bytes."""
     return {
         "weights_bytes": weights,
         "activation_bytes": activations,
@@ -57,13 +58,13 @@ def memory_figures(weights: int, activations: int, **more: Any) -> Record:
 
 
 def skipped(shape: str, work: str, variants: Iterable[str]) -> Record:
-    """That no time was left for this work, whatever its batch."""
+    """Return the record which says that no time was left for this work, at any batch size."""
     case = f"{shape}, {work}"
     return {"kind": "skipped", "case": case, "variants": list(variants), "reason": "no time was left"}
 
 
 def with_slopes(records: Iterable[Record]) -> Iterator[Record]:
-    """The same records; those of two batches or more of one work and variant with what one further image adds."""
+    """Yield the records, grouped by shape, work and variant; groups of several batch sizes get ``per_image_bytes``."""
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record["shape"], record["work"], record["variant"]), []).append(record)

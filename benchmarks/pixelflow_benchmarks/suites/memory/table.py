@@ -9,7 +9,7 @@ MIB = 2**20
 
 
 def memory_table(run: Run) -> TextTable:
-    """A row per case and variant: weights, what is beside them at the peak, what one further image adds."""
+    """A row per case and variant: weights, everything else at the peak, the peak, and what a further image adds."""
     rows = []
     for r in run.of_kind("memory"):
         if "fault" in r:

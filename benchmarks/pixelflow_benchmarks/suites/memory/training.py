@@ -1,4 +1,4 @@
-"""One forward and backward pass of the model, for its memory alone."""
+"""A forward and backward pass of the model, run only to measure its memory."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from .live import LiveBytes
 
 @dataclass(eq=False, slots=True)
 class TrainingStep:
-    """A model with gradients, and what it is shown.
+    """A model that requires gradients, and its batch.
 
     Attributes:
-        model: its operations are plain PyTorch's.
-        batch: of noisy images.
-        gradients: bytes of the last run's gradients.
+        model: the model, with plain PyTorch operations.
+        batch: batch of noisy images.
+        gradients: bytes of the gradients of the last :meth:`run`.
     """
 
     model: PackedTransformer
@@ -42,13 +42,13 @@ class TrainingStep:
     gradients: int = 0
 
     def run(self) -> None:
-        """Loss and gradients, which are released at the end: the next run begins like this one."""
+        """Compute loss and gradients; these are released at the end, so that every run starts from the same state."""
         self._backward()
         self.gradients = sum(p.grad.untyped_storage().nbytes() for p in self.model.parameters() if p.grad is not None)
         self.model.zero_grad(set_to_none=True)
 
     def fault(self) -> str | None:
-        """Run, and say what is wrong, if something is."""
+        """Run, and return what is wrong, or None."""
         loss = self._backward()
         if not bool(loss.isfinite()):
             return "the loss is not finite"
@@ -69,14 +69,14 @@ class TrainingStep:
 def training_step(
     config: PixelFlowConfig, weights: Mapping[str, Tensor], images: int, dtype: torch.dtype, device: torch.device
 ) -> TrainingStep:
-    """A step on random images, spread over the stages as training does it.
+    """Make a step on random images, spread over the stages as in training.
 
     Args:
-        config: of the model.
-        weights: of the model.
-        images: how many.
-        dtype: of weights and products.
-        device: where.
+        config: configuration of the model.
+        weights: weights of the model.
+        images: number of images.
+        dtype: type of weights and products.
+        device: device to run on.
     """
     with torch.device("meta"):
         model = PackedTransformer(config.model)
@@ -92,15 +92,16 @@ def training_step(
 
 
 def count_recipe(recipe: TrainConfig) -> tuple[int, int]:
-    """Bytes of a recipe's largest pack on the fused operations, counted on fake tensors: one process, copies in bf16.
+    """Count the bytes of a recipe's largest pack on the fused operations, on fake tensors and for a single process.
 
     Returns:
-        what lives all the time: weights, moments, averages, the computing copy and the sum of gradients; and the most
-        that forward and backward pass of a pack have beside them.
+        The bytes that live all the time (float32 weights, moments and averages; if the recipe computes in another type,
+        also the copy that computes and the float32 sum of gradients), and the peak of what the forward and backward
+        pass of a pack adds to them.
     """
     grids = max(shapes_of_steps(recipe), key=lambda parts: sum(rows * columns for rows, columns in parts[0]))[0]
     dtype, tokens = getattr(torch, recipe.compute.dtype), sum(rows * columns for rows, columns in grids)
-    # Fake tensors of a CPU, as autograd asks for CUDA where tensors are there; the sizes are those of any device.
+    # Fake CPU tensors, as autograd requires CUDA for tensors on a CUDA device; their sizes are those of any device.
     with FakeTensorMode(), mock.patch.object(attention_backends, "why_not", return_value=None):
         model = PackedTransformer(recipe.model, FusedOperations("triton"))
         for part in model.modules():

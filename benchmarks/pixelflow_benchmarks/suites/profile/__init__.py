@@ -1,1 +1,1 @@
-"""Where a stage's time goes: a profiler's trace, its kernels by class, each class beside its floor."""
+"""``bench profile``: where a stage's time goes: a profiler trace, and its kernels by class, with each class's floor."""

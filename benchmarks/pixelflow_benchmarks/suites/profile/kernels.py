@@ -1,4 +1,4 @@
-"""Which kernel, or on a CPU which operator, does what: classes by name, as torch.profiler gives names."""
+"""Classes of kernels, or of operators on a CPU, by the names that torch.profiler reports."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pixelflow_benchmarks.harness.tracing import FREE, PRODUCTS
 Class = Literal["products", "attention", "pointwise", "copies", "other", "idle"]
 
 CLASSES: tuple[Class, ...] = ("products", "attention", "pointwise", "copies", "other", "idle")
-"""``other`` is on a CPU what makes views and tensors without values, or only calls other operators. ``idle`` has no
-kernels: it is the rest of the wall time."""
+"""On a CPU, ``other`` includes operators that make views or uninitialised tensors, or only call other operators.
+``idle`` has no kernels: it is the rest of the wall time."""
 
 OURS: dict[Class, tuple[str, ...]] = {
     "attention": (
@@ -30,19 +30,19 @@ OURS: dict[Class, tuple[str, ...]] = {
         "_squares_kernel", "_norm_kernel", "_numbers_kernel", "_update_kernel",
     ),
 }  # fmt: skip
-"""The kernels of :mod:`pixelflow_kernels` that are launched."""
+"""The Triton kernels that :mod:`pixelflow_kernels` launches."""
 
 PASSES = {"_rope2d_forward_kernel": 1 / 3, "_modulate_forward_kernel": 2 / 3}
-"""Of a block's three fused passes, which its floor counts, these kernels' share."""
+"""Share of these kernels in a block's three fused passes, which are what the pointwise floor counts."""
 
 _KERNELS: tuple[tuple[Class, str], ...] = (
-    # Inductor's names tell which operations were fused, products among them: they are first.
+    # Inductor's names list the operations that were fused, products among them, so that they must be matched first.
     ("attention", r"^triton_tem_.*attention"),
     ("products", r"^triton_tem_"),
     ("pointwise", r"^triton_(poi|red|per|for)_|(^|_)cpp_fused_|^## Call CompiledFxGraph"),
     ("copies", r"^mem(cpy|set)\b|direct_copy_kernel|CatArrayBatchedCopy|FillFunctor"),
     ("copies", r"index_elementwise_kernel|indexSelect|gather_kernel"),
-    ("attention", r"flash|fmha|sdpa|attention"),  # before products: CUTLASS makes attention, too
+    ("attention", r"flash|fmha|sdpa|attention"),  # before products: CUTLASS has attention too
     ("products", r"nvjet|gemm|gemv|cutlass|cublas|splitKreduce|^mkldnn::|^mkl::|^pixelflow::.*linear"),
     ("pointwise", r"at::native::|^pixelflow::"),
 )
@@ -52,11 +52,11 @@ _CALLING = {
     "linear", "matmul", "scaled_dot_product_attention", "layer_norm", "convolution", "_convolution", "conv2d",
     "_to_copy", "clone", "repeat", "stack", "zero_", "embedding",
 }  # fmt: skip
-"""Their work is that of the operators that they call."""
+"""Operators that leave their work to the operators that they call."""
 
 
 def class_of(name: str) -> Class:
-    """The class of a kernel, or of an operator of a CPU."""
+    """Return the class of a kernel, or of an operator on a CPU."""
     for known, names in OURS.items():
         if name in names:
             return known
@@ -85,12 +85,12 @@ def _is_view(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A kernel, or an operator without those that it calls.
+    """A kernel, or an operator without the operators that it calls.
 
     Attributes:
-        name: as the profiler has it.
-        calls: how often it ran.
-        seconds: of all calls.
+        name: name reported by the profiler.
+        calls: number of calls.
+        seconds: seconds of all calls together.
     """
 
     name: str
@@ -99,17 +99,17 @@ class Row:
 
     @property
     def kind(self) -> Class:
-        """Its class."""
+        """Class of the kernel or operator."""
         return class_of(self.name)
 
 
 def busy_rows(averages: Iterable[Any], on_gpu: bool) -> list[Row]:
-    """What kept the device busy, longest first.
+    """Return what kept the device busy, longest first.
 
     Args:
-        averages: what ``profiler.key_averages()`` gives. On a GPU it holds kernels, the operators that launched them,
-            whose device time is that of the same kernels, and the ranges around both: kernels alone count.
-        on_gpu: kernels, otherwise operators of the CPU.
+        averages: what ``profiler.key_averages()`` returns. On a GPU it holds kernels, the operators that launched them
+            (with the device time of the same kernels) and the ranges around both: only kernels are counted.
+        on_gpu: whether to return kernels; otherwise operators on the CPU.
     """
     averages, device = list(averages), "CUDA" if on_gpu else "CPU"
     ranges = {event.key for event in averages if event.is_user_annotation}

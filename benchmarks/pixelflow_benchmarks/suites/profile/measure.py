@@ -1,4 +1,4 @@
-"""A stage under torch.profiler: checked and warm first, then timed without the profiler, then once with it."""
+"""A stage under torch.profiler: it is checked and warmed up, then timed without the profiler, then run once with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from pixelflow_engine import ranges
 from .kernels import CLASSES, PASSES, Class, Row, busy_rows
 
 PROFILED = tuple(name for name in VARIANTS if name != PUBLIC and SOLVER_OF.get(name, "euler") == "euler")
-"""Who can be profiled: the published code runs in a process of its own, where no profiler of ours looks."""
+"""Variants that can be profiled: those with an Euler solver that run in this process, which excludes the published
+code."""
 
 
 def measure_profiles(
@@ -34,17 +35,17 @@ def measure_profiles(
     """Profile one stage, one variant after the other.
 
     Args:
-        problem: the stage, Euler's steps.
-        variants: of :data:`PROFILED`; the reference runs anyway, to set the bound of the check.
-        opponents: their models.
-        ceilings: of the device.
-        repeats: runs without the profiler.
-        folder: where traces are written.
+        problem: the stage, with Euler's solver.
+        variants: names from :data:`PROFILED`; the reference is always run, to set the bound of the check.
+        opponents: models of the variants.
+        ceilings: measured ceilings of the device.
+        repeats: number of runs without the profiler.
+        folder: folder in which traces are written.
 
     Yields:
-        for each variant a ``measurement``, as ``bench stages`` has it, with ``trace``, ``profiled_seconds`` (wall time
-        of the profiled run) and ``busy_seconds``; then a ``class`` for each class of kernels and a ``kernel`` for each
-        of them. Seconds of these two are of the whole run. ``absent`` for who cannot be had.
+        For each variant a ``measurement`` as in ``bench stages``, with ``trace``, ``profiled_seconds`` (wall time of
+        the profiled run) and ``busy_seconds``; then a ``class`` record for each class of kernels and a ``kernel``
+        record for each kernel, whose seconds are those of the whole run. ``absent`` for variants that cannot run.
     """
     truth = true_first_state(problem, opponents.weights, ends_of(problem))
     runs: dict[str, StageRun] = {}
@@ -55,7 +56,7 @@ def measure_profiles(
             if (run := opponents.runs(name, problem)) is not None:
                 checks[name] = run.run(keep_first=True)
                 runs[name] = run
-        except Exception as error:  # a compiler fails in many ways; the others are measured all the same
+        except Exception as error:  # a compiler can fail in many ways; the other variants are still measured
             failed[name] = first_line(error)
     faults = stage_faults(problem, checks, truth)
     failed |= {name: "; ".join(found) for name, found in faults.items() if found}
@@ -90,24 +91,24 @@ def _profiled(
 
 
 def trace_run(run: StageRun, problem: StageProblem, file: Path) -> tuple[float, list[Row]]:
-    """Run it once under the profiler, with the engine's ranges.
+    """Run a stage once under the profiler, with the engine's ranges.
 
     Args:
-        run: the stage, compiled, captured and warm.
-        problem: what it runs.
-        file: where the trace goes, ``*.json.gz``.
+        run: the stage, compiled, captured and warmed up.
+        problem: the problem that it runs.
+        file: file for the trace, ``*.json.gz``.
 
     Returns:
-        wall seconds of the run, and what kept the device busy meanwhile.
+        Wall seconds of the run, and what kept the device busy during it.
     """
     on_gpu = problem.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     profiler = partial(profile, activities=activities, acc_events=True)
-    with profiler():  # what it needs is set up when it is first used, which takes long
+    with profiler():  # the first use sets up the profiler, which takes long
         wait_for(problem.device)
 
     def stage() -> Ran:
-        with ranges.named("stage", problem.stage):  # the cascade names its stages; here there is one, and no cascade
+        with ranges.named("stage", problem.stage):  # the cascade loop, which does this, does not run
             return run.run()
 
     with profiler() as active, ranges.ranges_shown():
@@ -117,7 +118,7 @@ def trace_run(run: StageRun, problem: StageProblem, file: Path) -> tuple[float, 
 
 
 def class_floors(problem: StageProblem, evaluations: int, ceilings: Ceilings) -> dict[Class, float]:
-    """Seconds that each class takes at the device's ceilings, for all evaluations of a run; copies need not be."""
+    """Return the seconds of each class at the device's ceilings, for all evaluations of a run; copies have no floor."""
     return {
         "products": evaluations * ceilings.floor(problem.product_flops, 0),
         "attention": evaluations * ceilings.floor(problem.attention_flops, 0),
@@ -126,11 +127,11 @@ def class_floors(problem: StageProblem, evaluations: int, ceilings: Ceilings) ->
 
 
 def class_records(rows: Sequence[Row], wall: float, floors: Mapping[Class, float]) -> Iterator[Record]:
-    """A record for each class: calls, seconds, their share of the wall time, and its floor where there is one."""
+    """Yield a record for each class: calls, seconds, share of the wall time, and the floor if there is one."""
     busy = sum(row.seconds for row in rows)
     for name in CLASSES:
         members = [row for row in rows if row.kind == name]
-        # Kernels of several streams may run at once: then nothing is idle.
+        # Kernels of several streams may overlap, so that their sum may exceed the wall time.
         seconds = max(0.0, wall - busy) if name == "idle" else sum(row.seconds for row in members)
         record = {
             "kind": "class",
@@ -143,7 +144,7 @@ def class_records(rows: Sequence[Row], wall: float, floors: Mapping[Class, float
 
 
 def kernel_records(rows: Sequence[Row], floors: Mapping[Class, float]) -> Iterator[Record]:
-    """A record for each kernel, longest first; its floor where the kernel's part of its class is known."""
+    """Yield a record for each kernel, longest first; with a floor if the kernel's part of its class is known."""
     busy = sum(row.seconds for row in rows)
     attention = [row for row in rows if row.kind == "attention"]
     for row in rows:
@@ -158,6 +159,6 @@ def kernel_records(rows: Sequence[Row], floors: Mapping[Class, float]) -> Iterat
         }
         if row.name in PASSES:
             record["floor_seconds"] = PASSES[row.name] * floors["pointwise"]
-        elif row in attention[:1]:  # all of attention is in one kernel, what else is called so (an operator) is little
+        elif row in attention[:1]:  # one kernel does all of attention; others of that class take little time
             record["floor_seconds"] = floors["attention"]
         yield record

@@ -19,7 +19,7 @@ ON_CPU = {"other": "views, allocations, other", "idle": "between operators"}
 
 
 def profile_tables(run: Run, top: int) -> Iterator[TextTable]:
-    """For each variant its classes, then its longest kernels."""
+    """Yield two tables for each variant: its classes, then its longest kernels."""
     for measured in run.of_kind("measurement"):
         if measured["right"]:
             yield class_table(run, measured)
@@ -27,7 +27,7 @@ def profile_tables(run: Run, top: int) -> Iterator[TextTable]:
 
 
 def class_table(run: Run, measured: Record) -> TextTable:
-    """A row per class: milliseconds of an evaluation of the whole batch, beside their floor."""
+    """A row per class: milliseconds per evaluation of the whole batch, and their floor."""
     names = NAMES | ({} if "gpu" in run.environment else ON_CPU)
     scale = 1000 / measured["evaluations"]
     rows = []
@@ -56,7 +56,7 @@ def class_table(run: Run, measured: Record) -> TextTable:
 
 
 def kernel_table(run: Run, measured: Record, top: int) -> TextTable:
-    """The longest kernels; total and floor are of the whole run."""
+    """A row for each of the longest kernels; total and floor are those of the whole run."""
     rows = []
     for r in _of(run, "kernel", measured)[:top]:
         name = r["name"] if len(r["name"]) <= LONGEST_NAME else r["name"][: LONGEST_NAME - 3] + "..."

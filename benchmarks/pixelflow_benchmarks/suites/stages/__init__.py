@@ -1,1 +1,1 @@
-"""A step of each stage of the model, engine beside its opponents."""
+"""``bench stages``: a step of each stage of the model, by the engine and its opponents."""

@@ -1,6 +1,7 @@
-"""Stages of the published model, one opponent after the other in turns: right first, then time, memory and energy.
+"""Measurement of stages by every variant: results are checked first, then time, memory and energy are measured.
 
-A budget of seconds ends the run between two problems: every record stands by itself.
+Variants are timed in interleaved rounds. A run whose time budget is spent ends between two problems; every record is
+meaningful without those that follow.
 """
 
 from __future__ import annotations
@@ -28,11 +29,18 @@ from .tasks import Task
 def measure_stages(
     work: Iterable[Task], opponents: Opponents, ceilings: Ceilings, repeats: int, budget: float
 ) -> Iterator[Record]:
-    """Run one task after the other until the budget is spent; what runs then ends after the turn that it is in.
+    """Run one task after the other until the budget is spent; the task that runs then ends after its current round.
+
+    Args:
+        work: tasks, the most important first.
+        opponents: models of the variants.
+        ceilings: measured ceilings of the device.
+        repeats: number of rounds.
+        budget: seconds.
 
     Yields:
-        ``measurement`` for each problem and variant; ``absent`` once for who cannot be had; ``skipped`` for what no
-        time was left for.
+        A ``measurement`` for each problem and variant; ``absent`` once for a variant that cannot run; ``skipped`` for a
+        task that there was no time left for.
     """
     deadline, told, measured = time.perf_counter() + budget, set[str](), set[tuple[str, str]]()
     for task in work:
@@ -40,7 +48,7 @@ def measure_stages(
             yield {"kind": "skipped", **named(task.problem), "variants": list(task.variants)}
             continue
         for record in measure_task(task, opponents, ceilings, repeats, deadline):
-            # The reference takes part wherever somebody is compared with it; what it took is told the first time.
+            # The reference runs in every task that compares with it; only its first measurement is reported.
             if (of := (record["case"], record["variant"])) not in measured:
                 measured.add(of)
                 yield record
@@ -52,7 +60,7 @@ def measure_stages(
 
 
 def named(problem: StageProblem) -> Record:
-    """What says which problem a record belongs to."""
+    """Return the fields that identify the problem of a record."""
     return {
         "case": f"stage {problem.stage}, batch {problem.batch}, {problem.solver}",
         "stage": problem.stage,
@@ -66,19 +74,22 @@ def named(problem: StageProblem) -> Record:
 def measure_task(
     task: Task, opponents: Opponents, ceilings: Ceilings, repeats: int, deadline: float = math.inf
 ) -> Iterator[Record]:
-    """Check every variant, time the right ones in turns, then energy.
+    """Check every variant, time the right ones in interleaved rounds, then measure energy.
 
     Args:
-        task: the problem and who runs it.
-        opponents: their models.
-        ceilings: of the device.
-        repeats: turns.
-        deadline: after which no turn is begun and no energy measured, on the clock of ``time.perf_counter``; there is
-            one turn at least.
+        task: the problem and its variants.
+        opponents: models of the variants.
+        ceilings: measured ceilings of the device.
+        repeats: number of rounds.
+        deadline: time after which no round is begun and no energy measured, on the clock of ``time.perf_counter``; at
+            least one round runs.
+
+    Yields:
+        A ``measurement`` for each variant that can run.
     """
     problem = task.problem
     euler = problem.solver == "euler"
-    # First, while there is room: float64 takes much.
+    # First, while there is memory for it: float64 takes much.
     truth = true_first_state(problem, opponents.weights, ends_of(problem)) if euler else None
     records: dict[str, Record] = {}
     runs: dict[str, StageRun] = {}
@@ -94,7 +105,7 @@ def measure_task(
             checks[name], found = _first_run(run, problem)
             if not euler and (attempt := run.attempt()) is not None:
                 attempts[name] = attempt
-        except Exception as error:  # a compiler fails in many ways; the others are measured all the same
+        except Exception as error:  # a compiler can fail in many ways; the other variants are still measured
             found = {"right": False, "fault": first_line(error)}
         if "peak_bytes" in found:
             found["peak_bytes"] += opponents.size(name)
@@ -102,7 +113,7 @@ def measure_task(
     wrong = stage_faults(problem, checks, truth)
     try:
         missed = attempt_faults(problem, attempts, partial(true_attempt, problem, opponents.weights))
-    except torch.OutOfMemoryError as error:  # what is not known to be right gets no time, and the others go on
+    except torch.OutOfMemoryError as error:  # what was not checked gets no time, but the run continues
         missed = {name: [f"first attempt: not compared with float64, {first_line(error)}"] for name in attempts}
     for name, faults in missed.items():
         wrong[name] += faults
@@ -114,7 +125,7 @@ def measure_task(
     times = {name: per_evaluation(problem, checks[name], timing) for name, timing in timed.timings.items()}
     for name, fault in timed.failed.items():
         records[name] |= {"right": False, "fault": fault}
-    for name, record in records.items():  # each as soon as it is whole: who is cut short has those before
+    for name, record in records.items():  # each as soon as it is complete: an interrupted run keeps those before
         if name in times:
             record |= figures(problem, times[name], ceilings)
             others = {other: times[other] for other in (REFERENCE, PUBLIC) if other in times}
@@ -128,7 +139,7 @@ def measure_task(
 
 
 def _first_run(run: StageRun, problem: StageProblem) -> tuple[Ran, Record]:
-    """Run for the first time, which compiles and captures; its memory is that beside what lay there before."""
+    """Run for the first time, which compiles and captures; its peak memory is that beyond what was allocated before."""
     on_gpu = problem.device.type == "cuda"
     before = torch.cuda.memory_allocated(problem.device) if on_gpu else 0
     if on_gpu:
@@ -141,7 +152,7 @@ def _first_run(run: StageRun, problem: StageProblem) -> tuple[Ran, Record]:
         "steps": ran.steps,
         "evaluations": ran.evaluations,
     }
-    if isinstance(run, PublicRun):  # its process has nothing but its model
+    if isinstance(run, PublicRun):  # its process holds no other model
         found |= {} if run.peak_bytes is None else {"peak_bytes": run.peak_bytes}
     elif on_gpu:
         found["peak_bytes"] = torch.cuda.max_memory_allocated(problem.device) - before
@@ -149,20 +160,20 @@ def _first_run(run: StageRun, problem: StageProblem) -> tuple[Ran, Record]:
 
 
 def ends_of(problem: StageProblem) -> list[int]:
-    """The images that are checked: the first and the last."""
+    """Return the indices of the images that are checked: the first and the last."""
     return sorted({0, problem.batch - 1})
 
 
 def stage_faults(
     problem: StageProblem, checks: Mapping[str, Ran], truth: tuple[Tensor, float] | None
 ) -> dict[str, list[str]]:
-    """What is wrong with each variant: its end is not finite, or its first Euler step misses level D.
+    """Return what is wrong with each variant: its end is not finite, or its first Euler step misses level D.
 
     Args:
         problem: the stage.
-        checks: first runs; the reference's, in the problem's type, sets the bound.
-        truth: the states of :func:`ends_of` in float64 after that step, and the largest change. None for Dopri5, whose
-            end depends on decisions: see :func:`attempt_faults`.
+        checks: first runs of the variants; the reference's, in the problem's type, sets the bound.
+        truth: float64 states of the images of :func:`ends_of` after the first step, and the largest change. None for
+            Dopri5, whose end depends on accepted step lengths: see :func:`attempt_faults`.
     """
     found: dict[str, list[str]] = {
         name: [] if bool(ran.end.isfinite().all()) else ["not finite"] for name, ran in checks.items()
@@ -177,7 +188,7 @@ def stage_faults(
         if ran.first is None:
             continue
         error = (ran.first[images].double() - state).abs().max().item()
-        # The published code rounds its state, too.
+        # The published code also rounds its state to the problem's type.
         bound = allowed + (unit * state.abs().max().item() if name == PUBLIC else 0.0)
         if not error <= bound:
             found[name].append(f"error {error:.3e}, bound {bound:.3e}")
@@ -187,16 +198,17 @@ def stage_faults(
 def attempt_faults(
     problem: StageProblem, attempts: Mapping[str, Attempt], truth: Callable[[float], tuple[Tensor, float]]
 ) -> dict[str, list[str]]:
-    """What is wrong with the first attempt of each: it misses level D, or was rejected.
+    """Return what is wrong with the first attempt of each variant: it misses level D, or was rejected.
 
-    The first step's length is chosen by differences of slopes, which everyone rounds differently: each is compared with
-    a step of its own length in float64, and a longer one may have as much more of the same error. It is a cautious one,
-    which no right solver has to take back.
+    The length of the first step is chosen from differences of slopes, which every variant rounds differently. Each
+    attempt is therefore compared with a float64 step of its own length, and the bound of a step longer than the
+    reference's grows in proportion. The first step is a cautious one, which a correct solver never rejects.
 
     Args:
-        problem: the stage, by Dopri5.
-        attempts: the reference's, in the problem's type, sets the bound; without it nothing is compared.
-        truth: the last image's state in float64 after a step of some length, and the largest change.
+        problem: the stage, with Dopri5.
+        attempts: first attempts of the variants; the reference's, in the problem's type, sets the bound, and without it
+            nothing is compared.
+        truth: returns, for a step length, the last image's state in float64 after the step, and the largest change.
     """
     found: dict[str, list[str]] = {name: [] for name in attempts}
     truth, unit = cache(truth), torch.finfo(problem.dtype).eps / 2
@@ -219,15 +231,15 @@ def attempt_faults(
 
 
 def per_evaluation(problem: StageProblem, ran: Ran, timing: Timing) -> Timing:
-    """Of whole runs, the time per image and evaluation of the model.
+    """Convert the times of whole runs into times per image and evaluation of the model.
 
-    A step of Euler's is one evaluation; an attempt of Dopri5 is six, and its start two.
+    An Euler step is one evaluation; an attempt of Dopri5 is six, and its start two.
     """
     return Timing(tuple(seconds / (problem.batch * ran.evaluations) for seconds in timing.turns))
 
 
 def figures(problem: StageProblem, timing: Timing, ceilings: Ceilings) -> Record:
-    """Seconds per image and evaluation, and the share of them that the device's ceilings alone would take."""
+    """Return seconds per image and evaluation, and the floor at the device's ceilings as a share of them."""
     floor = ceilings.floor(problem.flops, problem.pointwise_bytes) / problem.batch
     return {
         "per": "image and evaluation",

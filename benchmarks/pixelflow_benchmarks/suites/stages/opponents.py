@@ -1,4 +1,4 @@
-"""Who runs the stages: models of all variants, and who of them cannot be had."""
+"""Variants of ``bench stages``: their names, their models, and the reasons why some of them cannot run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HOW = {
 ENGINES = tuple(f"{backend}/{how}" for backend in ("triton", "flash", "torch") for how in HOW)
 VARIANTS = (REFERENCE, COMPILED_REFERENCE, TORCHDIFFEQ, PUBLIC, *ENGINES)
 SOLVER_OF = {TORCHDIFFEQ: "dopri5"}
-"""Who has only one."""
+"""Solver of the variants that have only one."""
 FIRST = (
     REFERENCE,
     PUBLIC,
@@ -43,18 +43,19 @@ FIRST = (
     "torch/eager",
     "torch/both",
 )
-"""Measured before the others."""
+"""Variants that are measured before the others, the most important first."""
 
 
 @dataclass(eq=False)
 class Opponents:
-    """Models of all variants, made when they are first asked for; who cannot be had is told once.
+    """Models of all variants, each made when it is first needed.
 
-    Args:
-        config: of the model.
-        weights: of all of them, exact in ``dtype``.
-        dtype: of the matrix products.
-        public: a checkout of the published code.
+    Attributes:
+        config: configuration of the model.
+        weights: weights of all models, exact in ``dtype``.
+        dtype: type of the matrix products.
+        public: a checkout of the published code, or None.
+        absent: variants that cannot run, with the reason; they are not tried again.
     """
 
     config: PixelFlowConfig
@@ -65,7 +66,7 @@ class Opponents:
     _made: dict[str, Any] = field(default_factory=dict)
 
     def runs(self, name: str, problem: StageProblem) -> StageRun | None:
-        """The variant ready to run, or None where ``absent`` has the reason."""
+        """Return the variant, ready to run, or None if it cannot run; ``absent`` then has the reason."""
         if name in self.absent:
             return None
         if name not in self._made:
@@ -104,7 +105,7 @@ class Opponents:
         return TorchdiffeqRun(made, problem) if name == TORCHDIFFEQ else ReferenceRun(made, problem)
 
     def size(self, name: str) -> int:
-        """Bytes of a variant's weights, which lie there before it runs."""
+        """Return the bytes of a variant's weights, allocated before it runs; 0 for the published code's process."""
         made = self._made[name]
         module = made.model if isinstance(made, PixelFlowEngine) else made
         if not isinstance(module, torch.nn.Module):

@@ -1,4 +1,4 @@
-"""A stage run by each opponent: the reference, plain, compiled and by torchdiffeq; the engine; the published code."""
+"""Runs of a stage by each kind of variant: the reference, also under torchdiffeq; the engine; the published code."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from pixelflow_engine.stages import OnStep, Stages, States
 from .problem import ATTEMPTS, Attempt, Ran, StageProblem
 
 Field = Callable[[Tensor, Tensor], Tensor]
-"""The velocity of a state at a place within the stage."""
+"""A velocity field: a function of a state and a local time tau within the stage."""
 
 ARRIVES = 2 + len(NODES) - 1
-"""The evaluation of Dopri5 at the state that its first attempt arrives at: two choose the step, six are the attempt."""
+"""Number of the evaluation at the state that Dopri5's first attempt arrives at: two evaluations choose the step, and
+six are the attempt, whose last one is at its result."""
 
 
 class _ArrivedError(Exception):
-    """An integration has made its first attempt, and nobody needs the rest."""
+    """Ends an integration after its first attempt, which it carries."""
 
     def __init__(self, attempt: Attempt) -> None:
         super().__init__()
@@ -43,10 +44,10 @@ class _ArrivedError(Exception):
 
 
 class EngineRun:
-    """The engine's own stages, see :class:`~.problem.StageRun`.
+    """A stage by the engine, see :class:`~.problem.StageRun`.
 
     Args:
-        engine: whose model, backend, compilation and graphs are used.
+        engine: the engine whose model, backend, compilation and graphs are used.
         problem: the stage.
     """
 
@@ -95,7 +96,7 @@ class EngineRun:
 
     @torch.no_grad()
     def attempt(self) -> Attempt | None:
-        """See :class:`~.problem.StageRun`; in programs of its own, which end after it."""
+        """See :class:`~.problem.StageRun`; it has its own programs, which are released afterwards."""
         once, store = replace(self.sampling, tolerance=Tolerance(max_attempts=1)), self._new_store()
         try:
             outcome = self._stages(once, store).run([self.x], self.plan, lambda step, tau, states: None)
@@ -111,7 +112,7 @@ class EngineRun:
 
 
 class ReferenceRun:
-    """The reference's step, its products in the problem's type by automatic casts, see :class:`~.problem.StageRun`."""
+    """A stage by the reference, with products in the problem's type by autocast, see :class:`~.problem.StageRun`."""
 
     def __init__(self, model: PixelFlowTransformer, problem: StageProblem) -> None:
         self.model = model
@@ -146,7 +147,7 @@ class ReferenceRun:
 
     @staticmethod
     def integrate(field: Field, x: Tensor) -> Tensor | None:
-        """The stage's end; None where the attempts ended before it."""
+        """Integrate from the start to the end of the stage; None if :data:`ATTEMPTS` were not enough."""
         try:
             return dopri5(field, x, max_attempts=ATTEMPTS).x
         except RuntimeError as error:
@@ -156,7 +157,11 @@ class ReferenceRun:
 
     @torch.no_grad()
     def attempt(self) -> Attempt | None:
-        """See :class:`~.problem.StageRun`: what the last slope of the attempt is asked for, whatever becomes of it."""
+        """See :class:`~.problem.StageRun`.
+
+        The result is the state and time at which the attempt's last slope is requested, whether the attempt would be
+        accepted or not.
+        """
         asked = 0
 
         def field(y: Tensor, tau: Tensor) -> Tensor:
@@ -185,10 +190,10 @@ class ReferenceRun:
 
 
 class TorchdiffeqRun(ReferenceRun):
-    """The reference's velocity under torchdiffeq's Dopri5, see :class:`~.problem.StageRun`.
+    """A stage by the reference's velocity under torchdiffeq's Dopri5, see :class:`~.problem.StageRun`.
 
     Raises:
-        NotImplementedError: the solver is another.
+        NotImplementedError: the problem's solver is not Dopri5.
     """
 
     def __init__(self, model: PixelFlowTransformer, problem: StageProblem) -> None:
@@ -220,10 +225,10 @@ class TorchdiffeqRun(ReferenceRun):
 
 
 class PublicRun:
-    """A stage by the published code, Euler's steps or its Dopri5, see :class:`~.problem.StageRun`.
+    """A stage by the published code, with Euler steps or its own Dopri5, see :class:`~.problem.StageRun`.
 
     Attributes:
-        peak_bytes: the most memory that its process had given out so far, its weights included; None on a CPU.
+        peak_bytes: peak of the memory allocated in its process, weights included; None on a CPU and before a run.
     """
 
     def __init__(self, process: PublicProcess, problem: StageProblem) -> None:
@@ -234,7 +239,7 @@ class PublicRun:
         process.ask({"do": "prepare", **asked})
 
     def run(self, keep_first: bool = False) -> Ran:
-        """See :class:`~.problem.StageRun`; waits until it is done."""
+        """See :class:`~.problem.StageRun`; returns when the work is done. The end is a zero without ``keep_first``."""
         file = Path(self.process.folder.name) / "states.pt"
         answer = self.process.ask({"do": "run", "keep": str(file) if keep_first else None})
         self.peak_bytes = answer["peak_bytes"]
@@ -246,7 +251,7 @@ class PublicRun:
         return Ran(states.get("first"), states["end"], steps, evaluations)
 
     def attempt(self) -> Attempt | None:
-        """None: how far its solver went is not told outside of it."""
+        """Return None: the published solver does not expose how far a step went."""
         return None
 
     def close(self) -> None:
@@ -254,26 +259,26 @@ class PublicRun:
 
 
 def reference_model(problem: StageProblem, weights: Mapping[str, Tensor]) -> PixelFlowTransformer:
-    """The reference with float32 weights. They want gradients: only then do automatic casts keep what they made."""
+    """Make the reference with float32 weights, which require gradients: only then does autocast cache their casts."""
     return random_reference(problem.config, weights, torch.float32).requires_grad_(True)
 
 
 @contextlib.contextmanager
 def autocast(problem: StageProblem) -> Iterator[None]:
-    """Automatic casts to the problem's type; none where that is float32."""
+    """Enable autocast to bfloat16 if that is the problem's type."""
     with torch.autocast(problem.device.type, torch.bfloat16, enabled=problem.dtype == torch.bfloat16):
         yield
 
 
 @torch.no_grad()
 def true_first_state(problem: StageProblem, weights: Mapping[str, Tensor], images: list[int]) -> tuple[Tensor, float]:
-    """Some images' state after the first Euler step, in float64, and the largest true change."""
+    """Compute the float64 states of the given images after the first Euler step, and the largest true change."""
     model = random_reference(problem.config, weights, torch.float64)
     tau, t_model = euler_times(_stage(problem), problem.steps)
     x, labels = problem.start(), problem.labels()
     step = tau[1].float() - tau[0].float()
     states, change = [], 0.0
-    for image in images:  # one by one: float64 attention writes its logits out
+    for image in images:  # one by one: float64 attention materialises its logits
         one = slice(image, image + 1)
         time = t_model[0].float().to(x.device).expand(1)
         v = guided_velocity(model, x[one], time, problem.weight, labels[one], None, None, torch.float64)
@@ -288,7 +293,7 @@ def true_first_state(problem: StageProblem, weights: Mapping[str, Tensor], image
 
 @torch.no_grad()
 def true_attempt(problem: StageProblem, weights: Mapping[str, Tensor], length: float) -> tuple[Tensor, float]:
-    """The last image's state after a step of Dopri5 of that length, in float64, and the largest true change."""
+    """Compute the last image's float64 state after a Dopri5 step of the given length, and the largest true change."""
     model = random_reference(problem.config, weights, torch.float64)
     x, labels = problem.start()[-1:].double(), problem.labels()[-1:]
     h = torch.tensor([length], dtype=torch.float64, device=x.device)
@@ -306,7 +311,7 @@ def true_attempt(problem: StageProblem, weights: Mapping[str, Tensor], length: f
 
 
 def _model_time(problem: StageProblem, tau: Tensor) -> Tensor:
-    """What the model is told at places within the stage, float32."""
+    """Return the model time, float32, at local times tau within the stage."""
     begin, last = _stage(problem).window
     return (begin + (last - begin) * tau).float()
 

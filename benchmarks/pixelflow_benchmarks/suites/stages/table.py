@@ -11,7 +11,7 @@ from .problem import REFERENCE
 
 
 def stage_table(run: Run) -> TextTable:
-    """A row per problem and variant: time, share of the floor, speed beside others, memory, energy; our targets."""
+    """A row per problem and variant: time, floor, speed relative to two others, memory, energy, targets of ours."""
     rows, head = [], run.environment
     for r in run.of_kind("measurement"):
         if not r["right"]:

@@ -1,4 +1,4 @@
-"""What ``bench stages`` runs, in which order: what matters most comes first."""
+"""What ``bench stages`` runs and in which order: the most important comes first."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .problem import REFERENCE, StageProblem, StageSolver
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A problem and who runs it.
+    """A problem and the variants that run it.
 
     Attributes:
         problem: the stage.
-        variants: opponents.
+        variants: names of the variants.
     """
 
     problem: StageProblem
@@ -36,15 +36,20 @@ def tasks(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Iterator[Task]:
-    """What to run, most important first: batch 16 before 1, 4 and 32, Euler before Dopri5, large stages before small.
+    """Yield what to run, most important first.
+
+    Batches are ordered 16, 1, 4, 32, then all others. The leading variants (:data:`~.opponents.FIRST`) run on the first
+    batch, with Euler and with Dopri5, and on the second batch with Euler. Then the remaining variants run on the first
+    batch with Euler, and nowhere else. The leading variants follow on the third and later batches with Euler, and on
+    all batches but the first with Dopri5. Each of these passes takes the largest stage first.
 
     Args:
-        config: of the model.
-        variants: opponents; the reference, which the others are checked against, is always one.
-        stages, batches, solvers: which; in any order.
-        steps: Euler's; by default few where they are long.
-        dtype: of the matrix products.
-        device: where.
+        config: configuration of the model.
+        variants: names of the variants; the reference, which the others are checked against, is always added.
+        stages, batches, solvers: what to combine, in any order.
+        steps: Euler steps; by default fewer for stages of more tokens.
+        dtype: type of the matrix products.
+        device: device to run on.
     """
     by_batch = sorted(batches, key=lambda b: ([16, 1, 4, 32].index(b) if b in (16, 1, 4, 32) else 4, b))
     first = (REFERENCE, *(v for v in FIRST if v in variants and v != REFERENCE))

@@ -1,1 +1,1 @@
-"""A step of training: the project's own loop beside others on the same model, images and settings."""
+"""``bench training``: a training step by the project's own loop and by others, on the same model, images, settings."""

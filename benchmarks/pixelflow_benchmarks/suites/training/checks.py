@@ -1,9 +1,9 @@
-"""Whether a variant trains right: its batches, losses and gradients, and what its step does to the weights.
+"""Checks that a variant trains correctly: its batches, losses and gradients, and the effect of a step on the weights.
 
-The truth is the reference model in float64, image by image, on one given batch. The measure is the reference in the
-problem's own type, again image by image: twice its error and two roundings of the value are allowed (level D). An
-error is of a whole vector: the largest over images for losses, the Euclidean one for each parameter's gradient. Norms
-differ by no more than the error of all gradients together, which is bounded in the same way.
+The truth is the reference model in float64, image by image, on one given batch. The yardstick is the reference in the
+problem's own type, again image by image: twice its error plus two roundings of the value are allowed (level D). Errors
+are those of whole vectors: the largest over the images for losses, the Euclidean norm for each parameter's gradient.
+Gradient norms may differ by the error of all gradients together, which is bounded in the same way.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from pixelflow_training.data import ImageSet, to_signed
 from .problem import Gradients, TrainingProblem
 
 ADAM_STEPS = 10.0**0.5
-"""Adam moves no weight by more learning rates than ``(1 - beta1) / sqrt(1 - beta2)``, in any step."""
+"""Upper bound of an Adam step in learning rates: no weight moves by more than ``(1 - beta1) / sqrt(1 - beta2)``."""
 
 
 def reference_gradients(
     problem: TrainingProblem, weights: Mapping[str, Tensor], batch: Batch, dtype: torch.dtype
 ) -> Gradients:
-    """The reference model's, image by image.
+    """Compute the reference model's losses and gradients, image by image.
 
     Args:
-        problem: whose device, and whose automatic casts unless in float64.
-        weights: of the model.
-        batch: on the CPU.
-        dtype: of the weights: float64, or float32.
+        problem: the problem, for its device and, unless ``dtype`` is float64, its autocast.
+        weights: weights of the model.
+        batch: batch on the CPU.
+        dtype: type of the weights: float64 or float32.
     """
     model = random_reference(problem.config, weights, dtype).requires_grad_(True)
-    # One block's inner values at a time: in float64 attention writes its logits out.
+    # Keep the activations of only one block at a time: in float64 attention materialises its logits.
     _recompute(model)
     pixels = [images_of(tokens, batch, problem.config.model.patch_size) for tokens in (batch.tokens, batch.targets)]
     losses = []
@@ -63,7 +63,7 @@ def reference_gradients(
 
 
 def images_of(tokens: Tensor, batch: Batch, patch_size: int) -> list[Tensor]:
-    """A pack's images, ``[1, c, h, w]`` each."""
+    """Split a pack's tokens into images, ``[1, c, h, w]`` each."""
     parts = tokens.split([rows * columns for rows, columns in batch.layout.grids])
     p = patch_size
     return [
@@ -74,14 +74,14 @@ def images_of(tokens: Tensor, batch: Batch, patch_size: int) -> list[Tensor]:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Expected:
-    """What losses and gradients must be, and how far from it they may be.
+    """Expected losses and gradients, and the bounds of their errors.
 
     Attributes:
-        truth: the reference's in float64.
-        norm: of all its gradients together.
-        loss_bound: of the largest error of a loss.
-        bounds: of the length of each gradient's error.
-        norm_bound: of the norm's error.
+        truth: the reference's losses and gradients in float64.
+        norm: norm of all these gradients together.
+        loss_bound: bound of the largest error of a loss.
+        bounds: bound of the Euclidean norm of each gradient's error, by parameter.
+        norm_bound: bound of the error of the gradient norm.
     """
 
     truth: Gradients
@@ -92,12 +92,12 @@ class Expected:
 
     @classmethod
     def of(cls, plain: Gradients, truth: Gradients, dtype: torch.dtype) -> Expected:
-        """By the reference's own errors.
+        """Derive the bounds from the reference's own errors.
 
         Args:
-            plain: the reference's in the problem's type.
-            truth: the reference's in float64.
-            dtype: the problem's, whose rounding is meant.
+            plain: the reference's losses and gradients in the problem's type.
+            truth: the reference's losses and gradients in float64.
+            dtype: the problem's type, whose roundings are granted.
         """
         unit, norm = torch.finfo(dtype).eps / 2, truth.norm
         errors = {name: _length(plain.by_name[name].double() - true) for name, true in truth.by_name.items()}
@@ -111,7 +111,7 @@ class Expected:
 
 
 def gradient_faults(found: Gradients, expected: Expected) -> list[str]:
-    """Where losses or gradients miss level D, the worst parameter named."""
+    """Return where losses, gradients or their norm miss level D; of the parameters, the worst is named."""
     truth = expected.truth
     if found.by_name.keys() != truth.by_name.keys():
         names = sorted(found.by_name.keys() ^ truth.by_name.keys())
@@ -135,10 +135,11 @@ def gradient_faults(found: Gradients, expected: Expected) -> list[str]:
 
 
 def batch_faults(batch: Batch, problem: TrainingProblem, data: ImageSet) -> list[str]:
-    """What is wrong with a batch that a step made: every image must be the training pair of one that the data hold.
+    """Return what is wrong with a batch made by a variant.
 
-    The noise follows from the target, which is linear in it; then the noisy image is determined. Stages must have
-    equally many images.
+    Every image must be the training pair of a different image of the data set, the stages must have equally many
+    images, and the noise must have mean 0 and variance 1. The noise follows from the target, which is linear in it, and
+    then determines the noisy image.
     """
     config = problem.config
     stages, p = make_stages(config.scheduler.num_stages), config.model.patch_size
@@ -162,7 +163,7 @@ def batch_faults(batch: Batch, problem: TrainingProblem, data: ImageSet) -> list
             coarse = up(down(image, len(stages) - index))
             eps = (targets[i][0].double() - stage.end * sharp + stage.start * coarse) / (stage.start - stage.end)
             x = training_pair(image, stage, len(stages), k, eps)[0]
-            # A dozen float32 roundings of values up to 1 + |eps|, enlarged by that division.
+            # A dozen float32 roundings of values up to 1 + |eps|, amplified by the division above.
             tolerance = 16 * 2.0**-24 * (1 + eps.abs().max().item()) / (stage.end - stage.start)
             if (noisy[i][0].double() - x).abs().max().item() <= tolerance:
                 found = candidate
@@ -179,14 +180,14 @@ def batch_faults(batch: Batch, problem: TrainingProblem, data: ImageSet) -> list
 
 
 def move_faults(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], rate: float) -> list[str]:
-    """What is wrong with a step: weights move as Adam can move them, and their averages follow.
+    """Return what is wrong with a step: weights must move no further than Adam can move them, and averages must follow.
 
     Args:
-        before, after: copies of a parameter and of its average.
-        rate: the learning rate.
+        before, after: copies of a parameter and of its average, before and after the step.
+        rate: the learning rate; the largest move must exceed a tenth of it.
     """
     moved = (after[0].double() - before[0].double()).abs().max().item()
-    # The weights are rounded once more than the bound knows.
+    # The bound does not include the rounding of the updated weights.
     bound = ADAM_STEPS * rate + 2.0**-23 * before[0].abs().max().item()
     faults = []
     if not rate / 10 < moved <= bound:
@@ -197,20 +198,21 @@ def move_faults(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], rat
 
 
 def _candidates(data: ImageSet, label: int | None, null: int, seen: set[int]) -> list[int]:
-    """Images that a batch's image may be made of: those of its label, all where it was dropped."""
+    """Return the indices of the unused images that a batch's image may come from: those of its label, or all of them if
+    the label was dropped."""
     fits = range(len(data)) if label is None or label == null else (data.labels == label).nonzero().flatten().tolist()
     return [i for i in fits if i not in seen]
 
 
 def _recompute(model: PixelFlowTransformer) -> None:
-    """Have each block keep its inputs alone, and run again backward."""
+    """Make each block keep only its inputs and recompute its forward pass in the backward pass."""
     for block in model.transformer_blocks:
         forward = block.forward
         block.forward = lambda *args, forward=forward: checkpoint(forward, *args, use_reentrant=False)
 
 
 def _times(error: float, allowed: float) -> float:
-    """How many bounds an error is; what is no number is worse than any."""
+    """Return an error as a multiple of its bound; infinite for NaN or a bound of 0."""
     return error / allowed if allowed > 0 and not math.isnan(error) else math.inf
 
 

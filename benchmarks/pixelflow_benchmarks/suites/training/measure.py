@@ -1,4 +1,7 @@
-"""Steps of training by every opponent: right batches, losses and gradients first, then wall time in turns."""
+"""Measurement of training steps by every variant.
+
+Batches, losses, gradients and a step are checked first; then wall time is measured in interleaved rounds.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ from .phases import UNTIMED, PhaseClock
 from .problem import REFERENCE, Gradients, TrainingProblem, TrainingRun
 
 BREAKDOWN_STEPS, BREAKDOWN_SECONDS = 10, 5.0
-"""That shares are taken over, after the steps that are timed as a whole; fewer of long ones."""
+"""Number of steps, and seconds, over which the shares of a step's parts are measured: no further step is begun after
+these seconds. These steps follow those that are timed as a whole."""
 
 
 def measure_training(
@@ -35,18 +39,18 @@ def measure_training(
     """Check every variant, then time the right ones.
 
     Args:
-        problem: what is trained.
-        opponents: who trains.
-        names: of the variants; the reference is always one.
-        ceilings: of the device.
-        repeats: turns.
-        deadline: after which no variant is begun and no turn, on the clock of ``time.perf_counter``; who has begun has
-            one turn at least.
+        problem: the training problem.
+        opponents: models of all variants.
+        names: names of the variants; the reference is always added.
+        ceilings: measured ceilings of the device.
+        repeats: number of rounds.
+        deadline: time after which no variant and no round is begun, on the clock of ``time.perf_counter``; variants
+            that have begun are timed for at least one round.
 
     Yields:
-        ``measurement`` of each variant, in seconds per step; ``first_seconds`` of its first forward and backward pass,
-        compilation included. ``absent`` for who cannot be had, or has not enough memory for this batch. ``skipped``
-        for what no time was left for.
+        A ``measurement`` of each variant, in seconds per step; its ``first_seconds`` are those of the first forward and
+        backward pass, compilation included. ``absent`` for a variant that cannot run, or that has not enough memory for
+        this batch. ``skipped`` for what there was no time left for.
     """
     if time.perf_counter() > deadline:
         yield {"kind": "skipped", "case": problem.case, "reason": "no time was left"}
@@ -78,7 +82,7 @@ def check_and_time(
     repeats: int,
     deadline: float = math.inf,
 ) -> Iterator[Record]:
-    """The ``measurement`` of each run; see :func:`measure_training`."""
+    """Yield the ``measurement`` of each run; see :func:`measure_training`."""
     records: dict[str, Record] = {}
     lacking: dict[str, Record] = {}
     batch, data, rate = problem.fixed_batch(), problem.images(), problem.recipe.optimizer.lr
@@ -97,11 +101,11 @@ def check_and_time(
             records[name]["graphs_compiled"] = graphs_compiled() - before
             faults = gradient_faults(found, expected)
             faults += batch_faults(run.draw(), problem, data)
-        except Exception as error:  # a compiler fails in many ways; the others are measured all the same
+        except Exception as error:  # a compiler can fail in many ways; the other variants are still measured
             _note(first_line(error), records[name], lacking)
         else:
             _blame(records[name], faults)
-    # Steps come last: they move the weights that all others are checked with.
+    # Steps come last, as they move the weights that the other variants are checked with.
     for name, run in runs.items():
         if name not in records or not records[name]["right"] or name in lacking:
             continue
@@ -116,7 +120,7 @@ def check_and_time(
     timed = time_runs(calls, problem.device, repeats, end_of_turns(deadline))
     for name, said in timed.failed.items():
         _note(said, records[name], lacking)
-    for name, record in records.items():  # each as soon as it is whole: who is cut short has those before
+    for name, record in records.items():  # each as soon as it is complete: an interrupted run keeps those before
         if name in timed.timings:
             try:
                 beside = _beside(problem, right[name])
@@ -134,10 +138,10 @@ def check_and_time(
 
 
 def figures(problem: TrainingProblem, timing: Timing, ceilings: Ceilings) -> Record:
-    """Seconds per step, what comes out in a second, and how near that is to what the device's ceilings allow.
+    """Return seconds per step, images and tokens per second, and how close that is to the device's ceilings.
 
-    ``mfu`` is the rate of the model's own operations, forward and backward, over that of a large product in the same
-    run; ``fraction_of_floor`` also counts the bytes that fused passes and an optimizer in one pass would move.
+    ``mfu`` is the rate of the model's own operations, forward and backward, divided by the rate of a large product in
+    the same run. ``fraction_of_floor`` also counts the bytes that fused passes and a single-pass optimizer would move.
     """
     floor = ceilings.floor(problem.flops, problem.bytes_moved)
     return {
@@ -153,7 +157,7 @@ def figures(problem: TrainingProblem, timing: Timing, ceilings: Ceilings) -> Rec
 
 
 def breakdown(run: TrainingRun, device: torch.device, steps: int = BREAKDOWN_STEPS) -> dict[str, float]:
-    """Each part's share of a step, see :meth:`~.phases.PhaseClock.shares`; over one step at least."""
+    """Measure the share of each part of a step, see :meth:`~.phases.PhaseClock.shares`, over at least one step."""
     clock, until = PhaseClock(device), time.perf_counter() + BREAKDOWN_SECONDS
     for step in range(steps):
         if step > 0 and time.perf_counter() > until:
@@ -164,7 +168,7 @@ def breakdown(run: TrainingRun, device: torch.device, steps: int = BREAKDOWN_STE
 
 
 def _beside(problem: TrainingProblem, run: TrainingRun) -> Record:
-    """What is measured in steps of their own: parts and memory."""
+    """Measure what needs separate steps: the parts of a step, and memory."""
     found: Record = {"shares": breakdown(run, problem.device)}
     if (peak := run.peak_bytes()) is not None:
         found["peak_bytes"] = peak
@@ -184,7 +188,7 @@ def _blame(record: Record, faults: list[str]) -> None:
 
 
 def _note(said: str, record: Record, lacking: dict[str, Record]) -> None:
-    """A failure is a fault, but for too little memory: nothing was wrong then."""
+    """Note a failure as a fault; a lack of memory is not one and makes the variant absent for this case."""
     if "out of memory" not in said:
         record |= {"right": False, "fault": said}
         return

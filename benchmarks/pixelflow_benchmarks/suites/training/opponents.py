@@ -1,4 +1,4 @@
-"""Who trains: models of all variants, and who of them cannot be had."""
+"""Variants of ``bench training``: their names, their models, and the reasons why some of them cannot run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ENGINES: dict[str, ComputeConfig] = {
     "engine, triton, graphs": ComputeConfig(backend="triton", graphs=True),
     "engine, flash": ComputeConfig(backend="flash"),
 }
-"""How steps are computed; where and in what type, the problem says."""
+"""How each variant computes its steps; device and type are those of the problem."""
 ON_CPU = (PLAIN, REFERENCE, "engine, compiled", PUBLIC)
 ON_GPU = (
     "engine, triton",
@@ -51,18 +51,23 @@ ON_GPU = (
 """Most important first."""
 
 BATCHES = {"xl": (4, 32), "cpu": (4,), "small": (6, 72), "tiny": (4,)}
-"""By default: the published batch of a GPU and a large one; on small images few, where overhead shows, and many."""
+"""Default batch sizes by shape. ``xl``: the published batch per GPU, and a large one. ``small``: few images, where
+overhead shows, and many."""
 
 
 class TrainingOpponents:
-    """Makes runs; who cannot be had is told once.
+    """Makes the runs of all variants, which share one set of weights in this process.
 
     Args:
-        config: of the model.
-        weights: float32, of all models at first.
-        dtype: of the matrix products.
-        device: where.
+        config: configuration of the model.
+        weights: initial float32 weights of all models.
+        dtype: type of the matrix products.
+        device: device to run on.
         public: a checkout of the published code.
+
+    Attributes:
+        absent: variants that cannot run, with the reason; they are not tried again.
+        parameters: the shared parameters, by name.
     """
 
     def __init__(
@@ -75,7 +80,7 @@ class TrainingOpponents:
     ) -> None:
         self.config, self.weights, self.dtype, self.device, self.public = config, weights, dtype, device, public
         self.absent: dict[str, str] = {}
-        # The reference's are everybody's: weights stay where they are in memory.
+        # All variants use the reference's parameters, so that there is one copy, at a fixed place in memory.
         self._reference = random_reference(config, weights, torch.float32).requires_grad_(True)
         self.parameters: dict[str, nn.Parameter] = dict(self._reference.named_parameters())
         self._steps: dict[str, TrainStep] = {}
@@ -83,7 +88,7 @@ class TrainingOpponents:
         self._process: PublicProcess | None = None
 
     def run(self, name: str, problem: TrainingProblem) -> TrainingRun | None:
-        """The variant ready to train, or None where ``absent`` has the reason."""
+        """Return the variant, ready to train, or None if it cannot run; ``absent`` then has the reason."""
         if name in self.absent:
             return None
         try:
@@ -98,7 +103,7 @@ class TrainingOpponents:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """The weights of this process as they were at first."""
+        """Set the weights in this process to their initial values."""
         for name, parameter in self.parameters.items():
             parameter.copy_(self.weights[name])
 
@@ -108,19 +113,19 @@ class TrainingOpponents:
             self._process.close()
 
     def _step(self, name: str, problem: TrainingProblem) -> TrainStep:
-        """A variant's step for batches of this size. What it has compiled and copied serves those of all sizes."""
+        """Return a variant's step for batches of this size; its compiled code and copies of weights serve all sizes."""
         dtype: Literal["float32", "bfloat16"] = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
         recipe = replace(problem.recipe, compute=replace(ENGINES[name], device=str(self.device), dtype=dtype))
         if name in self._steps:
             return self._steps[name].for_recipe(recipe)
         check_step(recipe, Ranks(0, 1, self.device))
         step = TrainStep(self._state(recipe), recipe)
-        if step.graphs is None:  # which are of one size
+        if step.graphs is None:  # graphs serve a single size
             self._steps[name] = step
         return step
 
     def _state(self, recipe: TrainConfig) -> TrainState:
-        """A state whose model is a variant's own; its tensors, the moments and the averages are everybody's."""
+        """Make a state whose model object is the variant's own; all states share weights, moments and averages."""
         with torch.device("meta"):
             model = PackedTransformer(self.config.model)
         model.load_state_dict(self.parameters, strict=True, assign=True)
@@ -133,7 +138,7 @@ class TrainingOpponents:
     def _public(self) -> PublicProcess:
         if self.public is None:
             raise ValueError("public: no checkout of the published code was given")
-        if self._process is not None and self._process.ended:  # for want of memory, in a larger batch
+        if self._process is not None and self._process.ended:  # out of memory, at a larger batch size
             self._process.close()
             self._process = None
         if self._process is None:

@@ -1,6 +1,6 @@
-"""What a step of training consists of, and how long each part takes.
+"""The parts of a training step, and how long each takes.
 
-A step names its parts as it goes. Where only the whole step is timed nobody listens, and nothing waits between parts.
+A step names its parts as it runs. If only whole steps are timed the names are ignored, and nothing waits between parts.
 """
 
 from __future__ import annotations
@@ -15,31 +15,36 @@ import torch
 from pixelflow_benchmarks.harness.timing import wait_for
 
 PHASES = ("batch", "forward", "backward", "clip", "optimizer", "ema")
-"""From images to a batch on the device; losses; gradients; their norm; new weights; averaged weights."""
+"""From images to a batch on the device; losses; gradients; clipping by their norm; new weights; averaged weights."""
 OTHER = "other"
-"""What of a step belongs to none of them."""
+"""The rest of a step, which belongs to none of the phases."""
 
 
 class Phases(Protocol):
-    """Who is told what a step does.
+    """Receiver of the parts of a step.
 
     Attributes:
-        timed: whether anybody wants to know; a step in another process need not tell otherwise.
+        timed: whether parts are timed; otherwise a step in another process need not report them.
     """
 
     timed: bool
 
     def __call__(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """A part of the step, one of :data:`PHASES`, is done inside."""
+        """Return a context in which a part of the step, one of :data:`PHASES`, is run."""
         ...
 
     def took(self, seconds: Mapping[str, float], whole: float) -> None:
-        """A step was timed elsewhere: its parts, and all of it."""
+        """Add a step that was timed elsewhere.
+
+        Args:
+            seconds: seconds by phase.
+            whole: seconds of the whole step.
+        """
         ...
 
 
 class Untimed:
-    """Nobody listens, see :class:`Phases`."""
+    """Ignores the parts of a step, see :class:`Phases`."""
 
     timed = False
 
@@ -55,13 +60,17 @@ UNTIMED = Untimed()
 
 
 class PhaseClock:
-    """Adds up the parts of steps, see :class:`Phases`.
+    """Adds up the times of the parts of steps, see :class:`Phases`.
 
-    On CUDA events stand between the parts, so nothing waits there: a part is what passes on the device until it is
-    done, also where the device waits for the host.
+    On CUDA the parts are delimited by events, so that nothing waits between them. The time of a part is what passes on
+    the device until it is done, including time in which the device waits for the host.
 
     Args:
-        device: where the steps run.
+        device: device on which the steps run.
+
+    Attributes:
+        seconds: seconds by phase, over all steps.
+        whole: seconds of all steps.
     """
 
     timed = True
@@ -77,7 +86,7 @@ class PhaseClock:
         """See :class:`Phases`.
 
         Raises:
-            ValueError: no step has such a part.
+            ValueError: ``name`` is not one of :data:`PHASES`.
         """
         if name not in PHASES:
             raise ValueError(f"phase: got {name!r}, expected one of {', '.join(PHASES)}")
@@ -87,7 +96,10 @@ class PhaseClock:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """A step is done inside; the device is idle before and after. A step that is timed elsewhere adds nothing."""
+        """Time the step that runs inside, with the device idle before and after.
+
+        A step that is timed elsewhere names no parts, and its time here is not added.
+        """
         wait_for(self.device)
         since = self._watch()
         yield
@@ -103,7 +115,7 @@ class PhaseClock:
         self.whole += whole
 
     def shares(self) -> dict[str, float]:
-        """Of the whole steps: each part's share and that of what is in none; they add up to one."""
+        """Return the share of each phase, and of the rest, in the time of whole steps; they add up to one."""
         found = {name: value / self.whole for name, value in self.seconds.items()}
         return found | {OTHER: 1 - sum(found.values())}
 
@@ -115,7 +127,11 @@ class PhaseClock:
         return sums
 
     def _watch(self) -> Callable[[], Callable[[], float]]:
-        """Starts now; called, it stops and gives what tells the seconds between, on a GPU once it is idle."""
+        """Start a stopwatch and return a function that stops it.
+
+        That function returns another one, which gives the seconds in between; on a GPU, call it once the device is
+        idle.
+        """
         if self.device.type != "cuda":
             began = time.perf_counter()
             return lambda: _constant(time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""A step of training as a problem to run, what it costs at least, and what a run of it is."""
+"""A training step as a problem to run, its least cost, and the interface of a run."""
 
 from __future__ import annotations
 
@@ -20,41 +20,40 @@ from pixelflow_training.loop import training_batch
 from .phases import Phases
 
 REFERENCE = "reference"
-"""The opponent that the others are compared with."""
+"""The variant that the others are compared with."""
 
 PROBE = "proj_out_2.weight"
-"""The parameter that a probe copies."""
+"""The parameter that :meth:`TrainingRun.probe` copies."""
 
 SEED = 0
 FIXED_STEP = 0
-"""Whose batch all losses and gradients are compared on."""
+"""The step on whose batch losses and gradients are compared."""
 IMAGES = 256
-"""In the data set, at least four batches of them."""
+"""Images in the data set; four batches if these are more."""
 
 POINTWISE_FORWARD, POINTWISE_BACKWARD = 12, 18
-"""Values that a block's three fused passes move for each token and channel.
+"""Values that a block's three fused passes move per token and channel.
 
 Forward: q and k in and out; residual and branch in, residual and norm out, twice. Backward: two gradients and q and k
-in, two gradients out; two gradients, residual and branch in, two gradients out, twice. Rows per image are nothing
-beside.
+in, two gradients out; two gradients, residual and branch in, two gradients out, twice. Rows per image are negligible.
 """
 OPTIMIZER_VALUES = 10
-"""Of float32 for each parameter: its gradient for the norm; gradient, weight, both moments and average in; the last
-four out."""
+"""Float32 values moved per parameter: its gradient for the norm; gradient, weight, both moments and average in; the
+last four out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingProblem:
-    """What is run.
+    """A training step to run.
 
     Attributes:
-        config: of the model.
-        batch: images of a step, equally many at each stage.
-        dtype: of the matrix products; weights and the optimizer's state are float32.
-        device: where.
+        config: configuration of the model.
+        batch: number of images of a step, equally many at each stage.
+        dtype: type of the matrix products; weights and the optimizer's state are float32.
+        device: device to run on.
 
     Raises:
-        ValueError: the batch is not a multiple of the number of stages: its steps would differ in their work.
+        ValueError: the batch is not a multiple of the number of stages, so that steps would differ in their work.
     """
 
     config: PixelFlowConfig
@@ -69,12 +68,12 @@ class TrainingProblem:
 
     @property
     def case(self) -> str:
-        """Its name."""
+        """Name of the problem in records."""
         return f"batch {self.batch}"
 
     @property
     def recipe(self) -> TrainConfig:
-        """Settings: the published ones, which are the defaults."""
+        """The recipe, with the published settings, which are the defaults."""
         config = self.config
         return TrainConfig(
             model=config.model,
@@ -93,33 +92,34 @@ class TrainingProblem:
 
     @property
     def tokens(self) -> int:
-        """Of a batch."""
+        """Tokens of a batch."""
         return sum(self.lengths)
 
     @property
     def parameters(self) -> int:
-        """Of the model."""
+        """Number of the model's parameters."""
         return sum(torch.Size(shape).numel() for shape in parameter_shapes(self.config.model).values())
 
     @property
     def forward_flops(self) -> int:
-        """Of a forward pass; see :mod:`pixelflow_engine.flops`."""
+        """Floating-point operations of a forward pass; see :mod:`pixelflow_engine.flops`."""
         return flops.count(self.config.model, self.lengths).forward
 
     @property
     def flops(self) -> int:
-        """Of forward and backward."""
+        """Floating-point operations of a forward and a backward pass."""
         return flops.count(self.config.model, self.lengths).training
 
     @property
     def bytes_moved(self) -> int:
-        """What a step moves beside them: fused passes of the blocks, and one over the optimizer's state."""
+        """Bytes that a step moves outside of products and attention: fused passes of the blocks, and one optimizer pass
+        over weights, gradients and state."""
         model = self.config.model
         values = (POINTWISE_FORWARD + POINTWISE_BACKWARD) * self.tokens * model.width * model.depth
         return self.dtype.itemsize * values + 4 * OPTIMIZER_VALUES * self.parameters
 
     def images(self) -> ImageSet:
-        """Random images and their labels, on the CPU: what decoding would give."""
+        """Make random images and their labels on the CPU, in place of decoded ones."""
         config, generator = self.config, torch.Generator().manual_seed(SEED)
         count = max(IMAGES, 4 * self.batch)
         shape = (count, config.model.in_channels, config.resolution, config.resolution)
@@ -127,32 +127,32 @@ class TrainingProblem:
         return ImageSet(pixels, torch.arange(count) * 7 % max(config.model.num_classes, 1))
 
     def positions(self, step: int) -> Tensor:
-        """Samples consumed before each image of a step, ``[batch]``."""
+        """Return the positions of a step's images in training, ``[batch]``: how many samples come before each."""
         return torch.arange(step * self.batch, (step + 1) * self.batch)
 
     def fixed_batch(self) -> Batch:
-        """The batch that all losses and gradients are compared on, on the CPU."""
+        """Return the batch on which losses and gradients are compared, on the CPU."""
         return training_batch(self.recipe, self.images(), FIXED_STEP)
 
     @property
     def casts(self) -> bool:
-        """Whether products run in less than the weights' type, by automatic casts."""
+        """Whether autocast runs products in a narrower type than that of the weights."""
         return self.dtype == torch.bfloat16
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
-        """Automatic casts to the problem's type; none where that is float32."""
+        """Enable autocast to bfloat16 if that is the problem's type."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.casts):
             yield
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Gradients:
-    """What a forward and a backward pass gave, before clipping.
+    """Results of a forward and a backward pass, before clipping.
 
     Attributes:
-        losses: of each image, ``[n]``, on the CPU.
-        by_name: the gradient of the mean of them, for each parameter under its published name, on the CPU.
+        losses: loss of each image, ``[n]``, on the CPU.
+        by_name: gradient of their mean for each parameter, by its published name, on the CPU.
     """
 
     losses: Tensor
@@ -160,17 +160,17 @@ class Gradients:
 
     @property
     def norm(self) -> float:
-        """Of all gradients together."""
+        """Euclidean norm of all gradients together."""
         return sum(g.double().square().sum().item() for g in self.by_name.values()) ** 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """What a step reports, both read from the device.
+    """What a step reports, read from the device.
 
     Attributes:
-        loss: mean over images.
-        norm: of the gradients, before clipping.
+        loss: mean loss over the images.
+        norm: norm of the gradients before clipping.
     """
 
     loss: float
@@ -178,32 +178,32 @@ class Stepped:
 
 
 class TrainingRun(Protocol):
-    """Who trains: it has a model with the first weights, images and settings of its own accord."""
+    """A variant that is ready to train: it has a model with the initial weights, images and settings."""
 
     def draw(self) -> Batch:
-        """A batch as its steps make them, on the CPU, in the form that batches are checked in."""
+        """Make a batch as the variant's steps do, and return it on the CPU in the form that is checked."""
         ...
 
     def gradients(self, batch: Batch) -> Gradients:
-        """Losses and gradients of a given batch, at the weights as they are, which stay."""
+        """Compute losses and gradients of a given batch at the current weights, which do not change."""
         ...
 
     def step(self, phases: Phases) -> None:
-        """A whole step, from images to averaged weights; on a GPU this may return before the work is done."""
+        """Run a whole step, from images to averaged weights; on a GPU this may return before the work is done."""
         ...
 
     def last(self) -> Stepped:
-        """What the last step reports; waits for it."""
+        """Wait for the last step and return what it reports."""
         ...
 
     def probe(self) -> tuple[Tensor, Tensor]:
-        """Copies of one parameter and of its average, on the CPU."""
+        """Return copies of one parameter and of its average, on the CPU."""
         ...
 
     def peak_bytes(self) -> int | None:
-        """The most memory that a step needs, weights and state included; None on a CPU."""
+        """Return the peak memory of a step, weights and optimizer state included; None if unknown, as on a CPU."""
         ...
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release the run's resources."""
         ...

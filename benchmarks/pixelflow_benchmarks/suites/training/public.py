@@ -1,4 +1,4 @@
-"""The published training step, in the process of its checkout."""
+"""The published training step, run in the process of its checkout."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from .problem import Gradients, Stepped, TrainingProblem
 
 
 class PublicRun:
-    """See :class:`~.problem.TrainingRun`.
+    """The published code's training step, see :class:`~.problem.TrainingRun`.
 
     Args:
-        process: serves training, see :mod:`pixelflow_benchmarks.opponents.public_training`.
-        problem: what is trained.
+        process: process that serves training, see :mod:`pixelflow_benchmarks.opponents.public_training`.
+        problem: the training problem.
+
+    Attributes:
+        reported: loss and gradient norm of the last step; zeros before the first.
     """
 
     def __init__(self, process: PublicProcess, problem: TrainingProblem) -> None:
@@ -57,7 +60,7 @@ class PublicRun:
         return Gradients(found["losses"], found["by_name"])
 
     def step(self, phases: Phases) -> None:
-        """See :class:`~.problem.TrainingRun`; waits until it is done."""
+        """See :class:`~.problem.TrainingRun`; returns when the work is done."""
         answer = self.process.ask({"do": "step", "timed": phases.timed})
         self.reported = Stepped(answer["loss"], answer["norm"])
         if phases.timed:
@@ -83,7 +86,7 @@ class PublicRun:
             self.process.ask({"do": "release"})
 
     def _kept(self, do: str, **more: str) -> dict[str, Any]:
-        """What it writes to a file."""
+        """Send a request whose result the process writes to a file, and return that result."""
         file = Path(self.process.folder.name) / f"{do}.pt"
         self.process.ask({"do": do, "keep": str(file), **more})
         found: dict[str, Any] = torch.load(file, weights_only=True)

@@ -1,9 +1,9 @@
-"""A plain training loop in the shape of the published one, written from its description, for the reference model.
+"""The parts of a plain training loop of the published shape for the reference model, written from its description.
 
-Pairs are built where the data are loaded, stage by stage; what belongs to an image is a Python list with an entry for
-each; each block spreads an image's modulations over its tokens by concatenating a piece per image; losses are split by
-image; averages are updated parameter by parameter. The pack's attention is one call where there is FlashAttention, else
-one for each size.
+Training pairs are built where the data are loaded, stage by stage. Values per image are Python lists. Each block
+spreads the modulations of an image over its tokens by concatenating a piece per image. Losses are split by image, and
+averages are updated parameter by parameter. Attention of a pack is one call if FlashAttention is available, otherwise
+one call per image size.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ Example = tuple[Tensor, int]
 
 
 class Loader:
-    """Makes batches from images one by one, in the order in which the other loops see them.
+    """Makes batches from single images, in the order in which the other loops see them.
 
     Args:
-        problem: the batch.
+        problem: the training problem, which sets the size of a batch.
         data: decoded images.
     """
 
@@ -55,12 +55,12 @@ class Loader:
         self.torch = torch.Generator().manual_seed(SEED)
 
     def examples(self, step: int) -> list[Example]:
-        """The examples of a batch."""
+        """Return the examples of a step's batch."""
         ids = sample_ids(SEED, self.problem.positions(step), len(self.data)).tolist()
         return [(self.data.images[i].float().div(255).sub(0.5).div(0.5), int(self.data.labels[i])) for i in ids]
 
     def batch(self, step: int) -> ListedBatch:
-        """Draw stages, times, noise and label drops, and pack."""
+        """Draw stages, times, noise and label drops for a step's images, and pack the training pairs."""
         config, stages, examples = self.problem.config, self.stages, self.examples(step)
         p, drop, null = config.model.patch_size, self.problem.recipe.label_drop, config.model.num_classes
         images = torch.stack([image for image, _ in examples])
@@ -108,15 +108,15 @@ class Loader:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ListedBatch:
-    """A pack, full resolution first.
+    """A pack, with images of full resolution first.
 
     Attributes:
         tokens, targets: ``[T, c * p * p]``, patches in (channel, row, column) order.
-        rotary: cosines and sines of every token's place, ``[T, D / 2, 2]``.
-        cu_seqlens: ``[n + 1]`` int32.
-        t_model: ``[n]``.
-        sizes: ``[n]`` int32, widths in tokens.
-        labels, lengths, stages: of each image.
+        rotary: cosines and sines for every token's position, ``[T, D / 2, 2]``.
+        cu_seqlens: cumulative sequence lengths, ``[n + 1]`` int32.
+        t_model: model times, ``[n]``.
+        sizes: widths in tokens, ``[n]``; int32 as :class:`Loader` makes them.
+        labels, lengths, stages: class label, number of tokens and stage of each image.
     """
 
     tokens: Tensor
@@ -130,12 +130,12 @@ class ListedBatch:
     stages: list[int]
 
     def to(self, device: torch.device) -> ListedBatch:
-        """The same there."""
+        """Return the batch with its tensors on a device."""
         names = ("tokens", "targets", "rotary", "cu_seqlens", "t_model", "sizes")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def as_batch(self, config: PixelFlowConfig) -> Batch:
-        """In the form in which batches are checked."""
+        """Return the batch in the form in which batches are checked."""
         return Batch(
             tokens=self.tokens,
             targets=self.targets,
@@ -148,7 +148,7 @@ class ListedBatch:
 
 
 def listed(batch: Batch, config: PixelFlowConfig) -> ListedBatch:
-    """A given batch in this loop's form."""
+    """Return a given batch in the form of this loop."""
     sides = [rows for rows, _ in batch.layout.grids]
     tables = [rotary_table(side, config.model.attention_head_dim) for side in sides]
     return ListedBatch(
@@ -165,13 +165,13 @@ def listed(batch: Batch, config: PixelFlowConfig) -> ListedBatch:
 
 
 def rotary_table(side: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of a square image's places, ``[N, D / 2]`` each."""
+    """Return cosines and sines for the positions of a square image, ``[N, D / 2]`` each."""
     angles = rotary_angles(side, side, head_dim, "cpu")
     return angles.cos(), angles.sin()
 
 
 def packed_velocities(model: PixelFlowTransformer, batch: ListedBatch) -> Tensor:
-    """The reference's velocity of every token of a pack, ``[T, c * p * p]`` in (channel, row, column) order."""
+    """Compute the reference's velocities of a pack's tokens, ``[T, c * p * p]`` in (channel, row, column) order."""
     patch, lengths = model.patch_embed.proj, batch.lengths
     labels = torch.tensor(batch.labels, device=batch.tokens.device) if model.num_classes > 0 else None
     x = F.linear(batch.tokens, patch.weight.flatten(1), patch.bias)
@@ -186,14 +186,14 @@ def packed_velocities(model: PixelFlowTransformer, batch: ListedBatch) -> Tensor
 
 
 def image_losses(velocities: Tensor, batch: ListedBatch) -> list[Tensor]:
-    """Mean squared error of each image, one by one."""
+    """Compute the mean squared error of each image, one by one."""
     squares = (velocities.float() - batch.targets.float()) ** 2
     return [part.mean() for part in torch.split(squares, batch.lengths)]
 
 
 @torch.no_grad()
 def update_ema(ema: Mapping[str, Tensor], model: nn.Module, decay: float) -> None:
-    """Move averages towards a model, parameter by parameter."""
+    """Move the averages towards a model's weights, parameter by parameter."""
     for name, parameter in model.named_parameters():
         ema[name].mul_(decay).add_(parameter, alpha=1 - decay)
 
@@ -208,7 +208,7 @@ def _block(block: TransformerBlock, x: Tensor, c: Tensor, batch: ListedBatch) ->
 
 
 def _spread(rows: Tensor, lengths: list[int]) -> Tensor:
-    """Rows of images ``[n, k]`` beside their tokens ``[T, k]``, at least float32, a piece for each image."""
+    """Repeat the rows ``[n, k]`` of images for their tokens, ``[T, k]`` in at least float32, a piece per image."""
     pieces = [row[None].expand(length, -1) for row, length in zip(rows, lengths, strict=True)]
     return torch.cat(pieces).to(at_least_fp32(rows.dtype))
 

@@ -1,7 +1,7 @@
-"""Who trains in this process: the project's own step in its variants, and a plain loop in the published shape.
+"""Training runs in this process: the project's own step in its variants, and a plain loop of the published shape.
 
-All of them train the same tensors in turns, which saves the memory of a model for each; speed does not depend on
-values. What their loops do differently, each does by itself: batches, optimizer, averages.
+All of them train the same weights in turns, which saves the memory of a model for each; speed does not depend on
+values. Where the two loops differ, in batches, optimizer and averages, each has its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .public_shape import ListedBatch, Loader, image_losses, listed, packed_velo
 
 
 class LocalRun:
-    """What runs of this process have in common, see :class:`~.problem.TrainingRun`."""
+    """Base class of the runs in this process, see :class:`~.problem.TrainingRun`."""
 
     def __init__(self, problem: TrainingProblem, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
         self.problem, self.recipe = problem, problem.recipe
@@ -38,7 +38,7 @@ class LocalRun:
         raise NotImplementedError
 
     def averages(self) -> Mapping[str, Tensor]:
-        """Averaged weights by name."""
+        """Return the averaged weights by name."""
         raise NotImplementedError
 
     def last(self) -> Stepped:
@@ -52,7 +52,7 @@ class LocalRun:
         return self.parameters[PROBE].detach().cpu().clone(), self.averages()[PROBE].detach().cpu().clone()
 
     def peak_bytes(self) -> int | None:
-        """See :class:`~.problem.TrainingRun`; what other runs keep does not count."""
+        """See :class:`~.problem.TrainingRun`; the memory of other runs does not count."""
         device = self.problem.device
         if device.type != "cuda":
             return None
@@ -64,7 +64,7 @@ class LocalRun:
         return torch.cuda.max_memory_allocated(device) - before + self.held()
 
     def held(self) -> int:
-        """Bytes of weights, averages and moments."""
+        """Return the bytes of weights, averages and moments."""
         moments = (t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
         return _bytes(self.parameters.values()) + _bytes(self.averages().values()) + _bytes(moments)
 
@@ -73,7 +73,7 @@ class LocalRun:
         self.optimizer.zero_grad(set_to_none=True)
 
     def taken(self, losses: Tensor) -> Gradients:
-        """The gradients that lie there, which are removed."""
+        """Take the gradients from the parameters, whose ``grad`` is reset, and return them with the losses."""
         gradients = {name: _gradient(parameter) for name, parameter in self.parameters.items()}
         self.optimizer.zero_grad(set_to_none=True)
         return Gradients(losses.detach().float().cpu(), gradients)
@@ -83,8 +83,8 @@ class EngineRun(LocalRun):
     """The step of ``pixelflow train``, see :class:`~.problem.TrainingRun`.
 
     Args:
-        problem: what is trained.
-        train_step: of the variant.
+        problem: the training problem.
+        train_step: step of the variant.
     """
 
     def __init__(self, problem: TrainingProblem, train_step: TrainStep) -> None:
@@ -107,7 +107,7 @@ class EngineRun(LocalRun):
 
     def gradients(self, batch: Batch) -> Gradients:
         """See :class:`~.problem.TrainingRun`."""
-        self.train_step.update.follow()  # the weights may be another problem's last ones, or the first ones again
+        self.train_step.update.follow()  # the weights may have been trained by another run, or reset
         return self.taken(self._losses(batch.to(self.problem.device)))
 
     def averages(self) -> Mapping[str, Tensor]:
@@ -121,7 +121,7 @@ class EngineRun(LocalRun):
             self.train_step.graphs.close()
 
     def peak_bytes(self) -> int | None:
-        """See :class:`~.problem.TrainingRun`; None for graphs, whose memory does not come and go with a step."""
+        """See :class:`~.problem.TrainingRun`; None with graphs, whose memory is not allocated and freed by a step."""
         return None if self.train_step.graphs is not None else super().peak_bytes()
 
     def held(self) -> int:
@@ -130,7 +130,7 @@ class EngineRun(LocalRun):
         return super().held() + (_bytes(self.model.parameters()) if copied else 0)
 
     def _losses(self, batch: Batch) -> Tensor:
-        """Of each image; gradients are there afterwards."""
+        """Compute the loss of each image and leave the gradients in the parameters."""
         return self.train_step.backward([batch])
 
 
@@ -138,8 +138,8 @@ class ReferenceRun(LocalRun):
     """The reference model in a plain loop of the published shape, see :class:`~.problem.TrainingRun`.
 
     Args:
-        problem: what is trained.
-        model: the reference.
+        problem: the training problem.
+        model: the reference model.
     """
 
     def __init__(self, problem: TrainingProblem, model: PixelFlowTransformer) -> None:

@@ -12,7 +12,7 @@ from .problem import REFERENCE
 
 
 def training_table(run: Run) -> TextTable:
-    """A row per case and variant: a step's time, rates, speed beside two opponents, memory, parts of the step."""
+    """A row per case and variant: a step's time, rates, speed relative to two others, memory, parts of the step."""
     rows, head = [], run.environment
     for r in run.of_kind("measurement"):
         if not r["right"]:

@@ -1,1 +1,1 @@
-"""Launch configurations: candidates, measurements, choices."""
+"""``bench tune``: candidate launch configurations, their measurement, and the choice among them."""

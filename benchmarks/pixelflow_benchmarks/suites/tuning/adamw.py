@@ -1,4 +1,4 @@
-"""adamw: sums of squares and the update, on the parameters of some blocks."""
+"""adamw: sums of squares and the update, for the parameters of several blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LISTS = ("gradients", "parameters", "exp_avgs", "exp_avg_sqs", "averages")
 
 
 def trials(kernel: str, problem: Problem) -> Iterator[Trial]:
-    """``squares`` or ``update``, once for all stages."""
+    """Yield the trial of ``squares`` or ``update``: one for all stages, at the last one."""
     if problem.stage == len(STAGE_SIDES) - 1:
         yield {"squares": _squares, "update": _update}[kernel](problem)
 
@@ -53,7 +53,7 @@ def _update(problem: Problem) -> Trial:
     numbers = torch.tensor(found, dtype=torch.float64, device=device).float()
 
     def launch(config: Config) -> Outputs:
-        # It works in place: every launch starts from the same state, which is a copy more for all candidates alike.
+        # The kernel works in place: this copy, which all candidates pay alike, gives every launch the same state.
         state.copy_(before)
         kernels.launch_update(table.pointers, table.chunks, numbers, torch.float32, None, True, False, config=config)
         return (state,)
@@ -74,7 +74,7 @@ def _size(problem: Problem) -> int:
 
 
 def _lists(problem: Problem, flat: Tensor) -> list[list[Tensor]]:
-    """Of each row, its tensors one after the other."""
+    """Split each row of ``flat`` into consecutive tensors of the blocks' shapes."""
     shapes = block_shapes() * max(problem.batch // 2, 1)
     sizes = [torch.Size(shape).numel() for shape in shapes]
     return [[x.view(shape) for x, shape in zip(row.split(sizes), shapes, strict=True)] for row in flat]

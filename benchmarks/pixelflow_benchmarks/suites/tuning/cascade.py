@@ -1,4 +1,4 @@
-"""cascade: entering a stage with noise drawn or given, the first stage's noise, training pairs of all stages."""
+"""cascade: entering a stage with drawn or given noise, the first stage's noise, training pairs of all stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .trial import Trial
 
 
 def trials(kernel: str, problem: Problem) -> Iterator[Trial]:
-    """``renoise`` from the second stage on, ``initial`` at the first, ``pairs`` at the last."""
+    """Yield trials of ``renoise`` from the second stage on, ``initial`` at the first, or ``pairs`` at the last."""
     if kernel == "renoise" and problem.stage > 0:
         for drawn in (True, False):
             yield _renoise(problem, drawn)

@@ -1,7 +1,7 @@
-"""Choose launch configurations from measurements; needs no GPU.
+"""Choice of launch configurations from measurements; needs no GPU.
 
-A configuration decides the order of sums, and so bits: a choice replaces the present one only where it is clearly
-faster.
+A configuration determines the order of sums and therefore the bits of results, so that a present configuration is
+replaced only by one that is clearly faster.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from .spaces import LENGTHS, TIED, Config
 Record = dict[str, Any]
 
 GAIN = 0.02
-"""How much less time a new configuration has to take, as a share of the present one's."""
+"""Least saving of a new configuration, as a share of the present one's time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the measurements say about one shape class.
+    """The result for one shape class.
 
     Attributes:
-        kernel, shape_class: where it is kept.
-        present, chosen: configurations; the same where nothing is clearly faster.
-        ratio: time of the chosen one as a share of the present one's, the geometric mean over problems; None where the
-            present one could not be measured.
-        problems: on which it was decided.
-        timed, tried: how many configurations were timed on all of them, and how many there were.
-        same_bits: every output had the bits that the present configuration gives.
+        kernel, shape_class: entry of the configuration tables.
+        present, chosen: configurations; equal if nothing is clearly faster.
+        ratio: time of the chosen configuration divided by that of the present one, as the geometric mean over problems;
+            None if the present one could not be measured.
+        problems: problems on which the choice is based.
+        timed, tried: number of configurations that were timed on all these problems, and of all configurations.
+        same_bits: whether every output had the bits of the present configuration.
     """
 
     kernel: str
@@ -53,26 +53,26 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A configuration that was timed on all of its shape class's problems, beside the present one."""
+    """A configuration that was timed on all problems of its shape class, and what it is compared with."""
 
     config: Config
     records: tuple[Record, ...]
-    present: tuple[Record, ...]  # of the same problems; its own where the present one could not be measured
+    present: tuple[Record, ...]  # same problems; another candidate's if the present one has no times
 
     @property
     def ratios(self) -> list[float]:
-        """Times as shares of the present ones."""
+        """Median times divided by the present configuration's, by problem."""
         return [_seconds(a, "median") / _seconds(b, "median") for a, b in zip(self.records, self.present, strict=True)]
 
     @property
     def bounds(self) -> list[float]:
-        """The same from its 80th percentile and the present one's 20th."""
+        """The 80th percentiles divided by the present configuration's 20th percentiles, by problem."""
         return [_seconds(a, "high") / _seconds(b, "low") for a, b in zip(self.records, self.present, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class _Class:
-    """All candidates of a shape class; ``works`` is False where the present configuration could not be measured."""
+    """All candidates of a shape class; ``works`` says whether the present configuration could be measured."""
 
     present: Config
     works: bool
@@ -82,11 +82,12 @@ class _Class:
 
 
 def choose(records: Iterable[Record]) -> list[Choice]:
-    """The best configuration of each shape class by the geometric mean over its problems.
+    """Choose the best configuration of each shape class by the geometric mean over its problems.
 
-    It replaces the present one where it takes at least 2% (:data:`GAIN`) less time and even its 80th percentile is
-    below the present one's 20th; a present one that does not run is replaced by the fastest that does. What is tied
-    over the shape classes of short and long members (:data:`~.spaces.TIED`) changes in both or in neither.
+    It replaces the present one if it takes at least 2% (:data:`GAIN`) less time and even its 80th percentile is below
+    the present one's 20th, both as geometric means of ratios. A present configuration that does not run is replaced by
+    the fastest one that does. Values that are tied across the shape classes of short and long sequences
+    (:data:`~.spaces.TIED`) change in both classes or in neither.
     """
     groups: dict[tuple[str, str], dict[str, list[Record]]] = {}
     for record in records:
@@ -103,7 +104,7 @@ def choose(records: Iterable[Record]) -> list[Choice]:
 
 
 def _choose_together(kernel: str, stem: str, classes: Mapping[str, _Class]) -> dict[str, _Candidate | None]:
-    """A candidate for each class of a group, None to keep what is there."""
+    """Return a candidate for each class of a group, None to keep the present configuration."""
     tied = TIED.get(kernel, ())
 
     def values(config: Config) -> tuple[int, ...]:
@@ -130,13 +131,13 @@ def _choose_together(kernel: str, stem: str, classes: Mapping[str, _Class]) -> d
 
 
 def _clearly_faster(candidates: Sequence[_Candidate]) -> bool:
-    """By more than the noise, over all problems of all of them."""
+    """Whether candidates are faster by more than the noise, over all problems of all of them."""
     ratios, bounds = [r for c in candidates for r in c.ratios], [b for c in candidates for b in c.bounds]
     return _mean(ratios) <= 1 - GAIN and _mean(bounds) < 1
 
 
 def _cost(choice: Mapping[str, _Candidate | None], classes: Mapping[str, _Class]) -> float:
-    """Mean time as a share of the present one's, over all problems of all classes."""
+    """Return the mean time as a share of the present one's, over all problems of all classes."""
     return _mean([r for name, c in choice.items() for r in (c.ratios if c else [1.0] * len(classes[name].problems))])
 
 
@@ -155,10 +156,10 @@ def _class_of(records: Sequence[Record]) -> _Class:
             continue
         own = tuple(by_problem[problem] for problem in problems)
         beside = tuple(base[problem] for problem in problems) if works else own
-        # Where only one of both could be captured, the other's figure has the host's time in it.
+        # If only one of the two could be captured, the other's time includes that of the host.
         if all(a["captured"] == b["captured"] for a, b in zip(own, beside, strict=True)):
             candidates.append(_Candidate(own[0]["config"], own, beside))
-    if not works and candidates:  # measured against one another: any of them will do as the unit
+    if not works and candidates:  # compared with one another: any of them can be the unit
         unit = candidates[0].records
         candidates = [_Candidate(c.config, c.records, unit) for c in candidates]
     return _Class(present, works, tuple(candidates), problems, len({_key(r["config"]) for r in records}))
@@ -179,7 +180,7 @@ def _choice(kernel: str, name: str, of: _Class, best: _Candidate | None) -> Choi
 
 
 def merged(table: Mapping[str, Mapping[str, Config]], choices: Iterable[Choice]) -> dict[str, dict[str, Config]]:
-    """The table with what is proposed; what was not tuned, or is kept, stays as it is."""
+    """Return the table with the proposed configurations; entries that were not tuned, or are kept, do not change."""
     found = {kernel: {name: dict(config) for name, config in of.items()} for kernel, of in table.items()}
     for choice in choices:
         if choice.changed:
@@ -192,17 +193,17 @@ def _key(config: Config) -> str:
 
 
 def _seconds(record: Record, key: str) -> float:
-    """Times are differences of two measurements: that of a very short kernel may come out as nothing."""
+    """Return a positive time: as the difference of two measurements, that of a very short kernel may be 0."""
     return max(record[key], 1e-9)
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Geometric."""
+    """Return the geometric mean."""
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def tuning_table(choices: Sequence[Choice], gpu: str) -> TextTable:
-    """A row per shape class: what is there, what is proposed, and what that is decided on."""
+    """A row per shape class: the present and the proposed configuration, and the measurements behind the choice."""
     rows = []
     for c in choices:
         rows.append(

@@ -1,6 +1,6 @@
-"""Measure launch configurations: on the GPU that is tuned for, every candidate is checked, then timed.
+"""Measurement of launch configurations: on the GPU that is tuned for, every candidate is checked, then timed.
 
-A configuration decides the order of sums, and so bits; what to make of the records, :mod:`.choose` says.
+A configuration determines the order of sums and therefore the bits of results. :mod:`.choose` evaluates the records.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Record = dict[str, Any]
 Timer = Callable[[Mapping[str, Call], torch.device, int], Mapping[str, Timing]]
 
 BEHIND = 1.25
-"""A candidate that takes so many times the present time on one problem is not tried on the next."""
+"""A candidate slower than the present configuration by more than this factor is not tried on the next problems."""
 
 
 def tune(
@@ -41,20 +41,22 @@ def tune(
 ) -> Iterator[Record]:
     """Yield a record per kernel, problem and configuration, as soon as the problem is measured.
 
+    A candidate that fails or is much slower (:data:`BEHIND`) is not tried on the next problems of its shape class.
+
     Args:
         tunables: kernels, the most important first.
-        device: where they run.
+        device: device to run on.
         rounds: measurements of each configuration.
-        jobs: threads that compile.
+        jobs: number of threads that compile.
         budget: seconds after which no further kernel is begun.
-        timer, clock: other ones in tests.
+        timer, clock: replaced in tests.
 
     Yields:
-        records: ``kind`` ``"candidate"``, ``kernel``, ``problem``, ``shape_class``, ``config``, ``present`` (it is the
-        frozen one), ``result``: ``"timed"`` (then also ``median``, ``low``, ``high``, ``repeats``, ``captured``, and
-        ``same_bits`` as the present one's), or ``"wrong"``, ``"failed"``, ``"spills"`` with ``reason``. On a GPU
-        ``registers`` and ``spills``. What failed or fell far behind is not tried on the next problems of its shape
-        class. A kernel that the budget has no time for has one record of kind ``"left out"``.
+        Records of kind ``"candidate"`` with ``kernel``, ``problem``, ``shape_class``, ``config``, ``present`` (whether
+        it is the frozen configuration) and ``result``. The result is ``"timed"``, with ``median``, ``low``, ``high``,
+        ``repeats``, ``captured`` and ``same_bits`` (whether the outputs have the present configuration's bits); or
+        ``"wrong"``, ``"failed"`` or ``"spills"``, with ``reason``. On a GPU, what was launched has ``registers`` and
+        ``spills``. A kernel that there was no time left for has a single record of kind ``"left out"``.
     """
     began = clock()
     for tunable in tunables:
@@ -77,7 +79,7 @@ def tune(
 def _measure(
     kernel: str, trial: Trial, configs: list[Config], device: torch.device, rounds: int, jobs: int, timer: Timer
 ) -> list[Record]:
-    """A record for each configuration, of which the first is the present one."""
+    """Return a record for each configuration; the first configuration is the present one."""
     records: list[Record] = []
     refused = _compile(trial, configs, device, jobs)
     plain = None if trial.plain is None else trial.plain()
@@ -118,13 +120,13 @@ def _measure(
 def _faults(
     trial: Trial, found: Outputs, present: Outputs | None, plain: Outputs | None, truth: Outputs | None
 ) -> list[str]:
-    """Level A outputs: not the present configuration's bits. Others: further from float64 than level D allows."""
+    """Return faults: level A outputs must have the present configuration's bits, all others must pass level D."""
     faults = []
     for i, out in enumerate(found):
         if i in trial.exact:
             if present is None:
                 faults.append(f"output {i}: no bits to compare with, as the present configuration does not run")
-            elif not torch.equal(out, present[i]):  # a NaN that was left there is not equal to itself
+            elif not torch.equal(out, present[i]):  # a NaN that was not overwritten is unequal to itself
                 different = int((out != present[i]).sum())
                 faults.append(f"output {i}: {different} of {out.numel()} values differ from the present ones")
         elif plain is None or truth is None:
@@ -138,9 +140,10 @@ def _faults(
 
 
 def _compile(trial: Trial, configs: Sequence[Config], device: torch.device, jobs: int) -> dict[int, str]:
-    """Launch every configuration once, the first alone; of those that cannot be had, the reason by place.
+    """Launch every configuration once, and return, by index, why those that do not compile or launch fail.
 
-    Most of a compilation runs outside the interpreter's lock, so threads help. What the launches write is not used.
+    Most of a compilation runs without the interpreter's lock, so that threads help. The first configuration is launched
+    alone. What the launches write is not used.
     """
 
     def attempt(config: Config) -> str | None:
@@ -159,7 +162,7 @@ def _compile(trial: Trial, configs: Sequence[Config], device: torch.device, jobs
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # gives the thread a CUDA context
 
-    found = [attempt(configs[0])]  # it sets up what the launches share
+    found = [attempt(configs[0])]  # sets up what the launches share
     if jobs == 1:
         found += map(attempt, configs[1:])
     else:
@@ -169,12 +172,13 @@ def _compile(trial: Trial, configs: Sequence[Config], device: torch.device, jobs
 
 
 def refusal(error: Exception) -> str | None:
-    """Why a kernel cannot be had in a configuration; None for an error that is not about that."""
+    """Return why a kernel cannot be compiled or launched in a configuration; None for an error of another kind."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
     known = isinstance(error, (OutOfResources, PTXASError, CompilationError))
-    # A failed compiler pass has no class of its own. A kernel that crashed leaves no device to go on with.
+    # A failed compiler pass has no exception class of its own. Other errors are fatal: after a kernel has crashed, the
+    # device cannot be used any more.
     if not known and not (isinstance(error, RuntimeError) and "PassManager::run failed" in str(error)):
         return None
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -182,7 +186,8 @@ def refusal(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def _launched(jit: Any, device: torch.device) -> Iterator[dict[str, int]]:
-    """What the kernel takes that is launched inside, known afterwards: ``registers``, ``spills``; on a GPU only."""
+    """Yield a dictionary that has the ``registers`` and ``spills`` of the kernel launched inside once the context is
+    left; on a GPU only."""
     usage: dict[str, int] = {}
     if device.type != "cuda" or jit is None:
         yield usage

@@ -1,6 +1,7 @@
 """modulate: gated residual, norm and modulation, forward and backward, with RMSNorm and with LayerNorm.
 
-The two kernels of the backward pass are launched together, one with the candidate, the other with what is frozen.
+The two kernels of the backward pass are launched together, one with the candidate configuration, the other with its
+frozen one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ EPS = 1e-6
 
 
 def trials(kernel: str, problem: Problem) -> Iterator[Trial]:
-    """``forward``, ``backward`` or ``sum``."""
+    """Yield trials of ``forward``, ``backward`` or ``sum``, with both norms."""
     for norm in ("rms", "layer"):
         yield _trial(kernel, problem, norm)
 
@@ -49,7 +50,7 @@ def _trial(kernel: str, problem: Problem, norm: str) -> Trial:
         return grad_x, grad_y, rows
 
     def computed(dtype: torch.dtype | None) -> Outputs:
-        """In the operands' own types, or all in one."""
+        """Compute all outputs with the operands in their own types, or all in ``dtype``."""
         leaves = tuple(t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, y, gate, shift, scale))
         own = None if weight is None else weight.to(dtype or weight.dtype)
         total = reference.add_gated(leaves[0], leaves[1], leaves[2], layout.image_index)
@@ -58,7 +59,7 @@ def _trial(kernel: str, problem: Problem, norm: str) -> Trial:
             return total.detach(), normed.detach()
         seeds = tuple(g.to(dtype or g.dtype) for g in (grad_residual, grad))
         dx, dy, dgate, dshift, dscale = torch.autograd.grad((total, normed), leaves, seeds)
-        # The kernel's sums leave the weight to its caller.
+        # The kernel's sums do not include the norm's weight, which its caller applies.
         return dx, dy, torch.stack([dscale if own is None else dscale / own, dshift, dgate])
 
     jits = {

@@ -1,4 +1,4 @@
-"""ode_step: Euler, and Dopri5's last stage, error norm and acceptance, all of them guided, on a float32 state."""
+"""ode_step: the Euler step, and Dopri5's last stage, error norm and acceptance, on a float32 state with guidance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLERANCES = (1e-5, 1e-5)
 
 
 def trials(kernel: str, problem: Problem) -> Iterator[Trial]:
-    """``euler``, ``stage``, ``error`` or ``accept``, on the head's tokens."""
+    """Yield the trial of ``euler``, ``stage``, ``error`` or ``accept``, on tokens as the model's head produces them."""
     B, device = problem.batch, problem.device
     values = problem.side**2 * PATCH_CHANNELS
     x = problem.normal(B, values, dtype=torch.float32)
@@ -53,7 +53,7 @@ def trials(kernel: str, problem: Problem) -> Iterator[Trial]:
         newest = reference.guided(velocity, weight, B, torch.float32).view_as(x)
         all_slopes = torch.cat([before_last, newest[None]]).to(dtype)
         norm = reference.error_norm(x.to(dtype), all_slopes, step, STAGES[-1], ERROR, tolerance, False)
-        return norm.to(dtype), newest  # the norm is as exact as what it is computed in
+        return norm.to(dtype), newest  # the norm is only as exact as the type that it is computed in
 
     launches = {"euler": euler, "stage": stage, "error": error, "accept": take}
     buffers = {

@@ -1,4 +1,4 @@
-"""rope2d: norm and rotation of q and k out of a fused product, its backward pass, the rotation alone."""
+"""rope2d: norm and rotation of q and k, slices of a fused product; its backward pass; the rotation alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EPS = 1e-6
 
 
 def trials(kernel: str, problem: Problem) -> Iterator[Trial]:
-    """``forward``, ``backward`` or ``rotate``."""
+    """Yield the trial of ``forward``, ``backward`` or ``rotate``."""
     name = rotation.shape_class(WIDTH, problem.dtype)
     shared = {
         "problem": problem.label,
@@ -70,7 +70,7 @@ def _norm(kernel: str, problem: Problem, shared: dict[str, Any]) -> Trial:
         return out_q, out_k, *weights
 
     def computed(dtype: torch.dtype | None) -> Outputs:
-        """In the operands' own types, or all in one."""
+        """Compute all outputs with the operands in their own types, or all in ``dtype``."""
         leaves = tuple(t.detach().to(dtype or t.dtype).requires_grad_() for t in (q, k, q_weight, k_weight))
         angles = rotation_table(layout, HEAD_DIM, dtype or table.dtype)
         found = tuple(_normed(x, weight, row, column, angles) for x, weight in zip(leaves[:2], leaves[2:], strict=True))

@@ -1,7 +1,8 @@
-"""Which configurations are tried, as data: a list per kernel, most important kernel first.
+"""Candidate launch configurations, as data: a list per kernel, the most important kernel first.
 
-The present configuration is always tried too. A list is for all architectures: what does not fit one of them is
-recorded as such and not chosen. What spills on sm_90 in bf16, compiled ahead of time, is left out.
+The present configuration is always tried as well. A list serves all architectures: a configuration that does not fit
+one of them is recorded as failed there and not chosen. Configurations that spill on sm_90 in bf16, as found by
+compiling ahead of time, are left out.
 """
 
 from __future__ import annotations
@@ -12,26 +13,25 @@ Config = dict[str, int]
 
 
 def grid(*axes: tuple[Config, ...]) -> tuple[Config, ...]:
-    """Every combination of one entry of each axis."""
+    """Return every combination of one entry of each axis."""
     return tuple({key: value for part in parts for key, value in part.items()} for parts in product(*axes))
 
 
 def axis(name: str, *values: int | None) -> tuple[Config, ...]:
-    """One key with several values; None leaves it out."""
+    """Return one entry per value of a key; None leaves the key out."""
     return tuple({} if value is None else {name: value} for value in values)
 
 
 def tiles(*sizes: tuple[int, int, int]) -> tuple[Config, ...]:
-    """``BLOCK_M``, ``BLOCK_N`` and warps. A warp has 16 rows or more of its own in the products' first operand.
+    """Return entries of ``BLOCK_M``, ``BLOCK_N`` and ``num_warps``.
 
-    So sums along a row never cross warps, and their order does not depend on how many there are.
+    Sizes must give every warp at least 16 rows of its own in the products' first operand: then sums along a row never
+    cross warps, and their order does not depend on the number of warps.
     """
     return tuple({"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps} for m, n, warps in sizes)
 
 
-_VALUES = grid(
-    axis("BLOCK", 256, 512, 1024, 2048), axis("num_warps", 2, 4, 8)
-)  # of tensors that are worked on value by value
+_VALUES = grid(axis("BLOCK", 256, 512, 1024, 2048), axis("num_warps", 2, 4, 8))  # for kernels that work value by value
 
 SPACES: dict[str, tuple[Config, ...]] = {
     "varlen_attention.forward": grid(
@@ -66,7 +66,7 @@ SPACES: dict[str, tuple[Config, ...]] = {
 }
 
 TIED = {"varlen_attention.forward": ("BLOCK_N", "FIXED_MAX_TILES")}
-"""What must be the same in the shape classes of short and of long members, as it decides bits."""
+"""Keys that must have the same value in the shape classes of short and of long sequences, as they determine bits."""
 
 LENGTHS = ("short", "long")
-"""How the names of tied shape classes end."""
+"""Endings of the names of tied shape classes."""

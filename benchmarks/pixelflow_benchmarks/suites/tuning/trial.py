@@ -1,4 +1,4 @@
-"""One kernel on one problem, to be launched with any configuration, and what proves a launch right."""
+"""One kernel on one problem, which can be launched with any configuration, and what its outputs are checked against."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Trial:
     """One kernel on one problem.
 
     Attributes:
-        problem: its name, ``"stage3-b16"``; unique for the kernel.
-        shape_class: under which configurations for it are kept.
+        problem: name of the problem, ``"stage3-b16"``; unique for the kernel.
+        shape_class: shape class under which its configuration is stored.
         present: the frozen configuration.
-        launch: runs the kernel; returns all that it writes. It may be called any number of times.
-        buffers: outputs that ``launch`` is to fill, not allocated by itself; they are poisoned before a check.
-        exact: places among the outputs that are level A: every configuration gives them the same bits.
-        plain: all outputs in plain PyTorch, in the same types; None where all are exact.
-        truth: the same in float64.
-        growth: how much larger than a row's largest true value what is rounded on the way to it may be, for level D.
-        jit: the kernel under ``@triton.jit``, for what its compiled variants take.
+        launch: runs the kernel with a configuration and returns all outputs; it may be called any number of times.
+        buffers: outputs that ``launch`` fills but does not allocate; they are set to NaN before a check.
+        exact: indices of the outputs that are level A: every configuration gives them the same bits.
+        plain: computes all outputs in plain PyTorch, in the same types; None if all are exact.
+        truth: computes the same in float64; None if all are exact.
+        growth: factor on level D's two roundings, see :func:`~pixelflow_benchmarks.suites.kernels.case.level_d`.
+        jit: the function under ``@triton.jit``, from which registers and spills are read.
     """
 
     problem: str

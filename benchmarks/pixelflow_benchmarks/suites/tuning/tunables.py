@@ -1,6 +1,7 @@
-"""What ``pixelflow bench tune`` tunes: each kernel's candidates, and the problems that decide between them.
+"""What ``pixelflow bench tune`` tunes: the candidates of each kernel, and the problems that decide between them.
 
-An operation's module has ``trials(kernel, problem)``; a kernel's shape classes are those that its problems fall into.
+The module of an operation has a function ``trials(kernel, problem)``; a kernel's shape classes are those of its
+problems.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .trial import Trial
 __all__ = ["KERNELS", "STAGE_SIDES", "Config", "Trial", "Tunable", "tunables"]
 
 KERNELS = tuple(SPACES)
-"""Most important first: what is cut short has tuned what matters most."""
+"""Most important first, so that an interrupted run has tuned what matters most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,9 @@ class Tunable:
     """A kernel to tune.
 
     Attributes:
-        kernel: as in the tables, ``"rope2d.forward"``.
-        space: configurations to try beside the present ones.
-        trials: makes the problems, the largest first; tensors live while their problem is looked at.
+        kernel: name in the configuration tables, ``"rope2d.forward"``.
+        space: configurations to try in addition to the present ones.
+        trials: makes the trials, the largest problem first; the tensors of a trial are allocated when it is yielded.
     """
 
     kernel: str
@@ -41,17 +42,17 @@ class Tunable:
 def tunables(
     names: Iterable[str], stages: Iterable[int], batch: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tunable]:
-    """Kernels by importance.
+    """Return the kernels to tune, most important first.
 
     Args:
-        names: of kernels (``"rope2d.forward"``) or of whole operations (``"rope2d"``); none for all.
-        stages: of the published model.
-        batch: images; with guidance a model sees twice as many.
-        dtype: of tokens and velocities.
-        device: where.
+        names: names of kernels (``"rope2d.forward"``) or of whole operations (``"rope2d"``); empty for all kernels.
+        stages: stages of the published model.
+        batch: number of images; with guidance a model sees twice as many sequences.
+        dtype: type of tokens and velocities.
+        device: device to run on.
 
     Raises:
-        ValueError: there is no such kernel, operation or stage.
+        ValueError: a kernel, operation or stage does not exist.
     """
     names, stages = tuple(names), sorted({*stages}, reverse=True)
     operations = tuple(dict.fromkeys(kernel.split(".")[0] for kernel in KERNELS))

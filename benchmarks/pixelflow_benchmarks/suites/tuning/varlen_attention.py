@@ -1,7 +1,7 @@
-"""varlen_attention: self-attention of one stage's pack, at the published heads of 72 channels, and at 64.
+"""varlen_attention: self-attention of one stage's pack, with the published heads of 72 channels and with 64.
 
-The three kernels of the backward pass are launched together; one has the candidate, the others what is frozen. So it
-is the pass that a candidate must make faster, not its own share of it.
+The three kernels of the backward pass are launched together, one with the candidate configuration, the others with
+their frozen ones. A candidate must therefore make the whole pass faster, not only its own part of it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .spaces import Config
 from .trial import Trial
 
 NARROW = 64
-"""Channels of a head of another lane class; tried where its short and its long members are cheap."""
+"""Channels of a head of another lane class; tried at the stages where short and long sequences are cheap."""
 
 JIT = {
     "backward_delta": backward._delta_kernel,
@@ -32,14 +32,14 @@ JIT = {
 
 
 def trials(kernel: str, problem: Problem) -> Iterator[Trial]:
-    """``forward``, or one kernel of the backward pass."""
+    """Yield trials of ``forward``, or of one kernel of the backward pass."""
     for head_dim in (HEAD_DIM, NARROW) if problem.stage in (0, 2) else (HEAD_DIM,):
         make = _forward if kernel == "forward" else _backward
         yield make(kernel, problem, head_dim)
 
 
 def _operands(problem: Problem, head_dim: int, count: int) -> tuple[Tensor, ...]:
-    """Slices of one product, as a model has them, and what else has their shape."""
+    """Return q, k and v as slices of one product, as in a model, and further tensors of their shape up to ``count``."""
     width = HEADS * head_dim
     layout = problem.layout()
     product = problem.normal(layout.num_tokens, 3 * width)
@@ -81,7 +81,7 @@ def _backward(kernel: str, problem: Problem, head_dim: int) -> Trial:
     layout, scale = problem.layout(), head_dim**-0.5
     cu, longest, multiple = layout.cu_seqlens, layout.max_seqlen, layout.multiple_of
     types = (q.dtype, torch.promote_types(q.dtype, torch.float32))
-    # From plain PyTorch, so that nothing here rests on the forward kernel.
+    # From plain PyTorch, so that this trial does not depend on the forward kernel.
     exact = attention_truth.attended(q, k, v, longest, torch.float64)
     out, lse = (x.to(y) for x, y in zip(exact, types, strict=True))
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
