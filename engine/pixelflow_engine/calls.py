@@ -364,8 +364,7 @@ def _start(
     lot: Lot,
     device: torch.device,
 ) -> Callable[[], States]:
-    """A function that makes the initial states: noise, or the given image in the state in which training presents it.
-    """
+    """A function that makes the initial states: noise, or the given image as training shows it to the first stage."""
     first = plan.stages[0]
 
     def start() -> States:
