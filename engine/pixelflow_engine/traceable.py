@@ -17,10 +17,11 @@ from .operations import Linear, PlainOperations, Rotation, SideBySide
 
 
 class TraceableOperations(PackedAttention, PlainOperations):
-    """Plain operations that read only the tensors of a layout; see :class:`pixelflow_engine.operations.Operations`.
+    """Plain operations that never read a layout's list of images.
 
     Per-image vectors are gathered by token instead of broadcast over a batch, and attention is one node of the graph,
-    so the graph does not depend on the number and sizes of the images.
+    so the graph does not depend on the number and sizes of the images. See
+    :class:`pixelflow_engine.operations.Operations`.
     """
 
     def __init__(self) -> None:
