@@ -1,6 +1,8 @@
 """Inpainting: after every step the known pixels are restored, at the noise level of that time.
 
-python examples/inpainting.py completed.png
+Usage::
+
+    python examples/inpainting.py completed.png
 """
 
 import sys

@@ -1,6 +1,8 @@
 """A custom sampler over the engine's velocity field: Heun's second-order method, without guidance.
 
-python examples/own_sampler.py heun.png
+Usage::
+
+    python examples/own_sampler.py heun.png
 """
 
 import sys

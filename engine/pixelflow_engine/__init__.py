@@ -1,9 +1,11 @@
-"""PixelFlow image generation: a cascade of resolutions in pixel space, sampled by flow matching.
+"""PixelFlow image generation: flow matching in pixel space over a cascade of resolutions.
 
-from pixelflow_engine import PixelFlowEngine
+Example::
 
-engine = PixelFlowEngine.from_pretrained("digits")
-images = engine(class_labels=[3, 7], seed=1).images
+    from pixelflow_engine import PixelFlowEngine
+
+    engine = PixelFlowEngine.from_pretrained("digits")
+    images = engine(class_labels=[3, 7], seed=1).images
 """
 
 from importlib import import_module

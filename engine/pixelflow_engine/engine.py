@@ -211,7 +211,8 @@ class PixelFlowEngine:
                 :class:`StepEvent`).
             callback_on_stage_end: called after every stage.
             rtol, atol, error_norm: error control of Dopri5; see :class:`pixelflow_engine.solvers.Tolerance`.
-            image: images to start from, one or one per image, in any form that a call returns.
+            image: images to start from, one or one per image: PIL images, an array ``[B, H, W, c]`` or a tensor
+                ``[B, c, H, W]`` in [0, 1].
             start_stage: the stage that starts from ``image``.
             strength: fraction of that stage's steps to run, in (0, 1]; 1 runs all of them.
             encoder_hidden_states: encoded prompts ``[B, L, E]``, for a text model.

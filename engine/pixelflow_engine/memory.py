@@ -22,7 +22,8 @@ UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 def least_bytes(model: ModelConfig, stages: Sequence[StagePlan], dtype: torch.dtype) -> int:
     """Lower bound on the memory of a sampling run besides the weights: the peak of its largest stage.
 
-    The table of modulations is included; the state, a few values per pixel, is not.
+    The table of modulations, which fixed steps use on the fast path, is always included; the state, a few values per
+    pixel, is not.
 
     Args:
         model: the model's shape.

@@ -53,7 +53,12 @@ def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def from_images(images: object, channels: int) -> Tensor:
-    """Convert images in any form that :func:`to_output` returns to ``[B, c, H, W]`` float32 in [-1, 1].
+    """Convert images to ``[B, c, H, W]`` float32 in [-1, 1].
+
+    Args:
+        images: a PIL image or a list of them, an array ``[B, H, W, c]`` or a tensor ``[B, c, H, W]`` in [0, 1]; all of
+            one size.
+        channels: c.
 
     Raises:
         ValueError: the images are invalid; the message states what was given and what was expected.

@@ -284,7 +284,7 @@ class Glance:
         return status == RUNNING, tau, step
 
     def anybody_runs(self) -> bool:
-        """Whether another attempt is needed."""
+        """Whether some image is still running, so that another attempt is needed."""
         if self.taken == 0:
             return True
         if self.taken > 1:

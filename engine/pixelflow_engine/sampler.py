@@ -141,7 +141,7 @@ def sample(
 
 
 def in_order(states: States, order: Sequence[int]) -> Latents:
-    """Images of all groups in the order of the call, without copies; one tensor if all have the same size."""
+    """Images of all groups in the order of the call, without padding; one tensor if all have the same size."""
     places = _inverse(order)
     if len(states) == 1:
         if places == list(range(len(places))):

@@ -1,7 +1,8 @@
 """Integration of ``dx/dtau = v(x, tau)`` over a stage, tau from 0 to 1, with any velocity callable.
 
-Sums over slopes run left to right, every product and every sum rounded on its own, so that a fused kernel can reproduce
-them bit for bit. Step control: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4.
+Sums over slopes run left to right, with each product and each sum rounded separately, so that a fused kernel can
+reproduce them bit for bit. Step control: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section
+II.4.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from .problems import listed
 def replace_folder(
     destination: Path, write: Callable[[Path], None], *, overwrite: bool, replaceable: Iterable[str]
 ) -> None:
-    """Write a folder so that neither a reader nor a power failure ever leaves it half written.
+    """Write a folder so that it never exists half written, neither for a reader nor after a power failure.
 
     The files are written into a hidden sibling folder and synced to the disk; one rename then moves the folder into
     place. An existing folder is first renamed aside, and removed at the end. Failures are undone in reverse order. Only

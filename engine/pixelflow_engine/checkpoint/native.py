@@ -50,7 +50,7 @@ def read_native(folder: Path) -> tuple[PixelFlowConfig, dict[str, Tensor]]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             layout = {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
             check_layout(layout, config.model, path)
-            # The digest is computed on a copy, which is what is returned: a memory-mapped file could still change.
+            # A copy is checked and returned: the file could still change under a memory mapping.
             state_dict = {name: file.get_tensor(name).clone() for name in parameter_shapes(config.model)}
     for name, tensor in state_dict.items():
         _check_digest(name, tensor_digest(tensor), metadata, path)

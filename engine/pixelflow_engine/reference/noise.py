@@ -49,8 +49,9 @@ def from_blocks(blocks: Tensor) -> Tensor:
 def correlate(z: Tensor) -> Tensor:
     """Transform independent normals ``[B, c, h, w]`` to the block covariance.
 
-    The mean of a block and the deviations from it are the eigenspaces of the covariance, so ``sqrt(1 - g + 1e-6) (z -
-    mean z) + sqrt(1 + 3g + 1e-6) mean z`` has the right distribution. The four values are summed left to right.
+    The mean of a block and the deviations from it are the eigenspaces of the covariance, so
+    ``sqrt(1 - g + 1e-6) (z - mean z) + sqrt(1 + 3g + 1e-6) mean z`` has the right distribution. The four values are
+    summed left to right.
     """
     deviation_scale = (1 - GAMMA + BLOCK_JITTER) ** 0.5
     mean_scale = (1 + 3 * GAMMA + BLOCK_JITTER) ** 0.5
