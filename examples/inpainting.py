@@ -1,6 +1,8 @@
-"""Completing images: after every step the known pixels are put back, as noisy as the cascade has them at that time.
+"""Inpainting: after every step the known pixels are restored, at the noise level of that time.
 
-python examples/inpainting.py completed.png
+Usage::
+
+    python examples/inpainting.py completed.png
 """
 
 import sys
@@ -19,13 +21,24 @@ from pixelflow_engine.schedule import make_stages
 def complete(
     engine: PixelFlowEngine, images: torch.Tensor, known: torch.Tensor, labels: list[int], seed: int = 0
 ) -> torch.Tensor:
-    """Images ``[B, c, H, W]`` in [0, 1] whose pixels are those of ``images`` where ``known [H, W]`` is true."""
+    """Complete images whose pixels are known where ``known`` is true.
+
+    Args:
+        engine: the engine.
+        images: ``[B, c, H, W]`` in [0, 1].
+        known: ``[H, W]`` bool.
+        labels: class of each image.
+        seed: seed of the first image.
+
+    Returns:
+        ``[B, c, H, W]`` in [0, 1], equal to ``images`` where ``known`` is true.
+    """
     stages = make_stages(engine.config.scheduler)
     signed = images * 2 - 1
     noise = CounterNoise(tuple(range(1000, 1000 + len(labels))), engine.device)
 
     def put_back(event: StepEvent) -> torch.Tensor:
-        """What training would show the model at this stage and time, in place of what it made of the known part."""
+        """Replace the known part of the state by what training would show the model at this stage and time."""
         latents = event.latents
         assert isinstance(latents, torch.Tensor)
         eps = noise.initial((len(labels), *latents.shape[1:]))

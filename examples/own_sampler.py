@@ -1,6 +1,8 @@
-"""A sampler of your own over the engine's velocity field: Heun's method, second order, without guidance.
+"""A custom sampler over the engine's velocity field: Heun's second-order method, without guidance.
 
-python examples/own_sampler.py heun.png
+Usage::
+
+    python examples/own_sampler.py heun.png
 """
 
 import sys
@@ -17,7 +19,11 @@ STEPS = 8
 
 
 def sample(engine: PixelFlowEngine, labels: list[int], side: int) -> torch.Tensor:
-    """Square images ``[B, 3, side, side]`` in [-1, 1], one per label; the label is also the seed."""
+    """Sample square images, one per label; the label is also the seed.
+
+    Returns:
+        ``[B, 3, side, side]`` in [-1, 1].
+    """
     stages = make_stages(engine.config.scheduler)
     noise = CounterNoise(tuple(labels), engine.device)
     side //= 2 ** (len(stages) - 1)

@@ -1,9 +1,11 @@
-"""PixelFlow image generation: a cascade of resolutions in pixel space, sampled by flow matching.
+"""PixelFlow image generation: flow matching in pixel space over a cascade of resolutions.
 
-from pixelflow_engine import PixelFlowEngine
+Example::
 
-engine = PixelFlowEngine.from_pretrained("digits")
-images = engine(class_labels=[3, 7], seed=1).images
+    from pixelflow_engine import PixelFlowEngine
+
+    engine = PixelFlowEngine.from_pretrained("digits")
+    images = engine(class_labels=[3, 7], seed=1).images
 """
 
 from importlib import import_module
@@ -50,7 +52,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name when it is first asked for: ``pixelflow --help`` needs none of them, and no torch."""
+    """Import a public name on first access, so that ``pixelflow --help`` loads neither these modules nor torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

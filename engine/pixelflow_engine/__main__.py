@@ -1,4 +1,4 @@
-"""``python -m pixelflow_engine``: the ``pixelflow`` command."""
+"""Run the ``pixelflow`` command by ``python -m pixelflow_engine``."""
 
 from .cli import main
 

@@ -1,4 +1,4 @@
-"""Checks at the engine's door: each names the argument, what came and what was expected."""
+"""Validation of arguments. Every error names the argument, the value given and what was expected."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .operations import Text
 
 
 def choice(name: str, value: object, options: Sequence[str]) -> str:
-    """One of a few words."""
+    """Validate a string that must be one of ``options``."""
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(options)}")
     return str(value)
 
 
 def finite_number(name: str, value: object) -> float:
-    """A finite number, Python's or numpy's."""
+    """Validate a finite number of Python or numpy."""
     try:
         finite = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer too large for a float
         finite = False
     if not finite:
         raise ValueError(f"{name}: got {value!r}, expected a finite number")
@@ -39,7 +39,7 @@ def finite_number(name: str, value: object) -> float:
 
 
 def positive_number(name: str, value: object) -> float:
-    """A finite number above 0."""
+    """Validate a finite number above 0."""
     number = finite_number(name, value)
     if number <= 0:
         raise ValueError(f"{name}: got {value!r}, expected a number above 0")
@@ -47,7 +47,7 @@ def positive_number(name: str, value: object) -> float:
 
 
 def positive_integer(name: str, value: object) -> int:
-    """An integer of at least 1."""
+    """Validate an integer of at least 1."""
     number = integer(value)
     if number is None or number < 1:
         raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
@@ -55,7 +55,7 @@ def positive_integer(name: str, value: object) -> int:
 
 
 def batch_sizes(value: object) -> tuple[int, ...]:
-    """Positive integers, in rising order."""
+    """Validate ``batch_sizes``: positive integers, returned in ascending order without duplicates."""
     several = sequence(value)
     if not several:
         raise ValueError(f"batch_sizes: got {value!r}, expected None or a list of integers of at least 1")
@@ -63,7 +63,7 @@ def batch_sizes(value: object) -> tuple[int, ...]:
 
 
 def integer(value: object) -> int | None:
-    """Python's, numpy's and torch's integers as Python's; None for anything else, truth values among it."""
+    """Convert an integer of Python, numpy or torch to a Python int; None for anything else, including booleans."""
     if isinstance(value, (bool, np.bool_)) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         return None
     try:
@@ -73,14 +73,14 @@ def integer(value: object) -> int | None:
 
 
 def sequence(value: object) -> list[Any] | None:
-    """A list, tuple, range, array or tensor of one dimension as a list; None for anything else."""
+    """Convert a list, tuple, range, or one-dimensional array or tensor to a list; None for anything else."""
     if isinstance(value, (np.ndarray, Tensor)):
         return value.tolist() if value.ndim == 1 else None
     return list(value) if isinstance(value, (list, tuple, range)) else None
 
 
 def steps(value: object, num_stages: int) -> tuple[int, ...]:
-    """``num_inference_steps``: one number for all stages or one per stage."""
+    """Validate ``num_inference_steps``: one number for all stages or one per stage."""
     name = "num_inference_steps"
     several = sequence(value)
     if several is None:
@@ -91,7 +91,7 @@ def steps(value: object, num_stages: int) -> tuple[int, ...]:
 
 
 def guidance_weights(scale: object, schedule: object, num_stages: int) -> tuple[float, ...]:
-    """``guidance_scale`` and ``guidance_schedule``: the weight of each stage."""
+    """Validate ``guidance_scale`` and ``guidance_schedule``; returns the weight of each stage."""
     number = finite_number("guidance_scale", scale)
     several = sequence(schedule)
     if several is not None:
@@ -104,9 +104,9 @@ def guidance_weights(scale: object, schedule: object, num_stages: int) -> tuple[
 
 
 def labels(value: object, model: ModelConfig) -> Tensor:
-    """``class_labels``: integers from 0 to ``num_classes``, the last being the null class, as ``[B]`` int64.
+    """Validate ``class_labels``: integers from 0 to ``num_classes`` (the null class); returns ``[B]`` int64.
 
-    On the host: a call's checks come before anything is brought to a device.
+    The result is on the host, because a call is checked before anything is moved to a device.
     """
     if model.num_classes == 0:
         raise ValueError(f"class_labels: got {value!r}, expected None for a model without classes")
@@ -122,7 +122,7 @@ def labels(value: object, model: ModelConfig) -> Tensor:
 
 
 def label(name: str, value: object, model: ModelConfig) -> int:
-    """A class of the model, or the null class."""
+    """Validate a class of the model, or the null class."""
     if model.num_classes == 0:
         raise ValueError(f"{name}: got {value!r}, expected None for a model without classes")
     number = integer(value)
@@ -135,7 +135,7 @@ def label(name: str, value: object, model: ModelConfig) -> int:
 
 
 def prompt(value: object, model: ModelConfig) -> Tensor:
-    """One image's ``encoder_hidden_states [L, E]``, as it came."""
+    """Validate one image's ``encoder_hidden_states [L, E]``; returned as given."""
     if not isinstance(value, Tensor) or value.ndim != 2:
         raise ValueError(
             f"encoder_hidden_states: got {_shape(value)}, expected a tensor [L, {model.cross_attention_dim}]"
@@ -149,7 +149,7 @@ def prompt(value: object, model: ModelConfig) -> Tensor:
 
 
 def same_device(name: str, values: Sequence[Tensor]) -> None:
-    """Refuse requests' tensors on several devices: they become one, and none is moved before all is checked."""
+    """Refuse prompts on several devices: they are stacked, and none is moved before everything is checked."""
     for i, value in enumerate(values):
         if value.device != values[0].device:
             raise ValueError(
@@ -158,9 +158,10 @@ def same_device(name: str, values: Sequence[Tensor]) -> None:
 
 
 def text(prefix: str, states: object, mask: object, model: ModelConfig) -> Text:
-    """``<prefix>encoder_hidden_states [B, L, E]`` and ``<prefix>encoder_attention_mask [B, L]`` or None, as they came.
+    """Validate ``<prefix>encoder_hidden_states [B, L, E]`` and ``<prefix>encoder_attention_mask [B, L]`` or None.
 
-    That a mask is of 0 and 1 is another check, :func:`mask_values`: where it lies on a device, the device is asked.
+    Both are returned as given. That a mask holds only 0 and 1 is a separate check, :func:`mask_values`, because it has
+    to read the mask from its device.
     """
     name, mask_name = f"{prefix}encoder_hidden_states", f"{prefix}encoder_attention_mask"
     if not isinstance(states, Tensor) or states.ndim != 3 or states.shape[2] != model.cross_attention_dim:
@@ -173,7 +174,7 @@ def text(prefix: str, states: object, mask: object, model: ModelConfig) -> Text:
 
 
 def mask_values(prefix: str, text: Text | None) -> None:
-    """``<prefix>encoder_attention_mask``: 0 and 1 alone."""
+    """Validate that ``<prefix>encoder_attention_mask`` holds only 0 and 1; reads the mask from its device."""
     if text is None or text.mask is None:
         return
     others = text.mask[(text.mask != 0) & (text.mask != 1)]
@@ -183,14 +184,19 @@ def mask_values(prefix: str, text: Text | None) -> None:
 
 
 def no_text(model: ModelConfig, **given: object) -> None:
-    """Refuse text for a model without cross-attention."""
+    """Refuse text arguments for a model without cross-attention."""
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{name}: got {_shape(value)}, expected None for a model without cross-attention")
 
 
 def per_image_seeds(value: object, batch: int) -> tuple[int, ...]:
-    """``seed`` of counter noise: one per image, or a first one from which images count up, or None for fresh ones."""
+    """Validate ``seed`` for counter noise; returns one seed per image.
+
+    Args:
+        value: one seed per image, or the first image's seed, from which the others count up, or None for fresh seeds.
+        batch: number of images.
+    """
     if value is None:
         return tuple(fresh_seed() for _ in range(batch))
     several = sequence(value)
@@ -203,14 +209,14 @@ def per_image_seeds(value: object, batch: int) -> tuple[int, ...]:
 
 
 def stream_seed(value: object) -> int | None:
-    """``seed`` of the published code's random stream: one for the whole batch, or None for torch's global generator."""
+    """Validate ``seed`` for the published random stream: one for the batch, or None for torch's global generator."""
     if sequence(value) is not None:
         raise ValueError(f"seed: got {value!r}, expected one integer: noise='public' is one stream for the batch")
     return None if value is None else seed("seed", value)
 
 
 def seed(name: str, value: object) -> int:
-    """Of one image's noise."""
+    """Validate the seed of one image's noise."""
     number = integer(value)
     if number is None or not 0 <= number <= MAX_SEED:
         raise ValueError(f"{name}: got {value!r}, expected an integer from 0 to 2^64 - 1")
@@ -218,7 +224,7 @@ def seed(name: str, value: object) -> int:
 
 
 def image_size(name: str, value: object, config: PixelFlowConfig) -> int:
-    """``height`` or ``width`` in pixels; None is the model's resolution."""
+    """Validate ``height`` or ``width`` in pixels; None is the model's resolution."""
     if value is None:
         return config.resolution
     number = integer(value)
@@ -226,7 +232,7 @@ def image_size(name: str, value: object, config: PixelFlowConfig) -> int:
 
 
 def images(x: object, model: ModelConfig) -> Tensor:
-    """``x``: an image batch ``[B, c, h, w]`` of whole patches."""
+    """Validate ``x``: an image batch ``[B, c, h, w]`` of whole patches."""
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[1] != model.in_channels or not x.dtype.is_floating_point:
         raise ValueError(f"x: got {_shape(x)}, expected a float tensor [B, {model.in_channels}, h, w]")
     p = model.patch_size
@@ -238,7 +244,7 @@ def images(x: object, model: ModelConfig) -> Tensor:
 
 
 def per_image(name: str, value: Any, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A number or ``[B]`` numbers as ``[B]``; whole and positive where ``dtype`` is an integer type."""
+    """Expand one number or ``[B]`` numbers to ``[B]``; for an integer ``dtype`` they must be positive integers."""
     try:
         tensor = torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError):
@@ -253,19 +259,19 @@ def per_image(name: str, value: Any, batch: int, device: torch.device, dtype: to
 
 
 def same_batch(name: str, got: int, expected: int) -> None:
-    """As many as there are images."""
+    """Validate a count that must equal the number of images."""
     if got != expected:
         raise ValueError(f"{name}: got {got}, expected {expected}, one per image")
 
 
 def fresh_seed() -> int:
-    """One that nobody knows."""
+    """A random seed from the operating system."""
     return secrets.randbits(64)
 
 
 @contextmanager
 def inside(name: str) -> Iterator[None]:
-    """Name the whole that a refused argument is a part of."""
+    """Prefix errors with the name of the object that the refused argument belongs to."""
     try:
         yield
     except ValueError as error:
@@ -273,7 +279,7 @@ def inside(name: str) -> Iterator[None]:
 
 
 def place(device: torch.device | str) -> torch.device:
-    """``device``: one that is there."""
+    """Validate ``device``: it must exist and be usable."""
     try:
         found = torch.device(device)
         torch.empty(0, device=found)

@@ -1,4 +1,4 @@
-"""Which implementation of the operations an engine runs, and why."""
+"""Selection of the implementation of the operations, with the reason why one can or cannot run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Backend:
     """An implementation of the operations.
 
     Attributes:
-        name: what a caller asks for.
-        available: whether it can run there.
+        name: the name by which it is requested.
+        available: whether it can run.
         reason: why, or why not.
     """
 
@@ -34,11 +34,11 @@ class Backend:
     reason: str
 
     def operations(self, compiled: bool, known_packs: bool = False) -> Operations:
-        """Its operations.
+        """Create its operations.
 
         Args:
-            compiled: whether they will be compiled, or run as they are.
-            known_packs: whether packs have few shapes, so that each may have a graph of its own.
+            compiled: whether they will be compiled.
+            known_packs: whether packs have few shapes, so that each may have its own graph.
         """
         if self.name != "torch":
             return FusedOperations(self.name)
@@ -48,16 +48,16 @@ class Backend:
 
 
 def backends(device: torch.device, dtype: torch.dtype, head_dim: int = 8) -> tuple[Backend, ...]:
-    """Every backend and whether it can run a model of that type and head dim on that device."""
+    """All backends, examined for a model of this dtype and head dim on this device."""
     return tuple(_examine(name, device, dtype, head_dim) for name in NAMES)
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int = 8) -> Backend:
-    """The backend of that name; ``auto`` is ``triton`` on CUDA where it can run, and ``torch`` elsewhere.
+    """Select a backend by name; ``auto`` is ``triton`` on CUDA if it can run there, otherwise ``torch``.
 
     Raises:
-        ValueError: no such backend.
-        BackendUnavailableError: it cannot run there; nothing else is taken in its place.
+        ValueError: the name is unknown.
+        BackendUnavailableError: the named backend cannot run there; no other one is substituted.
     """
     known = {backend.name: backend for backend in backends(device, dtype, head_dim)}
     if name == "auto":

@@ -1,4 +1,4 @@
-"""A call of the engine: what may be asked, and the plan that comes of it. All is checked before anything runs."""
+"""Arguments of an engine call and the plan built from them. Everything is checked before anything runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .stages import States
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class Call:
-    """What :meth:`pixelflow_engine.PixelFlowEngine.__call__` takes; its documentation says what each argument means."""
+    """Arguments of :meth:`pixelflow_engine.PixelFlowEngine.__call__`, which documents each of them."""
 
     class_labels: Sequence[int] | Sequence[Request] | int | Tensor | None = None
     num_inference_steps: int | Sequence[int] = 10
@@ -55,14 +55,14 @@ class Call:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Run:
-    """Images that run together, and how.
+    """Images that run together as one batch, and everything needed to run them.
 
     Attributes:
-        lot: which images.
-        plan: of their stages.
-        condition: what they should show.
-        noise: of each group.
-        start: makes the states that the first stage begins with.
+        lot: the images of this batch.
+        plan: what each stage does.
+        condition: class labels and prompts of the images.
+        noise: noise source of each group.
+        start: creates the states that the first stage starts from.
     """
 
     lot: Lot
@@ -77,12 +77,12 @@ class PlannedCall:
     """A call that has passed all checks.
 
     Attributes:
-        runs: one after another.
-        batch: how many images.
-        seeds: what repeats the noise.
-        output_type: form of the images.
-        raising: images that fail are an error.
-        callbacks: whom to tell.
+        runs: the batches, which run one after another.
+        batch: number of images.
+        seeds: seeds that reproduce the noise.
+        output_type: form of the returned images.
+        raising: whether a failed image raises an error.
+        callbacks: the caller's callbacks.
     """
 
     runs: tuple[Run, ...]
@@ -95,13 +95,13 @@ class PlannedCall:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Asked:
-    """The images of a call, one by one.
+    """What a call requests for each image.
 
     Attributes:
-        condition: what they should show, as it came: checked but for the values of masks, brought to no device yet.
-        sizes: height and width in pixels.
-        weights: guidance weights, one per stage.
-        seeds: what the caller gave for ``seed``.
+        condition: class labels and prompts as given: checked except for the values of masks, not yet moved to a device.
+        sizes: height and width of each image in pixels.
+        weights: guidance weights of each image, one per stage.
+        seeds: what the caller passed as ``seed``; for requests, one seed per image.
     """
 
     condition: Condition
@@ -121,14 +121,14 @@ def plan_call(
     """Check a call and plan it.
 
     Args:
-        call: what was asked.
-        config: of the model.
-        device, dtype: of the model.
-        packed: images of any sizes and weights run as one pack, where steps are fixed.
-        batch_sizes: the engine's.
+        call: the arguments.
+        config: the model's configuration.
+        device, dtype: device and dtype of the model.
+        packed: whether images of any sizes and weights can run as one pack (with fixed steps only).
+        batch_sizes: the engine's batch sizes, if restricted.
 
     Raises:
-        ValueError: naming the argument, what came and what was expected.
+        ValueError: an argument is invalid; the message names it, its value and what was expected.
     """
     _check_words(call, config)
     asked = _requested(call, config) if _is_mixed(call) else _uniform(call, config)
@@ -147,7 +147,7 @@ def plan_call(
     if call.solver == "dopri5" and shift != 1.0:
         raise ValueError(f"shift: got {shift} with solver='dopri5', expected 1: its steps are its own")
     if call.noise == "public" or (call.solver == "dopri5" and call.error_norm == "batch"):
-        batch_sizes = None  # an image depends on the whole batch
+        batch_sizes = None  # an image depends on the whole batch by definition
     lots = sort_into_lots(asked.sizes, asked.weights, packed and call.solver != "dopri5", batch_sizes)
     callbacks = Callbacks(call.callback_on_step_end, call.callback_on_stage_end)
     if len(lots) > 1 and callbacks != Callbacks():
@@ -194,7 +194,7 @@ def _is_mixed(call: Call) -> bool:
 
 
 def _uniform(call: Call, config: PixelFlowConfig) -> Asked:
-    """Images that differ in what they show and in their seeds alone."""
+    """Resolve a call whose images differ only in their condition and seeds."""
     num_stages = config.scheduler.num_stages
     weights = arguments.guidance_weights(call.guidance_scale, call.guidance_schedule, num_stages)
     size = (
@@ -206,7 +206,7 @@ def _uniform(call: Call, config: PixelFlowConfig) -> Asked:
 
 
 def _requested(call: Call, config: PixelFlowConfig) -> Asked:
-    """Images that differ in anything that a :class:`Request` says."""
+    """Resolve a call whose images may differ in anything that a :class:`Request` specifies."""
     requests = cast("Sequence[Request]", call.class_labels)
     for i, request in enumerate(requests):
         if not isinstance(request, Request):
@@ -259,7 +259,7 @@ def _requested(call: Call, config: PixelFlowConfig) -> Asked:
 
 
 def _condition(call: Call, config: PixelFlowConfig, weights: Sequence[float]) -> tuple[Condition, int]:
-    """What to show, and how many images; ``weights`` are all that any image has."""
+    """The condition and the number of images; ``weights`` are the guidance weights of all images."""
     model = config.model
     guided = any(weight != 1 for weight in weights)
     if model.cross_attention_dim is not None:
@@ -314,7 +314,7 @@ def _text_condition(call: Call, config: PixelFlowConfig, guided: bool) -> tuple[
 def _noise(
     call: Call, seed: object, batch: int, device: torch.device
 ) -> tuple[Callable[[Sequence[int]], NoiseSource], tuple[int, ...]]:
-    """The source of randomness for some of the images, and the seeds that repeat it."""
+    """A factory of noise sources for subsets of the images, and the seeds that reproduce the noise."""
     if call.noise == "counter":
         seeds = arguments.per_image_seeds(seed, batch)
         return lambda places: CounterNoise(tuple(seeds[i] for i in places), device), seeds
@@ -326,7 +326,7 @@ def _noise(
 def _given_image(
     call: Call, config: PixelFlowConfig, lots: Sequence[Lot], steps: Sequence[int]
 ) -> tuple[int, Tensor | None]:
-    """The stage to begin with, and the image to begin from."""
+    """The index of the first stage, and the image to start from (None to start from noise)."""
     first = arguments.integer(call.start_stage)
     if first is None or not 0 <= first < config.scheduler.num_stages:
         last = config.scheduler.num_stages - 1
@@ -364,7 +364,7 @@ def _start(
     lot: Lot,
     device: torch.device,
 ) -> Callable[[], States]:
-    """Noise, or a given image as training shows it to the first stage."""
+    """A function that makes the initial states: noise, or the given image as training shows it to the first stage."""
     first = plan.stages[0]
 
     def start() -> States:

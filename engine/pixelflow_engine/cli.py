@@ -1,7 +1,7 @@
 """Sample images with PixelFlow, train it and measure it."""
 
-# Training and benchmarks add their sub-commands through the entry-point group ``pixelflow.commands``. What needs torch
-# is imported when a command runs, so that ``--help`` and ``--version`` answer at once.
+# Training and benchmarks add their subcommands through the entry-point group ``pixelflow.commands``. Modules that need
+# torch are imported when a command runs, so that ``--help`` and ``--version`` respond at once.
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 
 
 def main() -> None:
-    """Run the command; an error that its user can mend is one line, without a traceback."""
+    """Run the command line; errors that the user can fix are printed on one line, without a traceback."""
     for entry_point in sorted(metadata.entry_points(group="pixelflow.commands"), key=lambda e: e.name):
         command = entry_point.load()
         if isinstance(command, typer.Typer):
@@ -152,7 +152,7 @@ def quickstart(
     from .engine import PixelFlowEngine
     from .output import to_uint8
 
-    # Not by name: a folder of that name where the user stands would win.
+    # By path, not by name: a folder named "digits" in the working directory would take precedence over the name.
     engine = PixelFlowEngine.from_pretrained(bundled_models()["digits"], device)
     output.mkdir(parents=True, exist_ok=True)
     classes = engine.config.model.num_classes
@@ -178,7 +178,7 @@ def quickstart(
 
 @app.command()
 def doctor() -> None:
-    """Show versions, devices, backends and bundled models, and why something is not available."""
+    """Show versions, devices, backends and bundled models, and the reason why something is unavailable."""
     import torch
 
     from . import backends
@@ -232,11 +232,11 @@ def convert_command(
 
 
 class CascadeBar:
-    """A progress bar over stages, filled as local time passes."""
+    """A progress bar over stages that advances with local time."""
 
     def __init__(self, total: int, disable: bool) -> None:
         form = "{l_bar}{bar}| {n:.1f}/{total} stages [{elapsed}<{remaining}]"
-        # A run of less than two seconds shows nothing.
+        # Not shown for runs of less than two seconds.
         self.bar = tqdm(total=total, disable=disable, delay=2, bar_format=form, leave=False)
         self.begun = 0
 
@@ -247,14 +247,14 @@ class CascadeBar:
         self.bar.close()
 
     def step(self, event: StepEvent) -> None:
-        """Advance to an event."""
+        """Advance to the state of an event."""
         if event.step == 0:
             self.begun += 1
         self.bar.update(self.begun - 1 + event.tau - self.bar.n)
 
 
 def stage_table(reports: tuple[StageReport, ...] | list[StageReport], images: int) -> Table:
-    """A row per stage."""
+    """A table with one row per stage."""
     table = Table("stage", "pixels", "tokens", "guidance", "steps", "evals", "seconds", "images/s")
     for column in table.columns:
         column.justify = "right"
@@ -273,7 +273,7 @@ def stage_table(reports: tuple[StageReport, ...] | list[StageReport], images: in
 
 
 def merge(reports: tuple[StageReport, ...]) -> StageReport:
-    """One report of a stage's several batches: seconds and evaluations added up, steps of the slowest."""
+    """Merge a stage's reports from several batches: total evaluations and time, largest number of steps."""
     return replace(
         reports[0],
         steps=max(r.steps for r in reports),
@@ -283,7 +283,7 @@ def merge(reports: tuple[StageReport, ...]) -> StageReport:
 
 
 def _labels(model: ModelConfig, labels: list[int], per_label: int, images: int | None) -> list[int] | None:
-    """The class of every image; None for a model without classes."""
+    """Class of every image; None for a model without classes."""
     if model.num_classes > 0:
         if images is not None:
             raise ValueError(f"images: got {images}, expected none: a model with classes takes --class-label")

@@ -1,4 +1,4 @@
-"""Times of stages without making the device wait between them."""
+"""Timing of stages without a host-device synchronization between them."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import torch
 
 
 class Clock(Protocol):
-    """Marks moments and tells, later, how far apart they were.
+    """Marks points in time and measures, later, the time between them.
 
     Attributes:
-        ahead: the host runs ahead of what it marks, so reading a value of the device waits for it.
+        ahead: whether the host runs ahead of the marked work, so that reading a device value has to wait for it.
     """
 
     @property
     def ahead(self) -> bool: ...  # noqa: D102
 
     def mark(self) -> Any:
-        """This moment; waits for nothing."""
+        """Mark the current point; does not wait."""
         ...
 
     def seconds(self, begun: Any, ended: Any) -> float:
-        """Between two moments; waits for the later one."""
+        """Seconds between two marks; waits for the later one."""
         ...
 
 
 class HostClock:
-    """Where work is done when its call returns."""
+    """Clock for devices whose work is done when the call returns."""
 
     ahead = False
 
@@ -42,7 +42,7 @@ class HostClock:
 
 
 class StreamClock:
-    """Where work is put into a CUDA stream: the moments at which the caller's stream got there.
+    """Clock for CUDA: marks are events on the caller's current stream.
 
     Args:
         device: a CUDA device.
@@ -66,5 +66,5 @@ class StreamClock:
 
 
 def clock_of(device: torch.device) -> Clock:
-    """The clock for what runs there."""
+    """The clock for a device."""
     return StreamClock(device) if device.type == "cuda" else HostClock()

@@ -1,4 +1,4 @@
-"""Compilation of a model's blocks: one of them serves all, so the first image comes soon."""
+"""Compilation of a model's blocks: one compiled function serves all, which keeps the first call short."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .model import PackedTransformer, TransformerBlock
 from .traceable import KnownPackOperations
 
 MOST_GRAPHS = 64
-"""Of one model: for each of its blocks' kinds of arguments there is one. A model that meets more has an error."""
+"""Maximum number of graphs per model, one for each kind of block arguments; exceeding it is an error."""
 
 
 def compile_blocks(model: PackedTransformer) -> None:
-    """Have every block of a model run one compiled function, in place.
+    """Make all blocks of a model run one compiled function, in place.
 
     Args:
-        model: with the operations that it will run.
+        model: a model whose operations are already final.
     """
     known = inspect.signature(torch.compile).parameters
     options: dict[str, Any] = {"recompile_limit": MOST_GRAPHS} if "recompile_limit" in known else {}
@@ -32,7 +32,7 @@ def compile_blocks(model: PackedTransformer) -> None:
 
 
 def _own_copy(function: Any) -> FunctionType:
-    """The same function with code of its own: graphs are kept, and their number limited, by code, for all models."""
+    """Copy a function with its own code object: torch counts and limits graphs per code object, across all models."""
     copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy

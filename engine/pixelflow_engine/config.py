@@ -1,4 +1,4 @@
-"""The typed description of a model, as ``config.json`` holds it, and the parameters that follow from it."""
+"""Typed configuration of a model, as stored in ``config.json``, and the parameter shapes that follow from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _check(condition: bool, where: str, value: object, expected: str) -> None:
     if not condition:
         try:
             shown = repr(value)
-        except ValueError:  # Python refuses to print integers of thousands of digits
+        except ValueError:  # Python refuses to format integers of thousands of digits
             shown = f"a {type(value).__name__} too long to print"
         raise ConfigError(f"{where}: got {shown}, expected {expected}")
 
@@ -37,18 +37,18 @@ def _check_range(where: str, value: object, low: int, high: int) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Shape of the transformer, under the published names.
+    """Shape of the transformer, with the published field names.
 
     Attributes:
         num_attention_heads: H.
         attention_head_dim: D, a multiple of 4 (two axes, pairs of channels); the width is ``C = H * D``.
         depth: number of blocks.
         in_channels, out_channels: image channels; equal, because the velocity has the image's shape.
-        patch_size: p, the side of a token in pixels.
-        num_classes: classes without the null class; 0 for a model without a class table.
+        patch_size: p, side of a token in pixels.
+        num_classes: number of classes without the null class; 0 for a model without a class table.
         attention_bias: whether the attention projections have a bias.
         cross_attention_dim: width of the text states; None without cross-attention.
-        dropout: attention dropout in training; the engine samples without and trains only with 0.
+        dropout: attention dropout in training; ignored when sampling, and training supports only 0.
     """
 
     num_attention_heads: int
@@ -89,8 +89,8 @@ class SchedulerConfig:
     """Shape of the cascade.
 
     Attributes:
-        num_train_timesteps: K, the number of training times of a stage.
-        num_stages: S, the number of resolutions.
+        num_train_timesteps: K, number of training times per stage.
+        num_stages: S, number of resolutions.
     """
 
     num_train_timesteps: int = 1000
@@ -103,11 +103,12 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PixelFlowConfig:
-    """Everything about a model but its weights.
+    """Everything about a model except its weights.
 
     Attributes:
-        model, scheduler: see there.
-        resolution: side of the square images the model was trained on, in pixels; the default size of samples.
+        model: shape of the transformer.
+        scheduler: shape of the cascade.
+        resolution: side in pixels of the square training images; the default size of samples.
     """
 
     model: ModelConfig
@@ -120,25 +121,26 @@ class PixelFlowConfig:
 
     @property
     def size_divisor(self) -> int:
-        """What heights and widths must be multiples of: a whole patch at the smallest stage."""
+        """Heights and widths must be multiples of this, so that the smallest stage consists of whole patches."""
         return int(self.model.patch_size * 2 ** (self.scheduler.num_stages - 1))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, the inverse of :meth:`from_dict`."""
+        """Convert to plain data; the inverse of :meth:`from_dict`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: object) -> PixelFlowConfig:
-        """Check and convert plain data.
+        """Validate and convert plain data.
 
         Raises:
-            ConfigError: naming the key, the value and what was expected; unknown keys are errors.
+            ConfigError: a key is unknown or missing, or a value is invalid; the message names the key, the value and
+                what was expected.
         """
         return from_mapping(cls, data, "config")
 
 
 def check_size(name: str, value: object, config: PixelFlowConfig) -> int:
-    """A height or width in pixels, refused where the patch and the stages do not divide it."""
+    """Validate a height or width in pixels: it must be a multiple of :attr:`PixelFlowConfig.size_divisor`."""
     divisor = config.size_divisor
     _check(
         isinstance(value, int) and not isinstance(value, bool) and value > 0 and value % divisor == 0,
@@ -150,16 +152,16 @@ def check_size(name: str, value: object, config: PixelFlowConfig) -> int:
 
 
 def from_mapping(cls: type[T], data: object, where: str) -> T:
-    """Build a config dataclass from plain data, typed and with unknown and missing keys named.
+    """Build a config dataclass from plain data; values are type-checked, unknown and missing keys are errors.
 
     Args:
-        cls: a dataclass whose fields are bool, int, float, str, tuples of these, optionals of these, or such
+        cls: a dataclass whose fields are bool, int, float, str, literals, tuples of these, optionals of these, or such
             dataclasses.
-        data: nested mappings as a YAML or JSON file gives them.
+        data: nested mappings as read from a YAML or JSON file.
         where: the name of ``data`` in error messages.
 
     Raises:
-        ConfigError: naming the key, the value and what was expected.
+        ConfigError: the data is invalid; the message names the key, the value and what was expected.
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: got {type(data).__name__}, expected a mapping")

@@ -1,7 +1,8 @@
-"""One step of images that are each at a stage, a time and a weight of their own.
+"""One Euler step for images that are each at their own stage and time, with their own guidance weight.
 
-What a server needs that takes images in and lets them go between any two steps: it keeps their states, plans their
-times (:mod:`pixelflow_engine.schedule`) and brings them from stage to stage (:meth:`NoiseSource.enter`).
+This is the building block for a server that admits and releases images between any two steps. The server keeps the
+states, plans the times (:mod:`pixelflow_engine.schedule`) and moves images from stage to stage
+(:meth:`NoiseSource.enter`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .schedule import Stage
 from .stage_pack import StagePack
 
 NOWHERE = Stage(index=0, start=0.0, end=1.0, window=(0.0, 0.0), alpha=1.0, beta=0.0)
-"""A pack's images are at stages of their own: none is asked for."""
+"""Placeholder stage for such a pack, whose images are at stages of their own; its values are not read."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -33,7 +34,7 @@ class Underway:
         latents: its state ``[c, h, w]``, at any stage.
         t_model: model time of the state, 0 to 999.
         step: length of the step to take, in local time.
-        weight: of the guidance; at exactly 1 the null half is not computed.
+        weight: guidance weight; at exactly 1 the null half is not computed.
         class_label: for a class-conditional model.
     """
 
@@ -46,18 +47,19 @@ class Underway:
 
 @torch.no_grad()
 def euler_step(model: PackedTransformer, images: Sequence[Underway]) -> list[Tensor]:
-    """Take one Euler step of every image, all of them one pack.
+    """Take one Euler step for every image, all in one pack.
 
     Args:
-        model: a class-conditional or unconditional transformer, its weights side by side.
-        images: in any order, of any sizes.
+        model: a class-conditional or unconditional transformer with concatenated weights
+            (:mod:`pixelflow_engine.fusion`).
+        images: images of any sizes, in any order.
 
     Returns:
         the states after the step, in the same order, in at least float32.
 
     Source: arXiv 2504.07963, section 3.4.
     """
-    order = sorted(range(len(images)), key=lambda i: images[i].weight == 1)  # those with a null half first
+    order = sorted(range(len(images)), key=lambda i: images[i].weight == 1)  # images with a null half first
     pack_images = [images[i] for i in order]
     device, high = model.device, at_least_fp32(model.dtype)
     plan = StagePlan(
@@ -83,7 +85,7 @@ def euler_step(model: PackedTransformer, images: Sequence[Underway]) -> list[Ten
         torch.tensor(values, dtype=torch.float64).repeat_interleave(sizes).to(device)
         for values in ([image.step for image in pack_images], plan.weights)
     )
-    guided = pack.guided_tokens  # to the update every token is an image
+    guided = pack.guided_tokens  # the update treats every token as an image
     if guided:
         ode_step.euler_step_(x[:guided], velocity[: 2 * guided], steps[:guided], weights[:guided])
     if guided < pack.tokens:

@@ -1,4 +1,4 @@
-"""The public face: load a model, sample images, ask for velocities."""
+"""The public API: load a model, sample images and evaluate the velocity field."""
 
 from __future__ import annotations
 
@@ -32,28 +32,30 @@ from .stages import Stages
 
 
 class PixelFlowEngine:
-    """A PixelFlow model that samples.
+    """A PixelFlow model ready for sampling.
 
     Args:
         config: the model's configuration.
-        model: its transformer, already of the wanted type and on the wanted device. It belongs to the engine from then
-            on: its weights may be laid out anew, and its operations are the backend's.
-        backend: ``torch``, ``triton``, ``flash``, or ``auto``: ``triton`` on CUDA and ``torch`` elsewhere.
-        compile: compile the transformer's blocks with torch.compile, each shape once.
-        graphs: replay steps from CUDA graphs; ``auto`` does wherever it can, on CUDA.
-        batch_sizes: run images in batches of these sizes alone: fewer graphs, and the shapes of an image's products, so
-            its bits, do not depend on how many others there are. A batch is filled up to the next of them with copies
-            of its last image, which are thrown away; what is larger than the largest runs in several batches (which
-            callbacks and ``stream`` refuse). Of a list of requests each size of image is filled up. Where an image
-            depends on the whole batch by definition, nothing is filled or divided: ``noise="public"`` and
-            ``error_norm="batch"``.
+        model: the transformer, already in the wanted dtype and on the wanted device. The engine takes ownership of it:
+            it may rearrange the weights in memory, and it replaces the model's operations with the backend's.
+        backend: ``torch``, ``triton``, ``flash``, or ``auto``, which picks ``triton`` on CUDA where it can run and
+            ``torch`` otherwise.
+        compile: compile the transformer blocks with torch.compile; all blocks share one compiled function.
+        graphs: replay steps from CUDA graphs. ``auto`` does so wherever it is possible, which requires CUDA.
+        batch_sizes: run images only in batches of these sizes. This needs fewer graphs, and because it fixes the shapes
+            of the matrix products, an image's bits do not depend on how many other images there are. A batch is padded
+            to the next size with copies of its last image, whose results are discarded; a batch larger than the largest
+            size is split into several (not possible with callbacks or ``stream``). In a list of requests, the images of
+            each size are padded separately. Nothing is padded or split where an image depends on the whole batch by
+            definition: with ``noise="public"`` and, for Dopri5, ``error_norm="batch"``.
 
-    With ``backend="torch"`` and without ``compile`` the engine is exact: in float32 it has the bits of the reference
-    model and sampler. Any other combination computes the same up to rounding, faster; see docs/architecture.md.
+    With ``backend="torch"`` and without ``compile`` the engine is exact: in float32 it is bitwise equal to the
+    reference model and sampler. Every other combination is faster and equal up to rounding; see docs/architecture.md.
 
     Raises:
-        BackendUnavailableError: the named backend cannot run here.
-        ValueError: graphs are asked for where there are none, or batch sizes are not positive integers.
+        BackendUnavailableError: the requested backend cannot run here.
+        ValueError: the backend is unknown, graphs are requested where they are not available, or batch sizes are not
+            positive integers.
     """
 
     def __init__(
@@ -96,21 +98,21 @@ class PixelFlowEngine:
         """Load a checkpoint.
 
         Args:
-            path_or_name: a folder ``config.json`` + ``model.safetensors``, a published folder ``config.yaml`` +
-                ``model.pt``, a training checkpoint beside its ``config.yaml``, or the name of a bundled model
-                (``digits``).
-            device: where to run.
-            dtype: type of weights and matrix products: float32, bfloat16, float16 or float64.
-            backend, compile, graphs, batch_sizes: as above.
-            weights: which weights of a training checkpoint; ``auto`` takes the averaged ones where there are any.
+            path_or_name: a folder with ``config.json`` and ``model.safetensors``, a published folder with
+                ``config.yaml`` and ``model.pt``, a training checkpoint (``.pt``) beside its ``config.yaml``, a run
+                directory of ``pixelflow train``, or the name of a bundled model (``digits``).
+            device: the device to run on.
+            dtype: dtype of weights and matrix products: float32, bfloat16, float16 or float64.
+            backend, compile, graphs, batch_sizes: see :class:`PixelFlowEngine`.
+            weights: which weights of a training checkpoint to load; ``auto`` takes the averaged ones if there are any.
 
         Raises:
-            CheckpointError: the checkpoint is missing, damaged or not what it should be.
-            BackendUnavailableError: the named backend cannot run here.
-            ValueError: the device is not there, or the type is another.
+            CheckpointError: the checkpoint is missing, damaged or malformed.
+            BackendUnavailableError: the requested backend cannot run here.
+            ValueError: the device is not available, or the dtype is not supported.
         """
         device = arguments.place(device)
-        backends.choose(backend, device, dtype)  # before a large file is read
+        backends.choose(backend, device, dtype)  # fail before a large file is read
         checkpoint = load_checkpoint(path_or_name, weights)
         return cls.from_checkpoint(
             checkpoint, device, dtype, backend, compile=compile, graphs=graphs, batch_sizes=batch_sizes
@@ -128,7 +130,7 @@ class PixelFlowEngine:
         graphs: bool | Literal["auto"] = "auto",
         batch_sizes: Sequence[int] | None = None,
     ) -> PixelFlowEngine:
-        """The same from a checkpoint in memory, whose tensors are copied only where type or device differ."""
+        """Build an engine from a checkpoint in memory; tensors are copied only where dtype or device differ."""
         device = arguments.place(device)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"dtype: got {dtype}, expected float32, bfloat16, float16 or float64")
@@ -140,17 +142,17 @@ class PixelFlowEngine:
 
     @property
     def exact(self) -> bool:
-        """Whether the engine has, in float32, the bits of the reference."""
+        """Whether the engine is bitwise equal to the reference in float32."""
         return self.backend.name == "torch" and not self.compiled
 
     @property
     def device(self) -> torch.device:
-        """Where the engine runs."""
+        """The device that the engine runs on."""
         return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of weights and matrix products."""
+        """Dtype of weights and matrix products."""
         return self.model.dtype
 
     def __call__(
@@ -185,37 +187,42 @@ class PixelFlowEngine:
         """Sample a batch of images.
 
         Args:
-            class_labels: one per image, 0 to ``num_classes``, the last being the null class; None for a text model. Or
-                a list of :class:`Request`, whose images may differ in size and guidance too.
-            num_inference_steps: steps, for all stages or for each; Dopri5 chooses its own.
-            guidance_scale: largest guidance weight; 1 is no guidance. A list in ``guidance_schedule`` takes its place.
+            class_labels: one per image, from 0 to ``num_classes``, where ``num_classes`` is the null class; None for a
+                text model. Alternatively a list of :class:`Request`, whose images may also differ in size and guidance.
+            num_inference_steps: number of steps, one for all stages or one per stage; ignored by Dopri5, which chooses
+                its own steps.
+            guidance_scale: largest guidance weight; 1 means no guidance. Ignored if ``guidance_schedule`` is a list.
             guidance_schedule: ``stagewise`` grows from 1 at the first stage to ``guidance_scale`` at the last,
-                ``constant`` uses it throughout; or a weight for each stage.
-            solver: ``euler``; ``heun`` (two evaluations a step) and ``ab2`` (Adams-Bashforth, one), of second order;
-                ``dopri5``, which chooses its own steps.
-            shift: time shift of fixed steps; Dopri5 has none.
-            seed: ``noise="counter"``: one per image, or the first image's, from which the others count up, or None for
-                fresh ones. ``noise="public"``: of the one stream, or None for torch's global generator.
-            noise: ``counter``: an image's noise depends on its own seed alone. ``public``: the published code's CPU
+                ``constant`` uses ``guidance_scale`` at every stage; a list gives one weight per stage.
+            solver: ``euler``; ``heun`` (two evaluations per step) and ``ab2`` (Adams-Bashforth, one per step), both of
+                second order; or ``dopri5``, which chooses its own steps.
+            shift: time shift of fixed steps; must be 1 for Dopri5.
+            seed: with ``noise="counter"``: one seed per image, or the seed of the first image, from which the others
+                count up, or None for fresh seeds. With ``noise="public"``: the seed of the single random stream, or
+                None for torch's global generator.
+            noise: ``counter``: each image's noise depends only on its own seed. ``public``: the published code's CPU
                 random stream.
-            state: ``fp32``, or ``public`` for the published code's state in the velocity's type.
-            height, width: in pixels; the model's resolution by default.
-            output_type: see :class:`SamplingOutput`.
-            on_failure: ``raise``, or ``report`` in ``statuses`` and go on: an image that fails never spoils another,
-                unless they share ``error_norm="batch"``.
-            callback_on_step_end, callback_on_stage_end: called as the names say. The former may return other latents
-                to go on with (see :class:`StepEvent`).
-            rtol, atol, error_norm: of Dopri5 alone; see :class:`pixelflow_engine.solvers.Tolerance`.
-            image: images to begin from, one or one per image, in any form that a call returns.
-            start_stage: the stage that begins from ``image``.
-            strength: the share of that stage's steps that are done, above 0; 1 is all of them.
+            state: ``fp32``, or ``public`` to keep the state in the velocity's dtype as the published code does.
+            height, width: image size in pixels; defaults to the model's resolution.
+            output_type: ``pil``, ``np`` or ``pt``; see :class:`SamplingOutput`.
+            on_failure: ``raise``, or ``report`` to record failures in ``statuses`` and continue. An image that fails
+                never affects another one, unless they share ``error_norm="batch"``.
+            callback_on_step_end: called after every step; may return other latents to continue with (see
+                :class:`StepEvent`).
+            callback_on_stage_end: called after every stage.
+            rtol, atol, error_norm: error control of Dopri5; see :class:`pixelflow_engine.solvers.Tolerance`.
+            image: images to start from, one or one per image: PIL images, an array ``[B, H, W, c]`` or a tensor
+                ``[B, c, H, W]`` in [0, 1].
+            start_stage: the stage that starts from ``image``.
+            strength: fraction of that stage's steps to run, in (0, 1]; 1 runs all of them.
             encoder_hidden_states: encoded prompts ``[B, L, E]``, for a text model.
             encoder_attention_mask: ``[B, L]``, 1 for tokens and 0 for padding.
-            null_encoder_hidden_states, null_encoder_attention_mask: the encoded empty prompt, ``[B, L, E]`` or ``[1,
-                L, E]``; needed where a weight is not 1. Of prompts and empty ones the shorter are padded.
+            null_encoder_hidden_states, null_encoder_attention_mask: the encoded empty prompt, ``[B, L, E]`` or
+                ``[1, L, E]``, and its mask; required where a guidance weight is not 1. If prompts and empty prompts
+                differ in length, the shorter ones are padded.
 
         Raises:
-            ValueError: naming the argument, what came and what was expected.
+            ValueError: an argument is invalid; the message names it, its value and what was expected.
             FloatingPointError: an image is not finite at the end of a stage.
             ConvergenceError: Dopri5 could not meet its tolerance.
 
@@ -270,13 +277,13 @@ class PixelFlowEngine:
         )
 
     def stream(self, class_labels: Any = None, **options: Any) -> Iterator[StageEvent]:
-        """The same call, stage by stage: for previews, or to stop early.
+        """Sample stage by stage, for previews or to stop early.
 
         Args:
-            class_labels, options: as in :meth:`__call__`; images must run as one batch.
+            class_labels, options: as in :meth:`__call__`; all images must run as one batch.
 
         Yields:
-            the end of each stage, smallest first; ``event.images(output_type)`` makes pictures of it.
+            the end of each stage, smallest first; ``event.images(output_type)`` converts its state to images.
 
         Raises:
             ValueError: as in :meth:`__call__`, before anything runs.
@@ -290,11 +297,12 @@ class PixelFlowEngine:
         return (end.event for end in self._stages_of(run, planned, watched=True))
 
     def warmup(self, batch_sizes: Sequence[int] = (1,), **options: Any) -> None:
-        """Compile kernels and capture graphs for calls of these sizes, so that the first real call is fast.
+        """Compile kernels and capture graphs for calls of these batch sizes, so that the first real call is fast.
 
         Args:
             batch_sizes: numbers of images.
-            options: what such calls will have: ``solver``, ``height``, ``guidance_scale``, prompts of the same shape.
+            options: keyword arguments that the real calls will have: ``solver``, ``height``, ``guidance_scale``,
+                prompts of the same shape.
         """
         for batch in batch_sizes:
             number = arguments.positive_integer("batch_sizes", batch)
@@ -304,7 +312,7 @@ class PixelFlowEngine:
             self(labels, **(least | options))
 
     def close(self) -> None:
-        """Release captured graphs and their memory. The engine can be used again, and captures anew."""
+        """Release captured graphs and their memory. The engine remains usable and captures again when needed."""
         self._programs.close()
 
     def _plan(self, call: Call) -> PlannedCall:
@@ -343,20 +351,20 @@ class PixelFlowEngine:
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """The model's velocity, without guidance, for samplers of your own; differentiable with respect to ``x``.
+        """Evaluate the model's velocity without guidance, for custom samplers; differentiable with respect to ``x``.
 
         Args:
-            x: images ``[B, c, h, w]``, h and w multiples of the patch size.
-            t_model: time on the 0..999 axis, one or one per image.
-            class_labels: one per image, the null class being ``num_classes``.
-            latent_size: width in tokens, one or one per image; ``x``'s own by default.
+            x: images ``[B, c, h, w]``; h and w are multiples of the patch size.
+            t_model: time on the 0..999 axis, one value or one per image.
+            class_labels: one per image; ``num_classes`` is the null class.
+            latent_size: width in tokens, one value or one per image; defaults to that of ``x``.
             encoder_hidden_states, encoder_attention_mask: encoded prompts ``[B, L, E]`` and mask ``[B, L]``.
 
         Returns:
-            ``[B, c, h, w]`` in the type of ``x``.
+            ``[B, c, h, w]`` in the dtype of ``x``.
 
         Raises:
-            ValueError: naming the argument, what came and what was expected.
+            ValueError: an argument is invalid; the message names it, its value and what was expected.
         """
         model, config = self.model, self.config.model
         x = arguments.images(x, config)
@@ -386,7 +394,7 @@ class PixelFlowEngine:
 
 
 def _graphs(graphs: object, device: torch.device, backend: str) -> bool:
-    """Whether steps are replayed from graphs."""
+    """Whether steps are replayed from CUDA graphs."""
     if graphs not in (True, False, "auto"):
         raise ValueError(f"graphs: got {graphs!r}, expected True, False or 'auto'")
     why_not = None

@@ -1,4 +1,4 @@
-"""The engine's own error types, each also the built-in error that a caller would expect."""
+"""The engine's exception types. Each also derives from the built-in exception that a caller would expect."""
 
 from pixelflow_kernels.errors import BackendUnavailableError
 
@@ -10,7 +10,7 @@ class ConfigError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be trusted or understood; the message names the file and what is wrong with it."""
+    """A checkpoint is invalid, damaged or not understood; the message names the file and the problem."""
 
 
 class ConvergenceError(RuntimeError):
@@ -18,4 +18,7 @@ class ConvergenceError(RuntimeError):
 
 
 class CaptureError(RuntimeError):
-    """A step could not be captured into a graph; the engine goes on as before, also with ``graphs=False``."""
+    """A step could not be captured into a CUDA graph.
+
+    The engine stays usable; one made with ``graphs=False`` never captures.
+    """

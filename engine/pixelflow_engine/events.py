@@ -1,4 +1,4 @@
-"""What a sampling tells its caller while it runs, and afterwards."""
+"""What a call reports to its caller, while it runs and afterwards."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .arguments import choice
 from .output import OUTPUT_TYPES, Images, Latents, OutputType, to_output
 
 Status = Literal["ok", "max_steps", "underflow", "nonfinite"]
-"""What became of an image: ``max_steps``: Dopri5 used up its attempts; ``underflow``: its step became too small to be
-added to the time; ``nonfinite``: a value, or the estimate of the error, is infinite or no number."""
+"""Outcome of an image. ``max_steps``: Dopri5 used up its attempts. ``underflow``: its step became too small to advance
+the time. ``nonfinite``: a value, or the estimate of the error, is infinite or NaN."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -20,10 +20,10 @@ class StepEvent:
 
     Attributes:
         stage: index of the stage.
-        step: index of the step within it, from 0.
-        tau: local time reached; of the slowest image, for Dopri5.
-        latents: the state, not to be written to. A callback may return another one of its shape to go on with (not
-            with Dopri5 or ab2, which remember slopes of the old one).
+        step: index of the step within the stage, from 0.
+        tau: local time reached; for Dopri5, that of the slowest image.
+        latents: the state, which must not be modified in place. A callback may return another state of the same shape
+            to continue with (not with Dopri5 or ab2, which reuse slopes of the old state).
     """
 
     stage: int
@@ -34,17 +34,17 @@ class StepEvent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageReport:
-    """What a stage did.
+    """Statistics of one stage.
 
     Attributes:
-        stage: its index.
-        height, width: of its images, in pixels; of the largest.
-        tokens: of one image; of the largest.
-        guidance_weight: the weight it ran with; the largest.
-        steps: steps, or Dopri5 attempts of the slowest image.
-        evaluations: calls of the transformer, each for the whole batch and for both guidance halves.
-        seconds: wall time, with entering the stage and the callbacks after its steps; on a GPU between the moments at
-            which the caller's stream entered the stage and left it.
+        stage: index of the stage.
+        height, width: size of the largest image, in pixels.
+        tokens: number of tokens of the largest image.
+        guidance_weight: largest guidance weight.
+        steps: number of steps, or of attempts of the slowest image for Dopri5.
+        evaluations: number of transformer calls, each for the whole batch and for both guidance halves.
+        seconds: wall time, including the entry into the stage and the callbacks after its steps; on a GPU, the time
+            between the points at which the caller's stream entered and left the stage.
     """
 
     stage: int
@@ -58,7 +58,11 @@ class StageReport:
 
     @staticmethod
     def together(reports: Sequence[StageReport]) -> StageReport:
-        """Of batches that ran one after another: the largest image, all evaluations and all seconds."""
+        """Merge reports of batches that ran one after another.
+
+        Evaluations and seconds are summed; steps and guidance weight are the largest; the rest is that of the largest
+        image.
+        """
         largest = max(reports, key=lambda report: report.tokens)
         return replace(
             largest,
@@ -71,11 +75,11 @@ class StageReport:
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class StageEvent:
-    """The end of a stage. Where the host runs ahead of the device, it waits for the stage only to see values.
+    """The end of a stage. If the host runs ahead of the device, only reading values waits for the stage.
 
     Attributes:
-        latents: its state, not to be written to.
-        seeds: of each image, as :class:`SamplingOutput` has them.
+        latents: the state, which must not be modified in place.
+        seeds: as in :class:`SamplingOutput`.
     """
 
     latents: Latents
@@ -85,19 +89,19 @@ class StageEvent:
 
     @property
     def report(self) -> StageReport:
-        """What the stage did; waits for it."""
+        """Statistics of the stage; waits for it."""
         return self._reported()
 
     @property
     def statuses(self) -> tuple[Status, ...]:
-        """What became of each image so far; all ``ok`` unless ``on_failure="report"``. Waits for the stage."""
+        """Outcome of each image so far; all ``ok`` unless ``on_failure="report"``. Waits for the stage."""
         return self._found()
 
     def images(self, output_type: OutputType = "pil") -> Images:
-        """Pictures of the state, as :class:`SamplingOutput` has them.
+        """The state as images, in the forms of :class:`SamplingOutput`.
 
         Raises:
-            ValueError: there is no such form.
+            ValueError: the output type is unknown.
         """
         choice("output_type", output_type, OUTPUT_TYPES)
         return to_output(self.latents, output_type)
@@ -105,16 +109,16 @@ class StageEvent:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SamplingOutput:
-    """What a call made.
+    """Result of a call.
 
     Attributes:
         images: ``pil``: a list of images; ``np``: ``[B, H, W, c]`` float32 in [0, 1]; ``pt``: ``[B, c, H, W]`` float32
-            in [0, 1] on the engine's device. Where sizes differ, ``np`` and ``pt`` are lists of ``[H, W, c]`` and ``[c,
-            H, W]``.
-        stages: a report per stage, smallest first.
-        seeds: the seed of each image, whose noise it draws again, bit for bit, in any batch (``noise="counter"``); the
-            stream's one seed, or nothing for torch's global generator (``noise="public"``).
-        statuses: what became of each image; all ``ok`` unless ``on_failure="report"``.
+            in [0, 1] on the engine's device. If sizes differ, ``np`` and ``pt`` are lists of ``[H, W, c]`` and
+            ``[c, H, W]``.
+        stages: one report per stage, smallest first.
+        seeds: with ``noise="counter"``, the seed of each image, which reproduces its noise bit for bit in any batch;
+            with ``noise="public"``, the single seed of the stream, or nothing for torch's global generator.
+        statuses: outcome of each image; all ``ok`` unless ``on_failure="report"``.
     """
 
     images: Images
@@ -125,7 +129,7 @@ class SamplingOutput:
 
 @dataclass(frozen=True, slots=True)
 class Callbacks:
-    """Whom to tell."""
+    """The callbacks of a call."""
 
     on_step_end: Callable[[StepEvent], Latents | None] | None = None
     on_stage_end: Callable[[StageEvent], None] | None = None

@@ -1,8 +1,8 @@
-"""Floating-point operations of the model, from shapes, and what devices could do at most.
+"""Floating-point operations of the model, from shapes, and peak rates of devices.
 
-A multiplication and an addition are two operations. Counted are matrix products and attention, which are all but a
-thousandth. Of what blocks compute a second time to save memory, nothing is counted; of attention's backward pass the
-scores are, as they are where FlashAttention's speed is told, because no implementation that one would use keeps them.
+A multiplication and an addition count as two operations. Only matrix products and attention are counted, which is all
+but about a thousandth. Recomputation of blocks to save memory is not counted. In attention's backward pass the
+recomputed scores are counted, as in FlashAttention's published speeds, because no practical implementation stores them.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ PEAKS = {
     r"NVIDIA B200": 2250e12,
     r"NVIDIA GeForce RTX 4090": 165.2e12,
 }
-"""FLOP/s of dense bfloat16 products with float32 sums, by the makers' data sheets; by the whole name that CUDA gives a
-device, among which parts of one (MIG) are not."""
+"""Dense bfloat16 FLOP/s with float32 accumulation, from the vendors' data sheets. Keys are matched against the full
+name that CUDA gives a device; partitions of a device (MIG) do not match."""
 
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """Operations of a forward pass.
+    """Operations of a forward pass, by kind.
 
     Attributes:
-        products: of matrix products, but for the first ones.
-        first_products: of patches and of sinusoids, whose inputs need no gradient.
-        attention: of queries with keys and of weights with values.
+        products: matrix products, except the first ones.
+        first_products: products of patches and sinusoids, whose inputs need no gradient.
+        attention: products of queries with keys and of attention weights with values.
     """
 
     products: int
@@ -46,25 +46,26 @@ class Flops:
 
     @property
     def forward(self) -> int:
-        """Of a forward pass."""
+        """Operations of a forward pass."""
         return self.products + self.first_products + self.attention
 
     @property
     def training(self) -> int:
-        """Of forward and backward.
+        """Operations of a forward and a backward pass.
 
-        A product has two products backward, for its input's gradient and its weight's; one where the input needs
-        none. Attention has two products forward and five backward, one of them the scores again: 2.5 times as many.
+        A product has two products in the backward pass, one for the gradient of its input and one for that of its
+        weight; only one if the input needs no gradient. Attention has two products in the forward pass and five in the
+        backward pass, one of which recomputes the scores: 2.5 times as many.
         """
         return 3 * self.products + 2 * self.first_products + 7 * self.attention // 2
 
 
 def count(model: ModelConfig, lengths: Sequence[int]) -> Flops:
-    """Count the operations of a pack.
+    """Count the operations of a forward pass over a pack.
 
     Args:
-        model: one without text.
-        lengths: tokens of each image.
+        model: a model without text.
+        lengths: number of tokens of each image.
 
     Raises:
         ValueError: the model takes text, whose length is not known here.
@@ -72,7 +73,7 @@ def count(model: ModelConfig, lengths: Sequence[int]) -> Flops:
     if model.cross_attention_dim is not None:
         raise ValueError(f"model.cross_attention_dim: got {model.cross_attention_dim}, expected a model without text")
     C, tokens, images = model.width, sum(lengths), len(lengths)
-    per_image = 2 * 2 * C * C + 12 * C * C * model.depth + 4 * C * C  # embeddings of two scalars, modulations
+    per_image = 2 * 2 * C * C + 12 * C * C * model.depth + 4 * C * C  # embeddings of two scalars; modulations
     return Flops(
         products=tokens * token_products(model) + images * per_image,
         first_products=tokens * patch_products(model) + images * 2 * 2 * SINUSOID_CHANNELS * C,
@@ -81,16 +82,16 @@ def count(model: ModelConfig, lengths: Sequence[int]) -> Flops:
 
 
 def token_products(model: ModelConfig) -> int:
-    """Of a token's products in the blocks and the head."""
+    """Operations per token of the products in the blocks and the head."""
     C = model.width
     return 24 * C * C * model.depth + 2 * C * model.patch_size**2 * model.out_channels
 
 
 def patch_products(model: ModelConfig) -> int:
-    """Of a token's embedding."""
+    """Operations per token of the patch embedding."""
     return 2 * model.width * model.patch_size**2 * model.in_channels
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The most FLOP/s of a device in bfloat16, by its name; None where it is not known."""
+    """Peak bfloat16 FLOP/s of a device by its name; None if unknown."""
     return next((peak for pattern, peak in PEAKS.items() if re.fullmatch(pattern, device_name)), None)

@@ -1,7 +1,7 @@
-"""Lay weights that multiply one input side by side in memory, so that one product does for several.
+"""Concatenate weights that multiply the same input, so that one product replaces several.
 
-Names, shapes and values of the parameters stay: they become views of the wider tensors, and a state dict is what it
-was. A wider product may round otherwise, so strict mode goes without.
+The parameters keep their names, shapes and values: they become views of the wider tensors, so the state dict is
+unchanged. A wider product may round differently, so the exact path does not use this.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ from .operations import SideBySide
 
 @torch.no_grad()
 def fuse(model: PackedTransformer) -> None:
-    """Make the products of a model for sampling, in place.
+    """Concatenate the weights of a model for sampling, in place.
 
-    Queries, keys and values of each self-attention; the modulations of all blocks and of the head; and a patch
-    embedding whose input is in the order of the head's output, so that a state can stay in that order between steps.
-    Values copied into the parameters afterwards (``load_state_dict``, but not with ``assign=True``) are followed.
+    This covers queries, keys and values of each self-attention; the modulations of all blocks and of the head; and a
+    second patch embedding whose input is in the order of the head's output, so that a state can stay in that order
+    between steps. Values copied into the parameters later (by ``load_state_dict``, but not with ``assign=True``) take
+    effect: the views share them, and :func:`follow_weights` updates the second patch embedding.
 
     Args:
-        model: without gradients, on its device, in its type.
+        model: a model without gradients, already on its device and in its dtype.
     """
     for block in model.blocks:
         block.attn1.qkv = side_by_side(block.attn1.q_proj, block.attn1.k_proj, block.attn1.v_proj)
     linears = [block.norm1.linear for block in model.blocks]
     model.all_modulations = side_by_side(*linears, model.proj_out_1)
     patch = model.patch_embed.proj
-    with torch.inference_mode(False):  # it is written to later, by whoever samples
+    with torch.inference_mode(False):  # not an inference tensor: it is written to later
         by_pixel = _by_pixel(patch.weight).clone(memory_format=torch.contiguous_format)
     model.patch_embed.by_pixel = SideBySide(by_pixel, patch.bias)
 
 
 @torch.no_grad()
 def follow_weights(model: PackedTransformer) -> None:
-    """Bring a fused model's copies up to date with its parameters, which may have been loaded anew, in place.
+    """Update a fused model's copied weights from its parameters, which may have been reloaded, in place.
 
-    The patch embedding's other order is the one copy there is; it stays where it is. The rest are views.
+    The second patch embedding is the only copy, and its tensor stays at the same address. Everything else is a view.
     """
     if model.patch_embed.by_pixel is not None:
         model.patch_embed.by_pixel.weight.copy_(_by_pixel(model.patch_embed.proj.weight))
@@ -50,7 +51,7 @@ def _by_pixel(weight: Tensor) -> Tensor:
 
 
 def side_by_side(*linears: nn.Linear) -> SideBySide:
-    """One product for all of them, whose tensors theirs become views of."""
+    """Concatenate linear layers into one product; their parameters become views of its tensors."""
     weights: list[Tensor] = [linear.weight for linear in linears]
     weight = torch.cat(weights)
     biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]

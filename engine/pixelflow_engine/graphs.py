@@ -1,4 +1,4 @@
-"""Capture of launches into CUDA graphs, and the contract of the tensors that a graph reads."""
+"""Capture of launches into CUDA graphs, and checked copies into the tensors that a graph reads."""
 
 from __future__ import annotations
 
@@ -13,36 +13,38 @@ from torch import Tensor
 from .errors import CaptureError
 
 Launch = Callable[[], None]
-"""A fixed list of launches over tensors that stay where they are; it waits for nothing and decides nothing."""
+"""A fixed list of launches over tensors with fixed addresses; it neither waits for the device nor branches on its
+values."""
 
 
 FAILED: list[torch.cuda.CUDAGraph] = []
-"""Graphs whose captures failed: an allocator may ask one of them whose memory is whose as long as the process lives."""
+"""Graphs whose capture failed. They are kept until the process ends, because an allocator may still ask one of them
+which memory it owns."""
 
 
 class Capture(Protocol):
-    """Makes graphs that share one pool of memory."""
+    """Captures graphs that share one memory pool."""
 
     def capture(self, launch: Launch) -> Launch:
-        """Run ``launch`` to warm up, record it, and return what replays it on the caller's stream.
+        """Run ``launch`` to warm up, record it, and return a function that replays it on the caller's stream.
 
-        What it reads and writes changes by the warm-up, so values are loaded afterwards.
+        The warm-up changes the tensors that ``launch`` writes, so values must be loaded afterwards.
 
         Raises:
-            CaptureError: it cannot be recorded; nothing is left behind.
+            CaptureError: ``launch`` cannot be captured; no partial graph is left behind.
         """
         ...
 
     def leave(self) -> object:
-        """What the caller's stream was given so far, for :meth:`follow`."""
+        """A marker for everything submitted to the caller's stream so far, for :meth:`follow`."""
         ...
 
     def follow(self, left: object) -> None:
-        """Let the caller's stream go on after that, whichever stream it is; the host does not wait."""
+        """Make the caller's stream wait for that marker, whichever stream it is from; the host does not wait."""
         ...
 
     def close(self) -> None:
-        """Release all graphs and their memory when what runs is done; replaying one is an error from then on."""
+        """Release all graphs and their memory once running work is done; replaying one afterwards is an error."""
         ...
 
 
@@ -55,16 +57,17 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # Whoever replays a graph holds it. One that nobody can replay any more is gone at once, with its memory.
+        # The replay functions hold the graphs. A graph that can no longer be replayed is freed at once, with its
+        # memory.
         self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self.pool = torch.cuda.graph_pool_handle()
 
     def capture(self, launch: Launch) -> Launch:
-        """See :class:`Capture`. Kernels compile and libraries make their handles while warming up."""
+        """See :class:`Capture`. The warm-up also compiles kernels and creates library handles."""
         if not self.graphs:
-            self.pool = torch.cuda.graph_pool_handle()  # one whose last graph has gone cannot be had again
+            self.pool = torch.cuda.graph_pool_handle()  # a pool cannot be reused once its last graph is gone
         graph = torch.cuda.CUDAGraph()
-        # A capture that fails leaves its stream as the current one; the caller's comes back all the same.
+        # A failed capture leaves its own stream current; this context restores the caller's stream in any case.
         stay = torch.cuda.stream(torch.cuda.current_stream(self.device))
         with reported(), torch.cuda.device(self.device), stay:
             side = torch.cuda.Stream()
@@ -73,10 +76,11 @@ class CudaCapture:
                 with torch.cuda.stream(side):
                     for _ in range(2):
                         launch()
-            finally:  # whoever mends what a failure left must come after what was launched before it
+            finally:  # also on failure: cleanup must be ordered after the launches so far
                 torch.cuda.current_stream().wait_stream(side)
             try:
-                # Other threads may go on using the device: their calls do not end this capture.
+                # Other threads may keep using the device: with "thread_local", their calls do not invalidate this
+                # capture.
                 with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
                     launch()
             except BaseException:
@@ -86,10 +90,10 @@ class CudaCapture:
         return graph.replay
 
     def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Tell PyTorch's allocator of the end of a capture that failed: it would go on filling this pool for it.
+        """Tell PyTorch's caching allocator that a failed capture has ended.
 
-        The allocator of pinned memory cannot be told, and refuses another capture into the same pool: the next one has
-        a pool of its own, and graphs that are there keep theirs.
+        Otherwise it would keep allocating from this pool. The allocator of pinned memory cannot be told, and refuses
+        another capture into the same pool. The next capture therefore gets a new pool; existing graphs keep theirs.
         """
         graph.reset()
         FAILED.append(graph)
@@ -98,7 +102,7 @@ class CudaCapture:
         try:
             torch._C._cuda_endAllocateToPool(device, pool)
         except RuntimeError:
-            return  # it has been told
+            return  # the allocator already knows
         torch._C._cuda_releasePool(device, pool)
 
     def leave(self) -> torch.cuda.Event:
@@ -115,7 +119,7 @@ class CudaCapture:
     def close(self) -> None:
         """See :class:`Capture`."""
         if self.graphs:
-            torch.cuda.synchronize(self.device)  # any stream may be replaying one
+            torch.cuda.synchronize(self.device)  # any stream may be replaying a graph
         for graph in list(self.graphs):
             graph.reset()
         self.graphs.clear()
@@ -123,9 +127,10 @@ class CudaCapture:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """What goes wrong while capturing, but for lack of memory, as a :class:`CaptureError` with the first reason.
+    """Convert errors during capture, except out-of-memory errors, to :class:`CaptureError` with the original reason.
 
-    An operation that cannot be captured ends the capture, and that is an error once more.
+    An operation that cannot be captured raises, and ending the capture then raises again; the first error is the
+    reason.
     """
     try:
         yield
@@ -145,13 +150,13 @@ def load_(buffer: Tensor, value: Tensor, name: str, dtype: torch.dtype | None = 
     """Copy a value into a tensor that a graph reads.
 
     Args:
-        buffer: what the graph reads.
-        value: what it is to read next.
-        name: of both, for errors.
-        dtype: of the value, where it is not the buffer's: the copy is a cast then, in the same launch.
+        buffer: the tensor that the graph reads.
+        value: its next value.
+        name: name of the value in error messages.
+        dtype: expected dtype of ``value`` if it differs from the buffer's; the copy then casts, in the same launch.
 
     Raises:
-        ValueError: its shape, type or device is another; the message names both.
+        ValueError: shape, dtype or device differ; the message states both.
     """
     if value.shape != buffer.shape:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {tuple(buffer.shape)} as captured")

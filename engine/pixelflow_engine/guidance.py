@@ -1,18 +1,18 @@
-"""Classifier-free guidance: how strong at each stage, and how the two halves are combined."""
+"""Classifier-free guidance: the weight at each stage, and how the two halves are combined."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 PUBLISHED_FRACTIONS = (0.0, 1 / 6, 2 / 3, 1.0)
-"""How much of ``scale - 1`` each of the published four stages gets (arXiv 2504.07963, section 4.3)."""
+"""The fraction of ``scale - 1`` that each of the four published stages gets (arXiv 2504.07963, section 4.3)."""
 
 
 def stagewise_weights(scale: float, num_stages: int) -> tuple[float, ...]:
-    """``1 + (scale - 1) * fraction_s``: nothing at the first stage, everything at the last.
+    """``1 + (scale - 1) * fraction_s``: no guidance at the first stage, the full scale at the last.
 
-    Four stages have the published fractions. Other numbers of stages read theirs off the piecewise-linear curve
-    through the published points, both ends kept; a single stage has the full weight.
+    Four stages use the published fractions. Other numbers of stages interpolate them piecewise linearly, keeping both
+    ends; a single stage has the full weight.
     """
     return tuple((scale - 1) * _fraction(s, num_stages) + 1 for s in range(num_stages))
 
@@ -26,6 +26,6 @@ def _fraction(stage: int, num_stages: int) -> float:
 
 
 def combine(both: Tensor, weight: float) -> Tensor:
-    """``v_null + w (v_cond - v_null)`` of a batch whose first half is the null half: ``[2B, ...] -> [B, ...]``."""
+    """``v_null + w (v_cond - v_null)`` for a batch whose first half is the null half: ``[2B, ...] -> [B, ...]``."""
     null, conditional = both.chunk(2)
     return null + weight * (conditional - null)

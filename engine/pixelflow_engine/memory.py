@@ -1,4 +1,4 @@
-"""What to say when a device's memory is too small."""
+"""Advice for out-of-memory errors: an estimate of how many images would fit."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from .config import ModelConfig
 from .plan import StagePlan
 
 WIDEST = 8
-"""Tensors ``[T, C]`` that live where an evaluation on fused kernels is widest, in an attention: the residual stream and
-its norm, the product of queries, keys and values (as wide as three), queries and keys, turned, and the result."""
+"""Number of tensors ``[T, C]`` alive at the peak of an evaluation on fused kernels, inside an attention: the residual
+stream and its norm, the product of queries, keys and values (counted as three), rotated queries and keys, and the
+result."""
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def least_bytes(model: ModelConfig, stages: Sequence[StagePlan], dtype: torch.dtype) -> int:
-    """What a sampling needs at least beside the weights: the widest moment of its largest stage.
+    """Lower bound on the memory of a sampling run besides the weights: the peak of its largest stage.
 
-    The table of modulations counts, the state, a few numbers a pixel, does not.
+    The table of modulations, which fixed steps use on the fast path, is always included; the state, a few values per
+    pixel, is not.
 
     Args:
-        model: its shape.
-        stages: what will run.
-        dtype: of products.
+        model: the model's shape.
+        stages: plans of the stages that will run.
+        dtype: dtype of matrix products.
     """
     return max((_stage_values(model, stage) for stage in stages), default=0) * dtype.itemsize
 
 
 def _stage_values(model: ModelConfig, stage: StagePlan) -> int:
-    """Values of ``dtype`` that live at once."""
+    """Number of values of ``dtype`` alive at the peak of a stage."""
     sizes = [h * w // model.patch_size**2 for count, _, h, w in stage.shapes for _ in range(count)]
     tokens = sum(sizes[: stage.guided]) + sum(sizes)
     modulations = stage.num_steps * len(sizes) * (6 * model.depth + 2)
@@ -41,25 +43,25 @@ def _stage_values(model: ModelConfig, stage: StagePlan) -> int:
 
 @contextmanager
 def told_what_fits(device: torch.device, images: int, least: int = 0) -> Iterator[None]:
-    """Raise an out-of-memory error again, of its own type, with about how many images would have fitted.
+    """Re-raise an out-of-memory error, with its own type, stating about how many images would have fitted.
 
-    The estimate: what these images had when one allocation more failed, with that allocation, divided among them; or
-    what they need at least, where that is more: they may have failed long before they needed most, in a small stage or
-    at the beginning of a large one.
+    The memory per image is estimated as the larger of two values: what the images held when an allocation failed, plus
+    that allocation; and ``least``, because the failure may have happened long before the peak, in a small stage or at
+    the beginning of a large one. Both are divided by the number of images.
 
     Args:
-        device: where they are computed.
-        images: that run together.
-        least: bytes that they need together, by :func:`least_bytes`.
+        device: the device that runs the images.
+        images: number of images that run together.
+        least: lower bound on the bytes that they need together, from :func:`least_bytes`.
 
     Raises:
-        torch.cuda.OutOfMemoryError: with a message that says so.
+        torch.cuda.OutOfMemoryError: with the estimate in its message.
     """
     before = allocated(device)
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        had = max(allocated(device) - before, 0)  # the error holds frames, and they hold the failed call's tensors
+        had = max(allocated(device) - before, 0)  # the traceback's frames still hold the failed call's tensors
         each = max(had + tried(str(error)), least) / images
         fit = min(int((had + free(device)) / each), images - 1) if each > 0 else images - 1
         if fit < 1:
@@ -71,18 +73,18 @@ def told_what_fits(device: torch.device, images: int, least: int = 0) -> Iterato
 
 
 def tried(message: str) -> int:
-    """Bytes that PyTorch's message says it tried to allocate; 0 where it does not say."""
+    """Bytes that PyTorch reports it tried to allocate; 0 if the message does not say."""
     found = re.search(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", message)
     return int(float(found[1]) * UNITS[found[2]]) if found else 0
 
 
 def allocated(device: torch.device) -> int:
-    """Bytes of all tensors on a CUDA device."""
+    """Bytes allocated to tensors on a CUDA device; 0 on other devices."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def free(device: torch.device) -> int:
-    """Bytes that PyTorch can still have there: the device's free ones, and those that it keeps but does not use."""
+    """Bytes still available to PyTorch: free device memory plus reserved but unused memory; 0 without CUDA."""
     if device.type != "cuda":
         return 0
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

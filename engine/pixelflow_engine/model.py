@@ -1,7 +1,7 @@
-"""The PixelFlow transformer over packed tokens: one model for sampling and training.
+"""The PixelFlow transformer over packed tokens, one model for sampling and training.
 
-Parameters have the published names; ``load_state_dict(..., strict=True)`` takes a published checkpoint. Source: arXiv
-2504.07963, section 3.3.
+Parameters have the published names, so ``load_state_dict(..., strict=True)`` accepts a published checkpoint. Source:
+arXiv 2504.07963, section 3.3.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["PackedTransformer", "Prompts", "Text"]
 
 
 TextKeys = tuple[Tensor, Tensor]
-"""Normed keys and values of all prompts for one block, ``[..., H, D]`` each."""
+"""Normalized keys, and values, of all prompts for one block, ``[..., H, D]`` each."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Prompts:
-    """What the blocks need of the prompts: the same in every step.
+    """What the blocks need of the prompts; constant over all steps.
 
     Attributes:
         text: the prompts' tokens.
@@ -41,34 +41,34 @@ class Prompts:
     keys: tuple[TextKeys, ...]
 
     def tensors(self) -> list[Tensor]:
-        """All of them, in an order that depends on :meth:`kind` alone."""
+        """All tensors, in an order that depends only on :meth:`kind`."""
         return [x for x in _fields(self.text).values() if isinstance(x, Tensor)] + [
             x for pair in self.keys for x in pair
         ]
 
     def kind(self) -> tuple[object, ...]:
-        """Prompts of one kind differ in the values of their tensors alone."""
+        """A key for reuse: prompts of one kind differ only in the values of their tensors."""
         return tuple(tuple(x.shape) if isinstance(x, Tensor) else x for x in _fields(self.text).values())
 
     def clone(self) -> Prompts:
-        """The same in memory of their own."""
+        """A copy that owns its memory."""
         own = {name: x.clone() for name, x in _fields(self.text).items() if isinstance(x, Tensor)}
         return Prompts(replace(cast("Any", self.text), **own), tuple((k.clone(), v.clone()) for k, v in self.keys))
 
 
 def _fields(text: TextTokens) -> dict[str, object]:
-    """What text tokens are made of; every implementation has them as a dataclass."""
+    """Fields of text tokens by name; every implementation is a dataclass."""
     return {field.name: getattr(text, field.name) for field in fields(cast("Any", text))}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Surroundings:
-    """What all blocks share, evaluation after evaluation.
+    """What all blocks share and what does not change between evaluations.
 
     Attributes:
-        layout: who the tokens belong to.
-        rotation: the layout's places, as the operations want them.
-        prompts: for a model with cross-attention.
+        layout: maps tokens to images.
+        rotation: rotary position tables of the layout, in the form that the operations expect.
+        prompts: the prompts, for a model with cross-attention.
     """
 
     layout: PackedLayout
@@ -83,7 +83,7 @@ def _fused(product: SideBySide | None) -> SideBySide:
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a learned weight; the operations compute it, together with what stands around it."""
+    """Weight of an RMSNorm; the operations compute it, fused with neighboring operations."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class ConditioningMLP(nn.Module):
 
 
 class _Table(nn.Embedding):
-    """On the meta device there is nothing to draw; PyTorch would import its compiler to draw it."""
+    """An embedding that draws no values on the meta device, where torch would import its compiler to do so."""
 
     def reset_parameters(self) -> None:
         """See :class:`torch.nn.Embedding`."""
@@ -115,7 +115,7 @@ class _Table(nn.Embedding):
 
 
 class ClassEmbedder(nn.Module):
-    """One row per class, the null class last."""
+    """Class embedding table; the null class is the last row."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class ClassEmbedder(nn.Module):
 
 
 class PatchEmbedder(nn.Module):
-    """The strided convolution of the published model, as the linear map of flattened patches that it equals.
+    """The published model's strided convolution, computed as the equivalent linear map of flattened patches.
 
     :mod:`pixelflow_engine.fusion` adds ``by_pixel``, the same map for patches in the order of the head's output.
     """
@@ -147,7 +147,7 @@ class PatchEmbedder(nn.Module):
 
 
 class AdaLayerNorm(nn.Module):
-    """A block's six modulation vectors from the conditioning."""
+    """Linear map from the conditioning to a block's six modulation vectors."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class AdaLayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections and norms of an attention; RMSNorm of q and k runs over the full width, all heads together."""
+    """Projections and norms of an attention; RMSNorm of q and k runs over the full width, across all heads."""
 
     def __init__(self, width: int, context_width: int, heads: int, bias: bool) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention among the tokens of an image, with 2-D RoPE on q and k.
 
-    :mod:`pixelflow_engine.fusion` lays the three projections side by side; ``qkv`` is then their one product.
+    :mod:`pixelflow_engine.fusion` concatenates the three projections; ``qkv`` is then their single product.
     """
 
     def __init__(self, width: int, context_width: int, heads: int, bias: bool) -> None:
@@ -188,7 +188,7 @@ class SelfAttention(Attention):
         return ops.linear(self.attended(u, around, ops), self.o_proj)
 
     def attended(self, u: Tensor, around: Surroundings, ops: Operations) -> Tensor:
-        """What the heads give, side by side; queries, keys and values are gone with its return."""
+        """Concatenated outputs of the heads, ``[T, C]``. Queries, keys and values are freed when this returns."""
         norms = (self.q_norm.weight, self.k_norm.weight)
         layout, rotation = around.layout, around.rotation
         if self.qkv is None:
@@ -202,10 +202,10 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Attention from an image's tokens to its text, with 2-D RoPE on q alone."""
+    """Attention from an image's tokens to its text, with 2-D RoPE on q only."""
 
     def text_keys(self, text: TextTokens, ops: Operations) -> TextKeys:
-        """Keys and values of the prompts: the same in every step."""
+        """Keys and values of the prompts, which are the same in every step."""
         k = ops.norm_heads(self.k_proj(text.states), self.k_norm.weight, self.heads)
         return k, self.v_proj(text.states).unflatten(-1, (self.heads, -1))
 
@@ -232,7 +232,7 @@ class MLP(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Modulated self-attention, cross-attention where there is text, modulated MLP."""
+    """Modulated self-attention, cross-attention (in text models) and modulated MLP."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -256,16 +256,16 @@ class TransformerBlock(nn.Module):
         around: Surroundings,
         ops: Operations,
     ) -> tuple[Tensor, Tensor]:
-        """One block, up to and including the norm that the next one, or the head, begins with.
+        """Run the block, including the norm that the next block (or the head) starts with.
 
         Args:
             x: the residual stream ``[T, C]``.
-            u: its norm, modulated, ``[T, C]``.
+            u: the modulated norm of ``x``, ``[T, C]``.
             rows: this block's modulation, ``[n, 6C]``.
-            following: shift and scale that the next one, or the head, begins with, ``[n, C]`` each.
-            keys: of the prompts, for a model with cross-attention.
+            following: shift and scale that the next block (or the head) starts with, ``[n, C]`` each.
+            keys: keys and values of the prompts, for a model with cross-attention.
             around: what all blocks share.
-            ops: who computes.
+            ops: implementation of the operations.
 
         Returns:
             x and u after the block.
@@ -283,7 +283,10 @@ class TransformerBlock(nn.Module):
         around: Surroundings,
         ops: Operations,
     ) -> tuple[Tensor, Tensor]:
-        """The first half: attention, and the norm that the MLP begins with; ``own`` are the six of the block's rows."""
+        """The first half: attention and the norm that the MLP starts with.
+
+        ``own`` are the block's six modulation vectors, ``[n, C]`` each.
+        """
         _, _, gate1, shift2, scale2, _ = own
         layout = around.layout
         y = self.attn1(u, around, ops)
@@ -302,7 +305,7 @@ class TransformerBlock(nn.Module):
         around: Surroundings,
         ops: Operations,
     ) -> tuple[Tensor, Tensor]:
-        """The second half: the MLP, and the norm that the next block, or the head, begins with."""
+        """The second half: the MLP and the norm that the next block (or the head) starts with."""
         gate2 = own[-1]
         return ops.add_gated_layer_norm_modulate(x, self.mlp(v, ops), gate2, *following, around.layout)
 
@@ -312,12 +315,13 @@ class PackedTransformer(nn.Module):
 
     Args:
         config: the model's shape.
-        operations: who computes; plain PyTorch where it is not given. It may be replaced at any time.
+        operations: implementation of the operations; defaults to plain PyTorch. It may be replaced at any time.
 
     Attributes:
-        in_halves: run the halves of a block one after the other instead of calling it. A call holds what it was given
-            until it returns; without one the residual stream and its norm go as soon as there are new ones. Blocks
-            whose call is compiled, sharded or recomputed must be called; one that has hooks is.
+        in_halves: call the two halves of a block one after the other instead of calling the block. A call keeps its
+            arguments alive until it returns; without one, the old residual stream and its norm are freed as soon as new
+            ones exist. Blocks whose call is compiled, sharded or recomputed must be called; a block with forward hooks
+            is always called.
     """
 
     def __init__(self, config: ModelConfig, operations: Operations | None = None) -> None:
@@ -342,12 +346,12 @@ class PackedTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' type, in which matrix products run."""
+        """Dtype of the parameters and of the matrix products."""
         return self.proj_out_2.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters live."""
+        """Device of the parameters."""
         return self.proj_out_2.weight.device
 
     def forward(
@@ -360,19 +364,19 @@ class PackedTransformer(nn.Module):
         text: Text | None = None,
         around: Surroundings | None = None,
     ) -> Tensor:
-        """The velocity of every token.
+        """Compute the velocity of every token.
 
         Args:
             tokens: patches ``[T, c * p * p]`` in (channel, row, column) order.
             t_model: ``[n]``, time on the 0..999 axis.
-            layout: who the tokens belong to.
-            latent_size: ``[n]``, the image's width in tokens (what the published model is told of the resolution).
+            layout: maps tokens to images.
+            latent_size: ``[n]``, the image's width in tokens (the published model's resolution input).
             class_labels: ``[n]`` integers, ``num_classes`` for the null class; None for a model without classes.
             text: encoded prompts, for a model with cross-attention.
-            around: what :meth:`surroundings` makes of layout and text, where it was made before.
+            around: the result of :meth:`surroundings` for this layout and text, if already computed.
 
         Returns:
-            ``[T, c * p * p]`` in (channel, row, column) order, in the model's type.
+            ``[T, c * p * p]`` in (channel, row, column) order, in the model's dtype.
 
         Source: arXiv 2504.07963, section 3.3.
         """
@@ -392,20 +396,21 @@ class PackedTransformer(nn.Module):
         return c + self.latent_size_embedder(latent_size)
 
     def modulations(self, c: Tensor) -> tuple[Tensor, ...]:
-        """Rows of every block, ``[n, 6C]``, and of the head, ``[n, 2C]`` (shift and scale), in at least float32."""
+        """Modulations of every block, ``[n, 6C]``, and of the head, ``[n, 2C]`` (shift, scale), in at least float32."""
         if self.all_modulations is not None:
             return self.split_modulations(self.all_modulations(F.silu(c)))
-        # A SiLU for each product and the head's last, as in the reference: gradients of c add up in the same order.
+        # One SiLU per product, the head's last, as in the reference, so that gradients of c are accumulated in the same
+        # order.
         blocks = [block.norm1(F.silu(c)) for block in self.blocks]
         head = self.proj_out_1(F.silu(c))
         return *blocks, head.to(at_least_fp32(head.dtype))
 
     def all_modulations_of(self, activated: Tensor) -> Tensor:
-        """``SiLU(c) [n, C] -> [n, (6 depth + 2) C]``: the rows of every block and of the head, one after another."""
+        """``SiLU(c) [n, C] -> [n, (6 depth + 2) C]``: modulations of all blocks and of the head, concatenated."""
         return _fused(self.all_modulations)(activated)
 
     def split_modulations(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """``[n, (6 depth + 2) C]`` as :meth:`modulations` gives them."""
+        """Split ``[n, (6 depth + 2) C]`` into the form that :meth:`modulations` returns."""
         C = self.config.width
         rows = rows.to(at_least_fp32(rows.dtype))
         return rows.split([6 * C] * self.config.depth + [2 * C], dim=-1)
@@ -418,17 +423,17 @@ class PackedTransformer(nn.Module):
             return Prompts(tokens, tuple(attention.text_keys(tokens, self.operations) for attention in attentions))
 
     def surroundings(self, layout: PackedLayout, prompts: Prompts | None) -> Surroundings:
-        """What the blocks need besides tokens and modulations; it serves any number of evaluations."""
+        """What the blocks need besides tokens and modulations; reusable for any number of evaluations."""
         rotation = self.operations.rotation(layout, self.config.attention_head_dim, at_least_fp32(self.dtype))
         return Surroundings(layout, rotation, prompts)
 
     def trunk(self, x: Tensor, modulations: tuple[Tensor, ...], around: Surroundings) -> Tensor:
-        """All blocks and the head.
+        """Run all blocks and the head.
 
         Args:
             x: embedded patches ``[T, C]``.
-            modulations: as :meth:`modulations` gives them, a row per image of the layout.
-            around: layout, places and prompts.
+            modulations: as returned by :meth:`modulations`, one row per image of the layout.
+            around: layout, rotary tables and prompts.
 
         Returns:
             ``[T, p * p * c]`` in (row, column, channel) order.
@@ -449,10 +454,10 @@ class PackedTransformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draw fresh weights from torch's global generator.
+        """Initialize the weights from torch's global generator.
 
-        Linears Xavier-uniform with zero bias, the patch embedding likewise as a matrix, conditioning N(0, 0.02),
-        modulations and output zero.
+        Linear layers and the patch embedding (as a matrix) are Xavier-uniform with zero bias, the conditioning
+        embeddings N(0, 0.02), the modulations and the output layer zero.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -1,9 +1,9 @@
-"""Where a sampler's randomness comes from: counter-based normals of ours, or the published code's CPU random stream.
+"""Sources of a sampler's noise: counter-based normals, or the published code's CPU random stream.
 
-Counter-based noise. One number depends on the image's seed, the stage and the position alone, never on the batch, and
-has the same bits on every device (see ``pixelflow_kernels.philox``).
+Counter-based noise. A value depends only on the image's seed, the stage and the position, never on the batch, and has
+the same bits on every device (see ``pixelflow_kernels.philox``).
 
-Block-correlated noise. Inside each 2x2 block of pixels the covariance is ``(1 - g) I + g 1 1^T + 1e-6 I``, g = -1/3
+Block-correlated noise. Within each 2x2 block of pixels the covariance is ``(1 - g) I + g 1 1^T + 1e-6 I``, g = -1/3
 (arXiv 2504.07963, equation 6).
 """
 
@@ -55,7 +55,7 @@ MAX_SEED = 2**64 - 1
 
 
 class NoiseSource(Protocol):
-    """Called by a sampler once for the first stage and once on entering each later one, in order."""
+    """Noise for a sampler, which calls it for the first stage and on entering each later stage, in order."""
 
     def initial(self, shape: Shape) -> Tensor:
         """Independent standard normals ``[B, c, h, w]`` float32."""
@@ -66,7 +66,7 @@ class NoiseSource(Protocol):
         ...
 
     def enter(self, x: Tensor, stage: Stage) -> Tensor:
-        """Enter a stage: ``alpha upsample(x) + beta n``, twice the size of ``x [B, c, h, w]``."""
+        """Enter a stage: ``alpha upsample(x) + beta n``, with twice the height and width of ``x [B, c, h, w]``."""
         ...
 
 
@@ -76,24 +76,25 @@ class CounterNoise:
 
     Attributes:
         seeds: one per image, 0 to 2^64 - 1.
-        device: where the noise is drawn.
+        device: the device on which the noise is drawn.
     """
 
     seeds: tuple[int, ...]
     device: torch.device
 
     def initial(self, shape: Shape) -> Tensor:
-        """Normals of stage 0: four neighbours in row-major order share a counter."""
+        """Normals of stage 0; four neighbors in row-major order share a counter."""
         return initial_normals(self._seeds(), shape[1:])
 
     def block(self, stage: int, shape: Shape) -> Tensor:
-        """Normals of a later stage: the four pixels of a block share a counter."""
+        """Normals of a later stage; the four pixels of a block share a counter."""
         return from_blocks(correlate(block_normals(self._seeds(), stage, shape[1:])))
 
     def enter(self, x: Tensor, stage: Stage) -> Tensor:
-        """The same numbers as :meth:`block`, drawn where they are added."""
+        """Uses the same values as :meth:`block`, generated inside the kernel that adds them."""
         if x.device.type == "cpu" and not interpreting():
-            # What the operation does on a CPU; the first call of any operation of ours imports torch's compiler.
+            # The CPU implementation of the operation, called directly: the first call of any custom operation imports
+            # torch's compiler.
             batch, channels, height, width = x.shape
             noise = self.block(stage.index, (batch, channels, 2 * height, 2 * width))
             return upsample_renoise(x.contiguous(), noise, stage.alpha, stage.beta)
@@ -109,21 +110,22 @@ class PublicNoise:
 
     Attributes:
         generator: a CPU generator; None for torch's global one.
-        device: where the noise is needed; it is drawn on the CPU.
+        device: the device that needs the noise; it is drawn on the CPU.
     """
 
     generator: torch.Generator | None
     device: torch.device
 
     def initial(self, shape: Shape) -> Tensor:
-        """One draw of everything."""
+        """All values in one draw."""
         return torch.randn(shape, generator=self.generator).to(self.device)
 
     def block(self, stage: int, shape: Shape) -> Tensor:
-        """Draws of four in (image, channel, block row, block column) order, each through the Cholesky factor.
+        """Draws of four in (image, channel, block row, block column) order, each multiplied by the Cholesky factor.
 
-        torch fills a tensor of fewer than 16 values one by one and a longer contiguous one in vectors, with other
-        numbers; a longer strided one goes one by one again, so a single strided draw equals the many small ones.
+        torch fills a tensor of fewer than 16 values one value at a time, and a longer contiguous one in vectors, with
+        other values. A longer strided tensor is again filled one at a time, so a single strided draw equals many small
+        ones.
         """
         batch, channels, height, width = shape
         blocks = (batch, channels, height // 2, width // 2, 4)
@@ -132,7 +134,7 @@ class PublicNoise:
         return from_blocks(_block_product()(_block_factor(), z).reshape(blocks)).to(self.device)
 
     def enter(self, x: Tensor, stage: Stage) -> Tensor:
-        """With the noise of :meth:`block`."""
+        """Uses the noise of :meth:`block`."""
         batch, channels, height, width = x.shape
         noise = self.block(stage.index, (batch, channels, 2 * height, 2 * width))
         return upsample_renoise(x, noise, stage.alpha, stage.beta)
@@ -148,16 +150,16 @@ def _block_factor() -> Tensor:
 
 
 def _one_by_one(factor: Tensor, z: Tensor) -> Tensor:
-    """Each four of ``z [n, 4]`` through a factor ``[4, 4]``, as the published loop does it."""
+    """Multiply each row of ``z [n, 4]`` by a factor ``[4, 4]`` separately, as the published loop does."""
     return torch.stack([torch.matmul(factor, four[:, None])[:, 0] for four in z])
 
 
 @functools.cache
 def _block_product() -> Callable[[Tensor, Tensor], Tensor]:
-    """What equals :func:`_one_by_one` in every bit on this processor.
+    """A function that equals :func:`_one_by_one` in every bit on this processor.
 
-    The library multiplies one block fused or not by the processor, and many at once not always in the same way. So
-    both ways there are of multiplying many are tried on a few.
+    Whether the library fuses multiply-adds in the product of a single block depends on the processor, and products of
+    many blocks do not always round the same way. So both ways of multiplying many blocks are tested on a few.
     """
     factor, z = _block_factor(), torch.randn(3 * _ROWS - 7, 4, generator=torch.Generator().manual_seed(0))
     want = _one_by_one(factor, z)
@@ -165,26 +167,26 @@ def _block_product() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _apart(factor: Tensor, z: Tensor) -> Tensor:
-    """A product for each block, of a batch of them."""
+    """A batched product, one per block."""
     return torch.matmul(factor, z[..., None])[..., 0]
 
 
 def _in_rows(factor: Tensor, z: Tensor) -> Tensor:
-    """One product for so many blocks, always as many: the library may take another routine for other numbers."""
+    """Products of a fixed number of blocks each; for other sizes the library may choose another routine."""
     parts = F.pad(z, (0, 0, 0, -len(z) % _ROWS)).split(_ROWS)
     return torch.cat([part @ factor.T for part in parts])[: len(z)]
 
 
 def counter_normals(seeds: Sequence[int], stage: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Four standard normals per counter, the same bits everywhere.
+    """Four standard normals per counter, with the same bits on every device.
 
     Args:
         seeds: one per image, 0 to 2^64 - 1.
-        stage: the stage they are for.
-        count: counters 0 to count - 1 of each image.
-        device: where to draw.
+        stage: index of the stage.
+        count: number of counters per image; counters are 0 to count - 1.
+        device: the device on which to draw.
 
     Returns:
-        ``[len(seeds), count, 4]`` float32. No value exceeds 5.77 in magnitude: the uniforms have 24 bits.
+        ``[len(seeds), count, 4]`` float32. No value exceeds 5.77 in magnitude, because the uniforms have 24 bits.
     """
     return philox.counter_normals(seed_tensor(seeds, device), stage, count)

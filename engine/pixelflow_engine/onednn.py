@@ -1,7 +1,8 @@
-"""Matrix products of a CPU through oneDNN, as operations with a derivative.
+"""Matrix products on a CPU through oneDNN, as custom operations with a derivative.
 
-``F.linear`` is MKL's on a CPU, which is at its best on its maker's processors alone; oneDNN uses any maker's. Inductor
-takes oneDNN's products with constant weights and known sizes only, so each is an operation of ours, a node of a graph.
+On a CPU ``F.linear`` uses MKL, which performs best only on Intel processors; oneDNN performs well on those of any
+vendor. Inductor uses oneDNN only for constant weights and known sizes, so each product is a custom operation, one node
+of the graph.
 
     y = x W^T + b        dx = dy W        dW = dy^T x        db = sum of dy over tokens
 """
@@ -19,18 +20,18 @@ from .operations import Linear, SideBySide
 
 ONEDNN = torch.backends.mkldnn.is_available()
 PROCESSORS = Path("/proc/cpuinfo")
-"""Where Linux says who made them."""
+"""Where Linux states the CPU vendor."""
 
 
 def ahead() -> bool:
-    """Whether oneDNN is to be preferred to MKL: on processors of another maker than MKL's, or of an unknown one."""
+    """Whether to prefer oneDNN to MKL: without MKL, and on processors that are not Intel's or of unknown vendor."""
     if not ONEDNN or not torch.backends.mkl.is_available():
         return ONEDNN
     return not (PROCESSORS.exists() and "GenuineIntel" in PROCESSORS.read_text())
 
 
 def multiplies(x: Tensor, layer: Linear) -> bool:
-    """Whether oneDNN may compute a layer: on a CPU, in float32, and not one that somebody put in a layer's place."""
+    """Whether oneDNN may compute a layer: on a CPU, in float32, and not for a module that replaced a linear layer."""
     return (
         x.device.type == "cpu"
         and x.dtype == layer.weight.dtype == torch.float32
@@ -40,12 +41,18 @@ def multiplies(x: Tensor, layer: Linear) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x weight^T + bias``, differentiable: ``[T, in]``, ``[out, in]``, ``[out]`` or None, all float32, on a CPU."""
+    """``x weight^T + bias``, differentiable, on a CPU.
+
+    Args:
+        x: ``[T, in]`` float32.
+        weight: ``[out, in]`` float32.
+        bias: ``[out]`` float32, or None.
+    """
     return _onednn_linear(x, weight, bias, False)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``GELU(x weight^T + bias)``, tanh form, where the product is written; only where no gradient is needed."""
+    """``GELU(x weight^T + bias)``, tanh form, fused into the product; has no derivative."""
     return _onednn_linear(x, weight, bias, True)
 
 
@@ -71,8 +78,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, bool], output: 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     for_x, for_weight, for_bias, _ = ctx.needs_input_grad
-    # A weight's gradient adds up over tokens. oneDNN would want both factors transposed in memory first; `mm` reads
-    # them as they lie.
+    # The gradient of a weight is a sum over tokens. oneDNN would first need transposed copies of both factors; `mm`
+    # reads them in place.
     rows = grad.flatten(0, -2)
     return (
         _onednn_linear(grad.contiguous(), weight.t(), None, False) if for_x else None,

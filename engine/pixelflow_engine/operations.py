@@ -1,7 +1,10 @@
-"""What a transformer block is made of, as one interface with two implementations: plain PyTorch, fused kernels.
+"""The operations of a transformer block as one interface, and its plain PyTorch implementation.
 
-Shapes: ``T`` packed tokens of ``n`` images, ``C = H * D`` width. A row per image (``[n, C]``, at least float32) reaches
-the tokens through the :class:`PackedLayout`. The implementations agree within level D.
+Fused kernels (:mod:`pixelflow_engine.fused`) and operations for torch.compile (:mod:`pixelflow_engine.traceable`) are
+the other implementations.
+
+Shapes: ``T`` packed tokens of ``n`` images, ``C = H * D`` width. A vector per image (``[n, C]``, at least float32) is
+mapped to the image's tokens by the :class:`PackedLayout`. The implementations agree within level D.
 """
 
 from __future__ import annotations
@@ -18,11 +21,11 @@ from pixelflow_kernels import PackedLayout
 from . import layers
 
 Rotation = tuple[Tensor, ...]
-"""Cosines and sines of a layout's places, in the form that an implementation wants."""
+"""Cosines and sines for the positions of a layout, in the form that an implementation expects."""
 
 
 class SideBySide(nn.Module):
-    """Linear maps of one input as one product. Its tensors stay out of the state dict."""
+    """Several linear maps of one input as one product. Its tensors are not part of the state dict."""
 
     weight: Tensor
     bias: Tensor | None
@@ -53,14 +56,14 @@ class Text:
     mask: Tensor | None = None
 
     def for_each(self, images: int) -> Text:
-        """One prompt for so many images as one per image, in memory of one; several as they are."""
+        """Expand a single prompt to this many images as a view; several prompts are returned as they are."""
         if len(self.states) != 1:
             return self
         mask = None if self.mask is None else self.mask.expand(images, -1)
         return Text(self.states.expand(images, -1, -1), mask)
 
     def padded(self, length: int) -> Text:
-        """Filled up to so many tokens with such as the mask hides."""
+        """Pad the prompts to this many tokens with tokens that the mask hides."""
         more = length - self.states.shape[1]
         if more == 0:
             return self
@@ -69,7 +72,7 @@ class Text:
 
     @staticmethod
     def concatenate(*texts: Text) -> Text:
-        """Prompts of one padded length as one batch."""
+        """Concatenate prompts padded to the same length into one batch."""
         states = torch.cat([text.states for text in texts])
         if all(text.mask is None for text in texts):
             return Text(states)
@@ -78,10 +81,10 @@ class Text:
 
 
 class TextTokens(Protocol):
-    """Prompts in the form that an implementation's cross-attention wants.
+    """Prompts in the form that an implementation's cross-attention expects.
 
     Attributes:
-        states: what keys and values are projected from, ``[..., E]``.
+        states: input of the key and value projections, ``[..., E]``.
     """
 
     @property
@@ -89,7 +92,7 @@ class TextTokens(Protocol):
 
 
 class Operations(Protocol):
-    """The operations of a block. ``x`` is the residual stream ``[T, C]``, ``y`` what a branch computed beside it."""
+    """The operations of a block. ``x`` is the residual stream ``[T, C]``, ``y`` the output of a branch."""
 
     def layer_norm_modulate(self, x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout) -> Tensor:
         """``LN(x) (1 + scale) + shift``."""
@@ -120,7 +123,7 @@ class Operations(Protocol):
         ...
 
     def rotation(self, layout: PackedLayout, head_dim: int, dtype: torch.dtype) -> Rotation:
-        """What :meth:`norm_rotate` needs to know of places, made once for all blocks."""
+        """Position tables for :meth:`norm_rotate` and :meth:`norm_rotate_qk`, computed once for all blocks."""
         ...
 
     def norm_rotate_qk(
@@ -137,11 +140,11 @@ class Operations(Protocol):
         ...
 
     def norm_rotate(self, q: Tensor, weight: Tensor, layout: PackedLayout, rotation: Rotation, heads: int) -> Tensor:
-        """The same of queries alone: ``[T, C] -> [T, H, D]``."""
+        """RMSNorm over the full width, then 2-D RoPE, of queries only: ``[T, C] -> [T, H, D]``."""
         ...
 
     def norm_heads(self, k: Tensor, weight: Tensor, heads: int) -> Tensor:
-        """RMSNorm over the full width of keys that have no place: ``[..., C] -> [..., H, D]``."""
+        """RMSNorm over the full width, of keys without positions: ``[..., C] -> [..., H, D]``."""
         ...
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
@@ -149,7 +152,7 @@ class Operations(Protocol):
         ...
 
     def text_tokens(self, text: Text) -> TextTokens:
-        """Prompts in the form that :meth:`cross_attention` wants."""
+        """Prompts in the form that :meth:`cross_attention` expects."""
         ...
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, text: TextTokens, layout: PackedLayout) -> Tensor:
@@ -170,9 +173,10 @@ class Operations(Protocol):
         rotation: Rotation,
         heads: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The three products of ``u [T, C]``, and :meth:`norm_rotate_qk` of the first two: ``[T, H, D]`` each.
+        """The three products of ``u [T, C]``, with :meth:`norm_rotate_qk` applied to the first two: ``[T, H, D]`` each.
 
-        They are for :meth:`self_attention` alone: in which order q and k have the channels of a head is up to both.
+        The results are meant only for :meth:`self_attention`: an implementation may order the channels of a head
+        differently, as long as it does so in both q and k.
         """
         ...
 
@@ -182,7 +186,7 @@ class Operations(Protocol):
 
 
 class PlainOperations:
-    """The operations in plain PyTorch (``backend="torch"``), differentiable, on any device."""
+    """The operations in plain PyTorch (``backend="torch"``); differentiable, on any device."""
 
     def layer_norm_modulate(self, x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout) -> Tensor:
         """See :class:`Operations`."""
@@ -217,7 +221,7 @@ class PlainOperations:
         return x, layers.modulate(layers.rms_norm(x, weight), shift, scale, layout)
 
     def rotation(self, layout: PackedLayout, head_dim: int, dtype: torch.dtype) -> Rotation:
-        """Cosine and sine of every token: two of ``[T, D / 2]``."""
+        """Cosine and sine of every token: two tensors ``[T, D / 2]``."""
         return layers.rotary_tables(layout, head_dim, dtype)
 
     def norm_rotate_qk(
@@ -245,15 +249,15 @@ class PlainOperations:
         return layers.rms_norm(k, weight).unflatten(-1, (heads, -1))
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
-        """One batched call per run of images of one size."""
+        """One batched call per run of images with the same grid."""
         return layers.self_attention(q, k, v, layout)
 
     def text_tokens(self, text: Text) -> TextTokens:
-        """Padded prompts as they came."""
+        """The padded prompts, unchanged."""
         return text
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, text: TextTokens, layout: PackedLayout) -> Tensor:
-        """A padded text token's logits get -10000: ``k``, ``v [n, L, H, D]``."""
+        """Logits of padding tokens are lowered by 10000; ``k``, ``v [n, L, H, D]``."""
         mask = text.mask if isinstance(text, Text) else None
         bias = None if mask is None else (1 - mask.to(q.dtype)) * layers.PADDING_BIAS
         return layers.cross_attention(q, k, v, bias, layout)
@@ -272,7 +276,7 @@ class PlainOperations:
         rotation: Rotation,
         heads: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One product after the other, as a wider one may round otherwise."""
+        """Three separate products, because one wider product may round differently."""
         q, k, v = (self.linear(u, layer) for layer in layers)
         q, k = self.norm_rotate_qk(q, k, q_weight, k_weight, layout, rotation, heads)
         return q, k, v.unflatten(-1, (heads, -1))

@@ -1,4 +1,4 @@
-"""Images in the forms that a call takes and gives."""
+"""Image formats that a call accepts and returns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 Latents = Tensor | list[Tensor]
-"""The state of every image: ``[B, c, h, w]``, or, where sizes differ, a list of ``[c, h, w]``."""
+"""The state of every image: ``[B, c, h, w]``, or a list of ``[c, h, w]`` if sizes differ."""
 
 OutputType = Literal["pil", "np", "pt"]
 OUTPUT_TYPES: tuple[OutputType, ...] = ("pil", "np", "pt")
@@ -20,7 +20,7 @@ Images = list[Image.Image] | NDArray[np.float32] | Tensor | list[NDArray[np.floa
 
 
 def to_output(x: Latents, output_type: OutputType) -> Images:
-    """``clamp(x / 2 + 1/2, 0, 1)`` of ``x [B, c, H, W]``, or of a list of ``[c, H, W]``, in the asked form."""
+    """Convert ``clamp(x / 2 + 1/2, 0, 1)`` of ``x [B, c, H, W]``, or of a list of ``[c, H, W]``, to an output type."""
     if isinstance(x, list):
         several = [_shown(image) for image in x]
         if output_type == "pt":
@@ -44,19 +44,24 @@ def _channels_last(images: Tensor) -> NDArray[np.float32]:
 
 
 def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """``[..., H, W, c]`` in [0, 1] to 0..255, rounded; a single channel's axis is dropped, as Pillow wants it.
+    """Convert ``[..., H, W, c]`` in [0, 1] to 0..255, rounded; the axis of a single channel is dropped for Pillow.
 
-    What is no number, in an image that failed, is 0.
+    NaN, in an image that failed, becomes 0.
     """
     pixels = np.nan_to_num(images * 255).round().astype(np.uint8)
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
 
 def from_images(images: object, channels: int) -> Tensor:
-    """Images in any of the forms of :func:`to_output` as ``[B, c, H, W]`` float32 in [-1, 1].
+    """Convert images to ``[B, c, H, W]`` float32 in [-1, 1].
+
+    Args:
+        images: a PIL image or a list of them, an array ``[B, H, W, c]`` or a tensor ``[B, c, H, W]`` in [0, 1]; all of
+            one size.
+        channels: c.
 
     Raises:
-        ValueError: naming what came and what was expected.
+        ValueError: the images are invalid; the message states what was given and what was expected.
     """
     expected = f"expected PIL images, an array [B, H, W, {channels}] or a tensor [B, {channels}, H, W] in [0, 1]"
     if isinstance(images, Image.Image):

@@ -1,4 +1,4 @@
-"""A stage on the model's operations: all its images one pack, its state in tokens, its steps programs."""
+"""Fast stages: all images of a stage form one pack, the state stays in tokens, and steps are replayable programs."""
 
 from __future__ import annotations
 
@@ -29,21 +29,22 @@ from .tableaus import at_slopes, methods_of
 from .uploads import uploaded
 
 MOST_PROGRAMS = 64
-"""Kept by one engine: four stages of sixteen kinds of batches."""
+"""Maximum number of programs that an engine keeps: four stages for sixteen kinds of batches."""
 
 
 class ProgramStore:
-    """Programs that were made, to be used again; without capture none is kept.
+    """A cache of step programs; without capture, nothing is cached.
 
-    Their tensors serve one stage of one call at a time: who runs a stage takes the store with :meth:`lend`.
+    The tensors of a program serve one stage of one call at a time, so whoever runs a stage acquires the store with
+    :meth:`lend`.
 
     Args:
-        capture: makes their graphs.
+        capture: captures the graphs; None disables capture.
 
     Attributes:
-        programs: by what they can be used again for.
-        prompts: tensors that the programs read prompts from, shared by all programs for prompts of one kind.
-        layouts: of packs that were run, with capture or without.
+        programs: programs by :func:`pixelflow_engine.programs.program_key`.
+        prompts: tensors from which the programs read prompts, shared by all programs for prompts of one kind.
+        layouts: layouts of packs that have run, with or without capture.
     """
 
     def __init__(self, capture: Capture | None) -> None:
@@ -57,11 +58,11 @@ class ProgramStore:
 
     @contextmanager
     def lend(self) -> Iterator[ProgramStore]:
-        """Wait until no other thread launches a stage, then take the store.
+        """Wait until no other thread is launching a stage, then acquire the store.
 
-        What the one before launched may still run, in another stream than the caller's: the caller's stream goes on
-        after it, since both read and write the same static tensors and the same pool of memory. Whoever has the store
-        already and asks again, as a callback does that calls the engine, gets one without graphs.
+        What the previous holder launched may still be running on another stream. The caller's stream waits for it on
+        the device, because both use the same static tensors and memory pool. A thread that already holds the store, as
+        when a callback calls the engine, gets a store without graphs.
         """
         if self.capture is None or self._borrower == threading.get_ident():
             alone = ProgramStore(None)
@@ -79,22 +80,25 @@ class ProgramStore:
                 self._left = self.capture.leave()
 
     def find(self, key: tuple[object, ...]) -> Program | None:
-        """The program for that use, if there is one."""
+        """The program with this key, or None."""
         return self.programs.get(key)
 
     def keep(self, key: tuple[object, ...], program: Program) -> None:
-        """Keep a program for later; where there are too many, forget the one used longest ago and its prompts."""
+        """Cache a program; above the maximum, evict the least recently used one and prompts that no program reads."""
         if self.capture is None:
             return
         self.programs.pop(key, None)
-        self.programs[key] = program  # a dictionary is in the order of insertion
+        self.programs[key] = program  # dictionaries keep insertion order
         while len(self.programs) > MOST_PROGRAMS:
             self.programs.pop(next(iter(self.programs)))
         read = {id(kept.around.prompts) for kept in self.programs.values()}
         self.prompts = {kind: prompts for kind, prompts in self.prompts.items() if id(prompts) in read}
 
     def load_prompts(self, prompts: Prompts | None) -> Prompts | None:
-        """These prompts where programs read them; without capture, where they are."""
+        """Copy prompts into the static tensors that programs read, and return those.
+
+        Without capture, the prompts are returned as they are.
+        """
         if self.capture is None or prompts is None:
             return prompts
         static = self.prompts.get(prompts.kind())
@@ -105,29 +109,29 @@ class ProgramStore:
         return static
 
     def close(self) -> None:
-        """Forget all of them and release their graphs; waits for a stage that is under way.
+        """Drop all programs and release their graphs; waits for a stage that another thread is launching.
 
         Raises:
-            RuntimeError: the caller runs it himself, in a callback.
+            RuntimeError: called from a callback, by the thread that holds the store.
         """
         if self._borrower == threading.get_ident():
             raise RuntimeError("close: got a call from a callback, whose steps are replayed; expected it afterwards")
         with self._lock:
             if self.capture is not None:
-                self.capture.close()  # before their tensors are given up: what replays them may still run
+                self.capture.close()  # first, as a replay that reads the tensors may still be running
             self.programs.clear()
             self.prompts.clear()
 
 
 class PackedStages:
-    """Runs stages on the model's operations, see :class:`pixelflow_engine.stages.Stages`.
+    """Runs stages on the model's operations; see :class:`pixelflow_engine.stages.Stages`.
 
     Args:
-        model: the transformer, its weights side by side.
-        config: of the cascade.
-        plan: of the whole sampling.
-        condition: what the images should show.
-        store: of programs.
+        model: the transformer, with concatenated weights.
+        config: the model's configuration.
+        plan: plan of all stages.
+        condition: class labels and prompts.
+        store: cache of programs.
     """
 
     def __init__(
@@ -147,7 +151,7 @@ class PackedStages:
         self._prompts: dict[int, Prompts] = {}
 
     def run(self, states: States, stage: StagePlan, on_step: OnStep) -> StageOutcome:
-        """All groups of images in one pack."""
+        """Run all groups of images as one pack."""
         pack = StagePack(self.model, stage, self.store.layouts)
         own_prompts = self._prompts_of(stage.guided)
         with self.store.lend() as store:
@@ -157,7 +161,7 @@ class PackedStages:
             return run(store, pack, prompts, pack.pack(states), on_step)
 
     def _prompts_of(self, guided: int) -> Prompts | None:
-        """Those of a pack with so many null halves; each is projected in the first stage of a call."""
+        """Prompts of a pack with ``guided`` null halves; projected once, in the first stage of a call."""
         text, null = self.condition.text, self.condition.null_text
         if text is None:
             return None
@@ -165,7 +169,7 @@ class PackedStages:
             with named("text"):
                 projected = self._projected or ProjectedPrompts(self.model, text, null)
                 self._prompts[guided] = projected.pack(guided)
-            if any(stage.guided != guided for stage in self.plan.stages):  # another stage will want other packs of them
+            if any(stage.guided != guided for stage in self.plan.stages):  # another stage needs them packed differently
                 self._projected = projected
         return self._prompts[guided]
 
@@ -180,7 +184,7 @@ class PackedStages:
         steps = uploaded(self._steps(tau.tolist(), stage.first_step), x.device)
         names = [solver if method is None else method.starter, *[solver] * (stage.num_steps - stage.first_step - 1)]
         points = [at_slopes(tableau, *ends) for ends in pairwise(t_model.tolist())]
-        if method is not None:  # all steps but the first take one slope
+        if method is not None:  # all steps but the first evaluate one slope
             points = [times if step == stage.first_step else times[:1] for step, times in enumerate(points)]
         moments = list(dict.fromkeys(time for times in points for time in times))
         with named("modulations"):
@@ -206,11 +210,11 @@ class PackedStages:
         return StageOutcome(end, status, stage.num_steps - stage.first_step, evaluations, None)
 
     def _steps(self, tau: list[float], first: int) -> Tensor:
-        """``[n, 2]`` float64: what the slopes of each step are multiplied by."""
+        """``[n, 2]`` float64: factors by which each step multiplies its slopes."""
         lengths = [step_length(a, b) for a, b in pairwise(tau)]
         pairs = [(h, 0.0) for h in lengths]
         method, _ = methods_of(self.plan.solver)
-        if method is not None:  # the first step is its starter's
+        if method is not None:  # the first step is taken by its starter
             pairs[first + 1 :] = [two_step_lengths(method, h, before) for before, h in pairwise(lengths[first:])]
         return torch.tensor(pairs, dtype=torch.float64)
 
@@ -245,15 +249,15 @@ class PackedStages:
 
 
 class Glance:
-    """Sees whether another attempt is needed without making the device wait.
+    """Decides whether another attempt is needed without stalling the device.
 
-    While an attempt runs, what the one before it left is read. If some image was further from the end than its next
-    step, it has not arrived now either, and the next attempt is launched at once. Only where all of them may have
-    arrived the answer of the running attempt is waited for. (An image that failed meanwhile costs an attempt that moves
-    nobody.)
+    While an attempt runs, the results of the previous one are read. If some image was further from the end than its
+    next step length, it cannot have arrived yet, and another attempt is launched at once. The host waits for the
+    running attempt only if all images may have arrived. (If an image fails in the meantime, this costs one attempt that
+    moves no image.)
 
     Args:
-        state: of the integration.
+        state: state of the integration.
     """
 
     def __init__(self, state: Adaptive) -> None:
@@ -264,7 +268,7 @@ class Glance:
         self.taken = 0
 
     def take(self) -> None:
-        """Ask for status, time and next step of every image as they are after what was launched so far."""
+        """Start copying status, time and next step of every image, as of everything launched so far, to the host."""
         slot, state = self.taken % 2, self.state
         now = torch.stack([state.status.double(), state.tau, state.step])
         self.seen[slot].copy_(now, non_blocking=True)
@@ -280,7 +284,7 @@ class Glance:
         return status == RUNNING, tau, step
 
     def anybody_runs(self) -> bool:
-        """Whether another attempt is needed."""
+        """Whether some image is still running, so that another attempt is needed."""
         if self.taken == 0:
             return True
         if self.taken > 1:
@@ -291,5 +295,5 @@ class Glance:
 
     @property
     def slowest(self) -> float:
-        """The time that the slowest image has reached; waits for it."""
+        """The time that the slowest image has reached; waits for the device."""
         return float(self._answer(self.taken - 1)[1].min())

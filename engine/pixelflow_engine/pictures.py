@@ -1,4 +1,4 @@
-"""Pictures for people: contact sheets, the animation of a cascade, and writing images to files."""
+"""Contact sheets, animations of a cascade, and writing images to files."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Pixels = NDArray[np.uint8]
 
 
 def contact_sheet(images: Pixels, columns: int, zoom: int = 1, gap: int = 2) -> Image.Image:
-    """Images in rows, left to right.
+    """Arrange images in rows, left to right.
 
     Args:
         images: ``[N, H, W, c]`` or ``[N, H, W]`` uint8.
         columns: images per row.
-        zoom: whole enlargement without interpolation.
-        gap: white pixels between images.
+        zoom: integer enlargement without interpolation.
+        gap: width in pixels of the white space around images.
     """
     count, height, width = images.shape[:3]
     rows = math.ceil(count / columns)
@@ -40,12 +40,12 @@ def contact_sheet(images: Pixels, columns: int, zoom: int = 1, gap: int = 2) -> 
 
 
 class CascadeRecorder:
-    """Collects the state after every step; pass it as ``callback_on_step_end``.
+    """Records the state after every step; pass it as ``callback_on_step_end``.
 
     Args:
-        height, width: of the finished images in pixels; smaller stages are enlarged without interpolation.
+        height, width: size of the finished images in pixels; smaller stages are enlarged without interpolation.
         columns: images per row of a frame.
-        zoom: whole enlargement of the finished images.
+        zoom: integer enlargement of the finished images.
     """
 
     def __init__(self, height: int, width: int, columns: int, zoom: int = 1) -> None:
@@ -53,7 +53,7 @@ class CascadeRecorder:
         self.frames: list[Image.Image] = []
 
     def __call__(self, event: StepEvent) -> None:
-        """Record the state of an event, whose images have one size."""
+        """Record the state of an event; all images must have the same size."""
         if isinstance(event.latents, list):
             raise ValueError("latents: got images of several sizes, expected one size for an animation")
         images = pixels(event.latents)
@@ -61,7 +61,10 @@ class CascadeRecorder:
         self.frames.append(contact_sheet(grown, self.columns, self.zoom))
 
     def save(self, path: Path, milliseconds: int = 120, hold: int = 2000) -> None:
-        """Write an animated WebP that holds its last frame; the format joins equal neighbours into one longer frame."""
+        """Write an animated WebP that holds its last frame.
+
+        The format merges equal consecutive frames into one longer frame.
+        """
         durations = [milliseconds] * (len(self.frames) - 1) + [hold]
         first, *others = self.frames
 
@@ -74,26 +77,26 @@ class CascadeRecorder:
 
 
 def pixels(latents: Tensor) -> Pixels:
-    """A state ``[B, c, h, w]`` in [-1, 1] as ``[B, h, w, c]`` uint8."""
+    """Convert a state ``[B, c, h, w]`` in [-1, 1] to ``[B, h, w, c]`` uint8, or ``[B, h, w]`` if c is 1."""
     array = to_output(latents, "np")
     assert isinstance(array, np.ndarray)
     return to_uint8(array)
 
 
 def write_images(images: NDArray[np.float32], output: str) -> list[Path]:
-    """Write images in the form that the path asks for.
+    """Write images in the format that the path implies.
 
     Args:
         images: ``[N, H, W, c]`` in [0, 1].
-        output: ``*.png``: the image, or a contact sheet of several. ``*.npz``: ``arr_0``, uint8 NHWC, as the usual FID
+        output: ``*.png``: the image, or a contact sheet of several. ``*.npz``: ``arr_0``, uint8 NHWC, as common FID
             evaluators read. ``*.npy``: float32 NHWC in [0, 1]. A path ending in ``/`` or an existing folder:
-            ``000000.png`` and so on; it must hold no PNG yet, which would be taken for one of these images.
+            ``000000.png`` and so on; the folder must not contain PNG files, which would be mistaken for results.
 
     Returns:
         the files written.
 
     Raises:
-        ValueError: another ending, or a folder with PNGs in it.
+        ValueError: the path has another ending, or the folder contains PNG files.
     """
     path = Path(check_output(output))
     if output.endswith("/") or path.is_dir():
@@ -116,7 +119,7 @@ def write_images(images: NDArray[np.float32], output: str) -> list[Path]:
 
 
 def check_output(output: str) -> str:
-    """Refuse a path that :func:`write_images` would refuse, before any work is done."""
+    """Refuse, before any work is done, a path that :func:`write_images` would refuse; returns the path."""
     folder = output.endswith("/") or (output != "" and Path(output).is_dir())
     if folder and any(Path(output).glob("*.png")):
         raise ValueError(f"output: got {output!r}, which holds PNG files, expected a folder without any")
@@ -126,12 +129,15 @@ def check_output(output: str) -> str:
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Write a PNG."""
+    """Write a PNG file atomically."""
     write_atomically(path, lambda file: image.save(file, "PNG"))
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside the file and rename: a reader sees the old file or the whole new one."""
+    """Write to a temporary file in the same folder, then rename it.
+
+    Readers see either the old file or the complete new one.
+    """
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
             write(file)  # type: ignore[arg-type]

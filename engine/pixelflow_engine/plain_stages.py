@@ -1,4 +1,4 @@
-"""A stage by plain PyTorch, in image layout, step by step from the host: bit-equal to the reference."""
+"""Exact stages: plain PyTorch in image layout, issued step by step from the host, bitwise equal to the reference."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from .tableaus import DOPRI5, EULER, at_slopes, methods_of
 
 
 class PlainStages:
-    """Runs stages of images of one size, see :class:`pixelflow_engine.stages.Stages`.
+    """Runs stages of images of one size; see :class:`pixelflow_engine.stages.Stages`.
 
     Args:
         model: the transformer.
-        config: of the cascade.
-        plan: of the whole sampling.
-        condition: what the images should show.
+        config: the model's configuration.
+        plan: plan of all stages.
+        condition: class labels and prompts.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class PlainStages:
         self.condition = condition
 
     def run(self, states: Sequence[Tensor], stage: StagePlan, on_step: OnStep) -> StageOutcome:
-        """One group of images, all of one weight."""
+        """Run one group of images, all with the same guidance weight."""
         (x,) = states
         public = self.plan.state == "public"
         dtype = None if public else at_least_fp32(self.model.dtype)
@@ -64,7 +64,7 @@ class PlainStages:
         tau, t_model = step_times(stage.stage, self.config.scheduler, stage.num_steps, self.plan.shift)
         method, tableau = methods_of(self.plan.solver)
         points = [at_slopes(tableau, *ends) for ends in pairwise(t_model.tolist())]
-        times = torch.tensor(points, dtype=torch.float64).to(x.device)  # of all slopes of all steps
+        times = torch.tensor(points, dtype=torch.float64).to(x.device)  # [steps, slopes]
         previous: tuple[Tensor, float] | None = None
 
         def slope(y: Tensor, time: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class PlainStages:
                 v = slope(x, times[step, 0])
                 if method is not None and previous is not None:
                     x = two_step_update(x, v, previous[0], method, h, previous[1])
-                elif tableau is EULER:  # the published code's arithmetic, with a state of any type
+                elif tableau is EULER:  # the published code's arithmetic, for a state of any dtype
                     x = euler_update(x, v, now, after)
                 else:
                     x = runge_kutta_step(x, v, partial(slope_at, times[step]), tableau, h)
@@ -110,15 +110,15 @@ class PlainStages:
 
 
 class GuidedVelocity:
-    """The guided velocity of a stage's batch in image layout, counting its evaluations.
+    """The guided velocity of a stage's batch in image layout; counts its evaluations.
 
-    With guidance, the null half comes first and both halves are one pack.
+    With guidance, both halves form one pack, the null half first.
 
     Args:
         model: the transformer.
-        plan: the stage's shape and weight.
-        condition: what the images should show.
-        dtype: in which the halves are combined and returned; None for the type that the model gives.
+        plan: shape and guidance weight of the stage.
+        condition: class labels and prompts.
+        dtype: dtype in which the halves are combined and returned; None for the model's output dtype.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class GuidedVelocity:
         self.evaluations = 0
 
     def __call__(self, x: Tensor, t_model: Tensor) -> Tensor:
-        """``x [B, c, h, w]``, ``t_model [B]`` float32, velocity ``[B, c, h, w]``."""
+        """Velocity ``[B, c, h, w]`` at ``x [B, c, h, w]`` and ``t_model [B]``."""
         self.evaluations += 1
         p = self.model.config.patch_size
         tokens = patchify(torch.cat([x] * self.copies), p)

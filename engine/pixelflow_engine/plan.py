@@ -1,4 +1,4 @@
-"""What a sampling will do, decided before anything runs."""
+"""The plan of a sampling run, fixed before anything runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SOLVERS: tuple[Solver, ...] = ("euler", "heun", "ab2", "dopri5")
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Condition:
-    """What the images should show.
+    """Class labels and prompts of the images.
 
     Attributes:
         class_labels: ``[B]``, for a class-conditional model.
@@ -35,7 +35,7 @@ class Condition:
     null_text: Text | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Condition:
-        """On a device, prompts in a type."""
+        """Move to a device; prompts are cast to ``dtype``."""
         labels, text, null = self.class_labels, self.text, self.null_text
         return Condition(
             class_labels=None if labels is None else uploaded(labels, device),
@@ -51,15 +51,15 @@ def _placed(text: Text, device: torch.device, dtype: torch.dtype) -> Text:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagePlan:
-    """What a stage will do.
+    """The plan of one stage.
 
     Attributes:
-        stage: its place on the noise axis.
-        shapes: of its states, ``(B_g, c, h, w)`` for each group of images that have one size.
-        weights: guidance weight of each image, group after group; the null half of an image whose weight is exactly
-            1 is not computed.
-        num_steps: of a solver with fixed steps.
-        first_step: the step that it begins with; not 0 only where a given image is taken up on the way.
+        stage: the stage's place on the noise axis.
+        shapes: shapes of its states, ``(B_g, c, h, w)`` for each group of images of one size.
+        weights: guidance weight of each image, group after group; the null half of an image whose weight is exactly 1
+            is not computed.
+        num_steps: number of steps, for solvers with fixed steps.
+        first_step: the first step to run; nonzero only if a given image enters partway through the stage.
     """
 
     stage: Stage
@@ -70,21 +70,22 @@ class StagePlan:
 
     @property
     def guided(self) -> int:
-        """How many images have a null half. They come first."""
+        """Number of images with a null half. They come first."""
         return sum(weight != 1 for weight in self.weights)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingPlan:
-    """A whole sampling, without its randomness and condition.
+    """The plan of a whole sampling run, without its noise and condition.
 
     Attributes:
         stages: smallest first.
         solver: ``euler``, ``heun`` and ``ab2`` with fixed steps, ``dopri5`` with error control.
         shift: time shift of fixed steps; 1 spaces them evenly.
-        state: ``fp32``: guidance, update and state are float32. ``public``: they have the velocity's type from the
-            first Euler step on, and the model time that of the state, as in the published code under autocast.
-        tolerance: of dopri5.
+        state: ``fp32``: guidance, update and state are in at least float32. ``public``: they have the velocity's dtype
+            from the first Euler step on, and the model time has the state's dtype, as in the published code under
+            autocast.
+        tolerance: error control of dopri5.
     """
 
     stages: tuple[StagePlan, ...]
@@ -96,11 +97,11 @@ class SamplingPlan:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Images of one size whose guidance is alike in having, or not having, a null half.
+    """Images of one size that agree, at every stage, on having a null half or not.
 
     Attributes:
         height, width: in pixels.
-        weights: for each image, its guidance weight at each stage.
+        weights: guidance weights of each image, one per stage.
     """
 
     height: int
@@ -109,7 +110,7 @@ class Group:
 
 
 def plan_stages(config: PixelFlowConfig, groups: Sequence[Group], steps: Sequence[int]) -> tuple[StagePlan, ...]:
-    """Resolutions, weights and steps of each stage; groups with null halves come first."""
+    """Resolutions, guidance weights and steps of each stage; groups with null halves must come first."""
     stages = make_stages(config.scheduler)
     plans = []
     for stage, num_steps in zip(stages, steps, strict=True):

@@ -1,7 +1,7 @@
-"""Steps of a stage as fixed lists of launches over static tensors: what a graph captures, or is launched one by one.
+"""Steps of a stage as fixed lists of launches over static tensors, captured as CUDA graphs or launched directly.
 
-A program is made for a pack and its solver, then loaded with the values of a call. Nothing in a launch waits for the
-device or depends on what it computes.
+A program is built for a pack and its solver, then loaded with the values of a call. No launch waits for the device or
+depends on values that the device computes.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Part:
     """The guided or the unguided images of a state.
 
     Attributes:
-        tokens: of the state.
-        velocities: of the pack, null half first.
-        guidance: weights, for the guided ones.
-        slopes: ``[S, t, W]``, of a step.
+        tokens: their tokens in the state.
+        velocities: their tokens in the velocities of the pack, null half first.
+        guidance: guidance weights; None for the unguided images.
+        slopes: ``[S, t, W]``, the slopes of a step.
     """
 
     tokens: slice
@@ -49,9 +49,9 @@ class Program:
     """Static tensors and the launches over them.
 
     Args:
-        pack: whose state is moved.
-        prompts: for a model with cross-attention, in tensors that stay where they are.
-        capture: makes graphs of the launches; None leaves them as they are.
+        pack: the pack whose state is advanced.
+        prompts: for a model with cross-attention, in tensors whose addresses stay fixed.
+        capture: captures the launches as graphs; None runs them directly.
     """
 
     def __init__(self, pack: StagePack, prompts: Prompts | None, capture: Capture | None) -> None:
@@ -65,37 +65,37 @@ class Program:
         self._ready: dict[str, Launch] = {}
 
     def launches(self) -> Mapping[str, Launch]:
-        """The launches by name."""
+        """All launches by name."""
         raise NotImplementedError
 
     def play(self, name: str) -> None:
-        """Launch, or replay what :meth:`prepare` captured."""
+        """Run a launch, or replay its graph, which :meth:`prepare` captured."""
         (self.launches()[name] if self.capture is None else self._ready[name])()
 
     def prepare(self, *names: str) -> None:
-        """Capture these launches, if they are to be captured and are not yet. Static tensors change."""
+        """Capture these launches unless already captured; without capture, do nothing. Changes the static tensors."""
         for name in names:
             if self.capture is not None and name not in self._ready:
                 with named("capture", name):
                     self._ready[name] = self.capture.capture(self.launches()[name])
 
     def load(self, pack: StagePack, x: Tensor) -> None:
-        """Guidance weights and state of a call whose pack is like this one's."""
+        """Load the guidance weights and the state of a call whose pack has the same layout as this program's."""
         self.load_state(x)
         guidance = pack.guidance()
         if self.guidance is not None and guidance is not None:
             load_(self.guidance, guidance, "guidance")
 
     def load_state(self, x: Tensor) -> None:
-        """The state alone, in any floating type."""
+        """Load the state alone, in any floating-point dtype."""
         load_(self.x, x.to(self.x.dtype), "x")
 
 
 class FixedSteps(Program):
-    """A step of every method in :data:`pixelflow_engine.tableaus.FIXED_STEPS`.
+    """Steps of every method in :data:`pixelflow_engine.tableaus.FIXED_STEPS`.
 
-    Modulations and step lengths are loaded before each step. ``previous`` holds the last step's first velocities, as
-    the model gave them, for methods of two steps.
+    Modulations and step lengths are loaded before each step. ``previous`` holds the first velocities of the last step,
+    in the model's dtype, for two-step methods; Euler steps do not write it.
     """
 
     def __init__(self, pack: StagePack, prompts: Prompts | None, capture: Capture | None) -> None:
@@ -129,9 +129,13 @@ class FixedSteps(Program):
         }
 
     def load_step(self, *rows: Tensor, steps: Tensor) -> None:
-        """Modulations ``[n, (6 depth + 2) C]`` of each slope, in the model's type, and the ``[2]`` lengths of slopes.
+        """Load what the next step reads.
 
-        All of it is on the device already: a copy from the host would wait for the step before.
+        Args:
+            rows: modulations ``[n, (6 depth + 2) C]`` of each slope, in the model's dtype.
+            steps: ``[2]``, factors of the slopes.
+
+        All of it must already be on the device: a copy from the host would wait for the previous step.
         """
         for buffer, value in zip(self.rows, rows, strict=False):
             load_(buffer, value, "modulations", self.pack.model.dtype)
@@ -147,7 +151,7 @@ class FixedSteps(Program):
 
     def _runge_kutta(self, tableau: Tableau) -> None:
         first = self._velocity(self.x, 0)
-        if len(tableau.nodes) == 1:  # one slope needs no memory of slopes: guidance and update are one pass
+        if len(tableau.nodes) == 1:  # no slopes to store: guidance and update in one pass
             self._update(first, self.steps[:1])
             return
         self._stage(first, tableau.coupling[1])
@@ -170,13 +174,13 @@ class FixedSteps(Program):
 
 
 class AdaptiveSteps(Program):
-    """Attempts of Dopri5, decided on the device. All images have one size and are all guided, or none is.
+    """Attempts of Dopri5, with step control on the device. Either all images are guided or none, and all have one size.
 
     Args:
-        pack, prompts, capture: as for every program.
-        stage: whose window of model times is passed through.
-        labels: class labels of the pack; they become static.
-        tolerance: when a step is good enough.
+        pack, prompts, capture: as in :class:`Program`.
+        stage: the stage, for its window of model times.
+        labels: class labels of the pack; this tensor becomes static.
+        tolerance: error control; ``error_norm`` and ``max_attempts`` are fixed, the rest is loaded for each call.
     """
 
     def __init__(
@@ -205,14 +209,14 @@ class AdaptiveSteps(Program):
         }
 
     def load_call(self, labels: Tensor | None, tolerance: Tolerance) -> None:
-        """Class labels and tolerance of a call."""
+        """Load the class labels and the tolerance of a call."""
         if self.labels is not None and labels is not None:
             load_(self.labels, labels, "class_labels")
         given = numbers([tolerance.rtol, tolerance.atol], torch.float64, self.state.tolerance.device)
         load_(self.state.tolerance, given, "rtol, atol")
 
     def _field(self, x: Tensor, tau: Tensor) -> Tensor:
-        """Velocities of the pack at a time of its own for each image, ``tau [B]`` float64."""
+        """Velocities of the pack, with a local time per image, ``tau [B]`` float64."""
         first, last = self.stage.window
         times = (first + (last - first) * tau).to(torch.float32)
         if self.pack.plan.guided:
@@ -224,13 +228,13 @@ class AdaptiveSteps(Program):
 
 
 def program_key(pack: StagePack, prompts: Prompts | None, kind: str, *more: object) -> tuple[object, ...]:
-    """What a program can be used again for."""
+    """Cache key: programs with equal keys are interchangeable."""
     text = None if prompts is None else prompts.kind()
     per_image = pack.plan.guided > 0 and len({*pack.plan.weights[: pack.plan.guided]}) > 1
     return kind, pack.plan.stage.index, pack.plan.shapes, pack.plan.guided, per_image, text, *more
 
 
 def labels_of(pack: StagePack, condition: Condition) -> Tensor | None:
-    """Class labels of the pack, in memory of their own."""
+    """Class labels of the pack in a new tensor; None without class labels."""
     labels = pack.labels(condition)
     return None if labels is None else labels.clone()

@@ -1,4 +1,4 @@
-"""Keys and values of a call's prompts, projected once and handed out to its packs."""
+"""Keys and values of a call's prompts, projected once and distributed to its packs."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .uploads import numbers
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Tokens:
-    """Tokens of all prompts one after another, padding too: ``states [d * L, E]``."""
+    """Tokens of all prompts one after another, including padding: ``states [d * L, E]``."""
 
     states: Tensor
 
 
 class ProjectedPrompts:
-    """The prompts of a call for every block of a model.
+    """The prompts of a call, projected for every block of a model.
 
-    An empty prompt that is one for all images is projected once. Prompts that happen to be equal are not: how many rows
-    a product has, and so how it rounds, depends on no image's neighbours.
+    An empty prompt shared by all images is projected once. Prompts that happen to be equal are projected separately:
+    the number of rows of a product decides how it rounds, so it must not depend on an image's batch mates.
 
     Args:
-        model: with cross-attention.
-        text: a prompt for each image.
-        null: the empty prompt, one for all or one for each; None where nobody is guided.
+        model: a model with cross-attention.
+        text: one prompt per image.
+        null: the empty prompt, one for all images or one per image; None without guidance.
     """
 
     def __init__(self, model: PackedTransformer, text: Text, null: Text | None) -> None:
@@ -42,12 +42,13 @@ class ProjectedPrompts:
         self.keys = tuple(attention.text_keys(tokens, self.operations) for attention in attentions)
 
     def pack(self, guided: int) -> Prompts:
-        """Those of a pack: the empty prompt of each guided image, then every image's own."""
+        """Prompts of a pack: the empty prompt of each guided image, then the prompt of every image."""
         count, length = self.shape
         device = self.keys[0][0].device
         nulls = [0] * guided if self.nulls == 1 else [*range(guided)]
         rows = numbers([*nulls, *range(self.nulls, count)], torch.int64, device)
-        # The operations decide in which order they want tokens: they are handed numbers in place of states.
+        # The operations choose the order of the tokens. They are given token indices in place of states, and the keys
+        # and values are gathered in the resulting order.
         places = torch.arange(count * length, device=device).view(count, length, 1)
         mask = None if self.mask is None else self.mask.index_select(0, rows)
         text = self.operations.text_tokens(Text(places.index_select(0, rows), mask))

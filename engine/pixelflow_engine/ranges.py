@@ -3,9 +3,9 @@
     with ranges_shown(), torch.profiler.profile() as profiler:
         engine(class_labels=[3])
 
-A range is of the host's time: it begins and ends where launches are issued, and profilers find out what ran on the
-device because of it. Inside compiled code there are none. While a CUDA graph is replayed no Python runs: a step's range
-is then around the replay of the whole step, and blocks are seen once, where the step is captured.
+Ranges measure host time: they begin and end where launches are issued, and profilers relate device work to them.
+Compiled code contains none. No Python runs while a CUDA graph is replayed: a step's range then encloses the replay of
+the whole step, and blocks appear once, where the step is captured.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _SHOW: ContextVar[Show | None] = ContextVar("pixelflow_engine.ranges", default=N
 
 @contextmanager
 def ranges_shown() -> Iterator[None]:
-    """Inside, in this thread, the engine's ranges are there: torch.profiler's, and NVTX's where there is a GPU."""
+    """Emit the engine's ranges in this thread, to torch.profiler and, if there is a GPU, to NVTX."""
     with ranges_told(_profiler_and_nvtx if torch.cuda.is_available() else record_function):
         yield
 
 
 @contextmanager
 def ranges_told(show: Show) -> Iterator[None]:
-    """Inside, in this thread, somebody else hears of the ranges: ``show(name)`` is entered around what a name is of."""
+    """Emit the engine's ranges in this thread to a custom sink: ``show(name)`` is entered around each named section."""
     token = _SHOW.set(show)
     try:
         yield
@@ -42,7 +42,10 @@ def ranges_told(show: Show) -> Iterator[None]:
 
 
 def named(*words: object) -> AbstractContextManager[object]:
-    """A range of that name, like ``named("step", 7)``; outside of :func:`ranges_shown` nothing, not even the name."""
+    """A range such as ``named("step", 7)``.
+
+    Without :func:`ranges_shown` or :func:`ranges_told` this is a no-op, and the name is not even built.
+    """
     if torch.compiler.is_compiling():
         return NOTHING
     show = _SHOW.get()
@@ -51,7 +54,7 @@ def named(*words: object) -> AbstractContextManager[object]:
 
 @contextmanager
 def _profiler_and_nvtx(name: str) -> Iterator[None]:
-    """A build without CUDA has no NVTX: its functions raise there."""
+    """Emit to both. Only for CUDA builds: elsewhere the NVTX functions raise."""
     torch.cuda.nvtx.range_push(name)
     try:
         with record_function(name):

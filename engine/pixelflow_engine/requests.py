@@ -1,4 +1,4 @@
-"""What a caller asks for, image by image, and how images are sorted into groups that run together."""
+"""Requests for single images, and how the images of a call are sorted into groups that run together."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ K = TypeVar("K")
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class Request:
-    """One image of a mixed call. What is None is taken from the call.
+    """One image of a call with mixed sizes, labels or guidance.
+
+    A guidance scale, size or prompt of None is taken from the call.
 
     Attributes:
-        class_label: for a class-conditional model.
-        seed: of its noise, 0 to 2^64 - 1; None for a fresh one.
-        guidance_scale: as in the call, whose ``guidance_schedule`` is then a word, not a list.
+        class_label: required for a class-conditional model.
+        seed: seed of its noise, 0 to 2^64 - 1; None for a fresh one.
+        guidance_scale: as in the call; not allowed if the call's ``guidance_schedule`` is a list.
         height, width: in pixels.
-        encoder_hidden_states: an encoded prompt ``[L, E]``, for a text-conditional model; lengths may differ.
+        encoder_hidden_states: an encoded prompt ``[L, E]``, for a text-conditional model; lengths may differ. Either
+            all requests of a call have one, or none does and the call gives prompts for all.
     """
 
     class_label: int | None = None
@@ -38,7 +41,7 @@ class Request:
 
 
 def padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompts ``[L_i, E]`` as ``[B, L, E]`` and their mask ``[B, L]``, which is on the host."""
+    """Pad prompts ``[L_i, E]`` to ``[B, L, E]``; also returns their mask ``[B, L]``, on the host."""
     longest = max(len(prompt) for prompt in prompts)
     states = torch.stack([F.pad(prompt, (0, 0, 0, longest - len(prompt))) for prompt in prompts])
     lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -50,8 +53,8 @@ class Lot:
     """Images that run together.
 
     Attributes:
-        order: their places in the call, group after group; a place that comes again is a copy, see :meth:`filled`.
-        groups: images of one size each; those with null halves first.
+        order: place in the call of each image, group after group; a repeated place is a copy, see :meth:`filled`.
+        groups: groups of images of one size; those with null halves come first.
     """
 
     order: tuple[int, ...]
@@ -59,7 +62,7 @@ class Lot:
 
     @property
     def places(self) -> list[tuple[int, ...]]:
-        """Those of each group."""
+        """The places in the call of each group's images."""
         found, first = [], 0
         for group in self.groups:
             found.append(self.order[first : first + len(group.weights)])
@@ -67,7 +70,7 @@ class Lot:
         return found
 
     def filled(self, sizes: Sequence[int]) -> Lot:
-        """Each group made as large as the next of these sizes (rising) by copies of its last image."""
+        """Pad each group to the next of ``sizes``, in ascending order, with copies of its last image."""
         order: list[int] = []
         groups = []
         for group, places in zip(self.groups, self.places, strict=True):
@@ -77,7 +80,7 @@ class Lot:
         return Lot(tuple(order), tuple(groups))
 
     def of(self, condition: Condition) -> Condition:
-        """The lot's part of the call's condition, where the condition is."""
+        """This lot's part of the call's condition, on the condition's device."""
         at = torch.tensor(self.order)
         labels, text, null = condition.class_labels, condition.text, condition.null_text
         return Condition(
@@ -93,13 +96,15 @@ def sort_into_lots(
     mixed: bool,
     batch_sizes: Sequence[int] | None = None,
 ) -> tuple[Lot, ...]:
-    """Sort the images of a call.
+    """Sort the images of a call into lots.
 
     Args:
         sizes: height and width of each image.
         weights: guidance weights of each image, one per stage.
-        mixed: images of any sizes and weights can be one lot; otherwise a lot has one size and one weight.
-        batch_sizes: rising; a lot has at most as many images as the largest, and each of its groups one of these sizes.
+        mixed: whether a lot may hold images of any sizes and weights; otherwise all its images have the same size and
+            weights.
+        batch_sizes: in ascending order; a lot has at most as many requested images as the largest, and each of its
+            groups is padded to one of these sizes.
     """
     kinds = [[*range(len(sizes))]] if mixed else list(_by_key(list(zip(sizes, weights, strict=True))).values())
     if batch_sizes is None:
@@ -110,7 +115,7 @@ def sort_into_lots(
 
 
 def _lot(images: Sequence[int], sizes: Sequence[tuple[int, int]], weights: Sequence[tuple[float, ...]]) -> Lot:
-    """These images, sorted into groups."""
+    """Sort these images into groups."""
     alike = _by_key([(_unguided(weights[i]), sizes[i]) for i in images])
     keys = sorted(alike, key=lambda key: key[0])
     places = [[images[at] for at in alike[key]] for key in keys]
@@ -119,7 +124,7 @@ def _lot(images: Sequence[int], sizes: Sequence[tuple[int, int]], weights: Seque
 
 
 def _unguided(weights: tuple[float, ...]) -> int:
-    """How many stages go without a null half; a call's images differ in all stages or in none."""
+    """Number of stages without a null half; images of a call for which it is equal agree at every stage."""
     return sum(weight == 1 for weight in weights)
 
 

@@ -1,4 +1,7 @@
-"""The cascade: noise, then at each stage upsample, renoise and integrate. Source: arXiv 2504.07963, section 3.4."""
+"""The cascade: start from noise; at each later stage upsample and renoise; integrate every stage.
+
+Source: arXiv 2504.07963, section 3.4.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from .stages import Stages, States
 from .uploads import numbers
 
 REMEMBERING = ("ab2", "dopri5")
-"""Solvers that use slopes of earlier steps."""
+"""Solvers that reuse slopes of earlier steps, so that a callback cannot replace the state."""
 
 STATUSES: dict[int, Status] = {
     ARRIVED: "ok",
@@ -34,14 +37,14 @@ STATUSES: dict[int, Status] = {
 
 @dataclass(frozen=True, eq=False, slots=True)
 class StageEnd:
-    """Where the cascade is after a stage.
+    """The state of the cascade at the end of a stage.
 
     Attributes:
-        states: of each group.
-        reported: makes the stage's report; waits for the stage, where the host runs ahead.
-        status: of each image so far, ``[B]`` int32, in the order of the groups.
-        order: place in the call of each image.
-        seeds: of the call.
+        states: states of each group.
+        reported: builds the stage's report; waits for the stage if the host runs ahead of the device.
+        status: status of each image so far, ``[B]`` int32, in the order of the groups.
+        order: place in the call of each image, group after group.
+        seeds: seeds of the call.
     """
 
     states: States
@@ -52,7 +55,7 @@ class StageEnd:
 
     @property
     def event(self) -> StageEvent:
-        """The same as callers are told it."""
+        """The event that callers receive."""
         return StageEvent(
             latents=self.latents,
             seeds=self.seeds,
@@ -62,11 +65,11 @@ class StageEnd:
 
     @property
     def latents(self) -> Latents:
-        """The states as the caller numbers them."""
+        """The states in the order of the call."""
         return in_order(self.states, self.order)
 
     def statuses(self) -> dict[int, Status]:
-        """In words, of each place in the call; waits for the stage."""
+        """Status of each image by its place in the call; waits for the stage."""
         found = self.status.tolist()
         return dict(zip(sorted({*self.order}), [STATUSES[found[i]] for i in _inverse(self.order)], strict=True))
 
@@ -85,26 +88,26 @@ def sample(
     watched: bool = True,
     seeds: tuple[int, ...] = (),
 ) -> Iterator[StageEnd]:
-    """Run the cascade, stage by stage.
+    """Run the cascade stage by stage.
 
-    Where the host runs ahead of the device and nobody watches, all stages are launched before any is waited for:
-    images that failed in one of them are found at the end.
+    If the host runs ahead of the device and nothing observes the stages, all stages are launched before the host waits
+    for any of them; images that failed at any stage are then found at the end.
 
     Args:
-        stages: who runs its stages.
-        plan: of the stages to run, the first of which ``states`` are already in.
-        states: of each group of images.
-        noise: of each group.
-        patch_size: of the model.
-        callbacks: whom to tell.
-        order: place in the call of each image, group after group; copies have the place of their image.
-        clock: of the device.
-        raising: images that fail are an error; otherwise they are reported, and the others go on.
-        watched: somebody looks at every stage's end, so its failures are told there.
-        seeds: what repeats the noise, for whom is told.
+        stages: runs the stages.
+        plan: the stages to run; ``states`` already have the size of the first.
+        states: initial states of each group of images.
+        noise: noise source of each group.
+        patch_size: the model's patch size.
+        callbacks: the caller's callbacks.
+        order: place in the call of each image, group after group; copies have the place of their original.
+        clock: the device's clock.
+        raising: raise an error if an image fails; otherwise failures are recorded and the other images continue.
+        watched: whether the end of every stage is observed, so that failures are raised there.
+        seeds: seeds that reproduce the noise, for events.
 
     Yields:
-        the end of each stage; the last one's states are in [-1, 1] or slightly beyond.
+        the end of each stage; the last stage's states are in [-1, 1] or slightly beyond.
 
     Raises:
         FloatingPointError: an image, or Dopri5's estimate of its error, is not finite.
@@ -127,7 +130,7 @@ def sample(
         ended = clock.mark()
         if raising:
             unread.append(_Passed(stage, now, outcome.steps, outcome.tau))
-            if watched or outcome.tau is not None or number == len(plan.stages) - 1:  # error control has waited
+            if watched or outcome.tau is not None or number == len(plan.stages) - 1:  # error control has waited already
                 _raise_for(unread, order)
                 unread.clear()
         reported = partial(_report, stage, outcome.steps, outcome.evaluations, patch_size, clock, began, ended)
@@ -138,7 +141,7 @@ def sample(
 
 
 def in_order(states: States, order: Sequence[int]) -> Latents:
-    """Images of all groups as the caller numbers them: one tensor where they have one size."""
+    """Images of all groups in the order of the call, without padding; one tensor if all have the same size."""
     places = _inverse(order)
     if len(states) == 1:
         if places == list(range(len(places))):
@@ -149,15 +152,15 @@ def in_order(states: States, order: Sequence[int]) -> Latents:
 
 
 def together(images: list[Tensor]) -> Latents:
-    """``[c, h, w]`` each, as one tensor where they have one size."""
+    """Combine images ``[c, h, w]`` into one tensor if all have the same size."""
     return torch.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
 def in_groups(latents: Latents, like: States, order: Sequence[int]) -> States:
-    """The inverse of :func:`in_order`, for states of the shapes of ``like``.
+    """Split images in the order of the call into groups with the shapes of ``like``; the inverse of :func:`in_order`.
 
     Raises:
-        ValueError: it is something else, or their number or a shape is another.
+        ValueError: ``latents`` has the wrong type, number of images or shapes.
     """
     if not isinstance(latents, (Tensor, list)) or not all(isinstance(image, Tensor) for image in latents):
         raise ValueError(f"callback_on_step_end: got {type(latents).__name__}, expected a tensor or a list of tensors")
@@ -176,7 +179,7 @@ def in_groups(latents: Latents, like: States, order: Sequence[int]) -> States:
 
 
 def _inverse(order: Sequence[int]) -> list[int]:
-    """Where each image is; where its copies are does not matter."""
+    """Index of each image, by its place in the call; the indices of its copies are not needed."""
     found: dict[int, int] = {}
     for i, place in enumerate(order):
         found.setdefault(place, i)
@@ -208,7 +211,7 @@ def _finite(states: States) -> Tensor:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Passed:
-    """A stage whose images were not looked at yet: their ``status`` and, with error control, how far they came."""
+    """A completed stage whose statuses have not been read yet; ``tau`` are the times reached, with error control."""
 
     stage: StagePlan
     status: Tensor
@@ -217,7 +220,7 @@ class _Passed:
 
 
 def _raise_for(passed: Sequence[_Passed], order: Sequence[int]) -> None:
-    """Refuse to go on with, or to return, images that failed; waits for these stages, once."""
+    """Raise an error if an image failed in one of these stages; waits for all of them with one transfer."""
     statuses = torch.stack([one.status for one in passed]).tolist()
     for one, found in zip(passed, statuses, strict=True):
         index = one.stage.stage.index

@@ -1,6 +1,6 @@
 """The cascade's schedule as pure functions of its configuration. Source: arXiv 2504.07963, section 3.2.
 
-Times: ``tau`` is local to a stage, 0 at its start and 1 at its end; model time is what the transformer is told, 0 to
+Times: ``tau`` is local to a stage, 0 at its start and 1 at its end; model time is the transformer's time input, 0 to
 999.
 """
 
@@ -26,9 +26,9 @@ class Stage:
 
     Attributes:
         index: 0 is the smallest and noisiest.
-        start, end: times between pure noise (0) and image (1) that the stage covers.
-        window: the model time at the first and the last point of the training grid.
-        alpha, beta: entering the stage is ``x = alpha * upsample(x) + beta * noise``.
+        start, end: times that the stage covers, between pure noise (0) and image (1).
+        window: model time at the first and the last point of the training grid.
+        alpha, beta: coefficients on entering the stage, ``x = alpha * upsample(x) + beta * noise``.
     """
 
     index: int
@@ -43,7 +43,7 @@ class Stage:
         return np.arange(scheduler.num_train_timesteps, dtype=np.float64) / scheduler.num_train_timesteps
 
     def model_times(self, scheduler: SchedulerConfig) -> Float64Array:
-        """Model time of each point of the training grid: ``[K]``."""
+        """Model times of the training grid: ``[K]``."""
         return _window_points(scheduler, self.index, _window_edges(scheduler))
 
 
@@ -73,8 +73,8 @@ def step_times(
     """Local times ``[n + 1]``, ending at 1, and their model times ``[n + 1]``, of ``n`` fixed steps.
 
     ``tau`` is evenly spaced up to 1 - 1/K and shifted by ``tau / (shift + (1 - shift) tau)``, so the last step has
-    length ``1 - tau_n`` (1/K for shift = 1). Model time is linear in ``tau`` over the stage's window and stays in it
-    where a slope is taken at the end.
+    length ``1 - tau_n`` (1/K for shift = 1 and more than one step). Model time is linear in ``tau`` over the stage's
+    window; for slopes evaluated at the end, the last model time is the end of the window.
     """
     final = float(stage.local_times(scheduler)[-1])
     tau = np.linspace(0.0, final, num_steps, dtype=np.float64)
@@ -88,26 +88,26 @@ def _rectify(boundary: float) -> float:
 
 
 def _boundaries(scheduler: SchedulerConfig) -> list[float]:
-    """``b_0 .. b_S``: whole training times over K, in float32 as published checkpoints were trained; ``b_S`` = 1."""
+    """``b_0 .. b_S``: whole training times divided by K, in float32 as in published training; ``b_S`` = 1."""
     K, S = scheduler.num_train_timesteps, scheduler.num_stages
     return [float(np.float32(int(K * (s / S))) / np.float32(K)) for s in range(S)] + [1.0]
 
 
 def _spans(scheduler: SchedulerConfig) -> list[tuple[float, float]]:
-    """``(start_s, end_s)`` of each stage: a stage starts earlier than the previous one ended, to mend its noise."""
+    """``(start_s, end_s)`` of each stage; a stage starts before the previous one's end, to correct its noise."""
     boundaries = _boundaries(scheduler)
     return [(b * _rectify(b), following) for b, following in pairwise(boundaries)]
 
 
 def _window_edges(scheduler: SchedulerConfig) -> list[int]:
-    """Whole model times at which the stages' windows meet, in proportion to the length of their spans."""
+    """Integer model times at which the stages' windows meet, proportional to the lengths of the stages' spans."""
     K = scheduler.num_train_timesteps
     lengths = [end - start for start, end in _spans(scheduler)]
     return [int(K * (sum(lengths[:s]) / sum(lengths))) for s in range(len(lengths))] + [K - 1]
 
 
 def _window_points(scheduler: SchedulerConfig, stage: int, edges: list[int]) -> Float64Array:
-    """K points from edge to edge; the right edge belongs to the last stage alone."""
+    """K points from edge to edge; only the last stage includes its right edge."""
     K = scheduler.num_train_timesteps
     intervals = K - 1 if stage == scheduler.num_stages - 1 else K
     return edges[stage] + (edges[stage + 1] - edges[stage]) * np.arange(K, dtype=np.float64) / intervals

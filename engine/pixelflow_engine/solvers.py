@@ -1,7 +1,8 @@
 """Integration of ``dx/dtau = v(x, tau)`` over a stage, tau from 0 to 1, with any velocity callable.
 
-Sums over slopes run left to right, every product and every sum rounded on its own, so that a fused kernel can reproduce
-them bit for bit. Step control: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4.
+Sums over slopes run left to right, with each product and each sum rounded separately, so that a fused kernel can
+reproduce them bit for bit. Step control: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section
+II.4.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ SAFETY, SMALLEST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0
 def runge_kutta_step(
     x: Tensor, slope: Tensor, field: Callable[[Tensor, int], Tensor], tableau: Tableau, h: float
 ) -> Tensor:
-    """One step of a Runge-Kutta method.
+    """One step of an explicit Runge-Kutta method.
 
     Args:
         x: the state, ``[B, c, h, w]``.
-        slope: the velocity there.
-        field: ``(state, i) -> velocity``: slope ``i`` of the tableau, from 1, at ``tableau.nodes[i]`` of the step.
+        slope: the velocity at ``x``.
+        field: ``(state, i) -> velocity``: slope ``i`` of the tableau, counted from 0, for i of at least 1; it is taken
+            at ``tableau.nodes[i]`` of the step.
         tableau: the method.
         h: length of the step.
     """
@@ -49,15 +51,16 @@ def runge_kutta_step(
 def two_step_update(
     x: Tensor, velocity: Tensor, previous: Tensor, method: TwoStep, h: float, h_before: float
 ) -> Tensor:
-    """One step of a two-step method; two updates, the new velocity's first, as two fused ones do it."""
+    """One step of a two-step method, as two updates, the new velocity's first, as in the fused implementation."""
     forward, back = two_step_lengths(method, h, h_before)
     return x + _as(forward, x) * velocity + _as(back, x) * previous
 
 
 def two_step_lengths(method: TwoStep, h: float, h_before: float) -> tuple[float, float]:
-    """What the new and the previous velocity are multiplied by.
+    """The factors of the new and of the previous velocity.
 
-    Float32 may leave a step no length; how a slope changes over it is not known, and the step after it is Euler's.
+    Rounding times to float32 may give a step length 0. The change of the slope over such a step is unknown, so the step
+    after it is an Euler step.
     """
     if h_before == 0:
         return h, 0.0
@@ -67,12 +70,12 @@ def two_step_lengths(method: TwoStep, h: float, h_before: float) -> tuple[float,
 
 
 def step_length(tau: float, tau_next: float) -> float:
-    """The step between two times that are rounded to float32 first, as the published code does."""
+    """The step between two times, which are first rounded to float32, as in the published code."""
     return float(np.float32(tau_next) - np.float32(tau))
 
 
 def euler_update(x: Tensor, velocity: Tensor, tau: float, tau_next: float) -> Tensor:
-    """``x + (tau_next - tau) * velocity`` in at least float32; both times are rounded to float32 first."""
+    """``x + (tau_next - tau) * velocity`` in at least float32; both times are first rounded to float32."""
     high = x.to(torch.promote_types(x.dtype, torch.float32))
     return high + _as(step_length(tau, tau_next), high) * velocity
 
@@ -83,14 +86,14 @@ def _as(number: float, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tolerance:
-    """When an adaptive step is good enough.
+    """Error control of adaptive steps.
 
     Attributes:
         rtol, atol: a step is accepted when the root mean square of ``error / (atol + rtol * max(|x0|, |x1|))`` is at
             most 1.
-        error_norm: ``image``: over each image, which has its own step sizes and does not feel its batch mates.
-            ``batch``: over the whole batch, which shares its step sizes, as torchdiffeq does.
-        max_attempts: steps tried, accepted or not, before giving up.
+        error_norm: ``image``: the norm of each image, which then has its own step sizes, independent of its batch
+            mates. ``batch``: the norm of the whole batch, which shares its step sizes, as in torchdiffeq.
+        max_attempts: maximum number of steps tried, accepted or not.
     """
 
     rtol: float = 1e-3
@@ -104,11 +107,11 @@ class AdaptiveState:
     """An adaptive integration between two attempts.
 
     Attributes:
-        x: ``[B, c, h, w]``.
+        x: the state, ``[B, c, h, w]``.
         slope: the velocity at ``x``.
-        tau: where each image is, ``[B]`` float64; 1 when it has arrived.
-        step: the next step each image will try, ``[B]`` float64.
-        accepted, rejected: attempts so far, ``[B]`` int64.
+        tau: time that each image has reached, ``[B]`` float64; 1 once it has arrived.
+        step: the step that each image will try next, ``[B]`` float64.
+        accepted, rejected: number of attempts so far, ``[B]`` int64.
         status: ``[B]`` int32, one of ``pixelflow_kernels.ode_step``'s RUNNING, ARRIVED, MAX_ATTEMPTS, UNDERFLOW,
             NONFINITE.
     """
@@ -132,14 +135,14 @@ def integrate_adaptive(
     """Integrate to tau = 1 with error control, landing on 1 exactly.
 
     Args:
-        velocity: the field; called with a time per image.
+        velocity: the field, called with one time per image.
         x: the state at tau = 0, ``[B, c, h, w]``.
         tableau: the embedded pair.
-        tolerance: when a step is good enough.
+        tolerance: error control.
         on_attempt: called with the state after every attempt.
 
     Returns:
-        the state in which no image runs any more: ``tau`` = 1 where its status is ARRIVED.
+        the final state, in which no image is RUNNING; ``tau`` is 1 for images whose status is ARRIVED.
     """
     with named("start"):
         state = _start(velocity, x, tableau, tolerance)
@@ -154,7 +157,7 @@ def integrate_adaptive(
 
 
 def _start(velocity: Velocity, x: Tensor, tableau: EmbeddedTableau, tolerance: Tolerance) -> AdaptiveState:
-    """Hairer's first step size: small enough that an Euler step changes the slope little."""
+    """Hairer's initial step size: small enough that an Euler step changes the slope little."""
     tau = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
     slope = velocity(x, tau)
     scale = tolerance.atol + tolerance.rtol * x.abs()
@@ -171,7 +174,7 @@ def _start(velocity: Velocity, x: Tensor, tableau: EmbeddedTableau, tolerance: T
 
 
 def _attempt(velocity: Velocity, state: AdaptiveState, tableau: EmbeddedTableau, tolerance: Tolerance) -> AdaptiveState:
-    """Try one step of each image that is on its way; the others stand still in the batch."""
+    """Try one step for each image that is still running; the others stay unchanged in the batch."""
     active = (state.tau < 1) & (state.status == RUNNING)
     remaining = 1 - state.tau
     h = torch.where(active, torch.minimum(state.step, remaining), 0.0)
@@ -186,7 +189,7 @@ def _attempt(velocity: Velocity, state: AdaptiveState, tableau: EmbeddedTableau,
     scale = tolerance.atol + tolerance.rtol * torch.maximum(state.x.abs(), x_next.abs())
     ratio = _rms(_weighted_sum(slopes, tableau.error, h) / scale, tolerance)
     lost = active & ~ratio.isfinite()
-    stuck = active & ~lost & (tau_next <= state.tau)  # h vanishes beside tau
+    stuck = active & ~lost & (tau_next <= state.tau)  # h is too small to change tau
     tried = active & ~lost & ~stuck
     accept = tried & (ratio <= 1)
     accepted, rejected = state.accepted + accept, state.rejected + (tried & ~accept)
@@ -207,7 +210,10 @@ def _attempt(velocity: Velocity, state: AdaptiveState, tableau: EmbeddedTableau,
 
 
 def _weighted_sum(slopes: Sequence[Tensor], weights: Sequence[float], h: Tensor) -> Tensor:
-    """``sum_i (h w_i) k_i`` left to right, zeros skipped; ``h w_i`` in float64, then rounded to the slopes' type."""
+    """``sum_i (h w_i) k_i`` left to right, skipping zero weights.
+
+    ``h w_i`` is computed in float64, then rounded to the slopes' dtype.
+    """
     terms = [_per_image(h * w, k) * k for k, w in zip(slopes, weights, strict=True) if w != 0.0]
     total = terms[0]
     for term in terms[1:]:
@@ -216,7 +222,7 @@ def _weighted_sum(slopes: Sequence[Tensor], weights: Sequence[float], h: Tensor)
 
 
 def _next_step(h: Tensor, ratio: Tensor, order: int) -> Tensor:
-    """``h * clamp(0.9 ratio^(-1/order), 0.2, 10)``, never below h after a step well within tolerance."""
+    """``h * clamp(0.9 ratio^(-1/order), 0.2, 10)``; not below ``h`` where ``ratio < 1``."""
     factor = SAFETY * ratio ** (-1 / order)
     smallest = torch.full_like(ratio, SMALLEST_FACTOR).masked_fill(ratio < 1, 1.0)
     factor = torch.maximum(factor, smallest).clamp(max=LARGEST_FACTOR)
@@ -224,7 +230,7 @@ def _next_step(h: Tensor, ratio: Tensor, order: int) -> Tensor:
 
 
 def _rms(x: Tensor, tolerance: Tolerance) -> Tensor:
-    """Root mean square of each image, ``[B]`` float64; that of the batch in every entry for the batch-wide norm."""
+    """Root mean square per image, ``[B]`` float64; for the batch-wide norm, every entry is that of the whole batch."""
     squares = (x * x).flatten(1).mean(-1).double()
     if tolerance.error_norm == "batch":
         squares = squares.mean().expand_as(squares)
@@ -232,5 +238,5 @@ def _rms(x: Tensor, tolerance: Tolerance) -> Tensor:
 
 
 def _per_image(values: Tensor, like: Tensor) -> Tensor:
-    """``[B] -> [B, 1, 1, 1]`` in the type of ``like``."""
+    """``[B] -> [B, 1, 1, 1]`` in the dtype of ``like``."""
     return values.to(like.dtype)[:, None, None, None]

@@ -1,8 +1,8 @@
-"""One stage's images as a pack of tokens, and the velocity of their state.
+"""The images of a stage as a pack of tokens, and the velocity of their state.
 
 The pack of an evaluation holds the null halves of the guided images, then their conditional halves, then the images
-without guidance. The state of a stage stays in the order in which the model's head gives velocities: ``[T, W]``, image
-after image, each token's ``W = p * p * c`` values in (row, column, channel) order.
+without guidance. During a stage the state stays in the order in which the model's head produces velocities: ``[T, W]``,
+image after image, with the ``W = p * p * c`` values of each token in (row, column, channel) order.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .stages import States
 from .uploads import numbers, pinned, uploaded
 
 MOST_LAYOUTS = 32
-"""Kept by one engine: twelve bytes a token, on the host."""
+"""Maximum number of layouts that an engine keeps, at twelve bytes per token of host memory."""
 
 
 class Layouts:
-    """Layouts as the host made them, to be used again: batches of the same sizes come again and again.
+    """A cache of layouts on the host, because batches of the same sizes recur.
 
-    They stay on the host. A tensor of a device belongs to the order of one stream; these are brought into that of
-    whoever asks.
+    Layouts stay on the host because a device tensor is ordered with one stream; each use uploads a copy on the caller's
+    stream.
     """
 
     def __init__(self) -> None:
@@ -40,15 +40,15 @@ class Layouts:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        """How many are kept."""
+        """Number of cached layouts."""
         return len(self._kept)
 
     def on(self, device: torch.device, grids: Sequence[tuple[int, int]]) -> PackedLayout:
-        """The layout of images with these rows and columns of tokens."""
+        """The layout, on ``device``, of images with these numbers of rows and columns of tokens."""
         key = tuple(grids)
         with self._lock:
             layout = self._kept.pop(key, None) or _pinned(PackedLayout.from_grids(key), device)
-            self._kept[key] = layout  # a dictionary is in the order of insertion
+            self._kept[key] = layout  # dictionaries keep insertion order
             while len(self._kept) > MOST_LAYOUTS:
                 self._kept.pop(next(iter(self._kept)))
         return layout if device.type == "cpu" else _with(layout, lambda x: uploaded(x, device))
@@ -69,17 +69,17 @@ def _with(layout: PackedLayout, change: Callable[[Tensor], Tensor]) -> PackedLay
 
 
 class StagePack:
-    """Who the tokens of a stage belong to.
+    """The pack of a stage: which tokens belong to which image.
 
     Args:
-        model: the transformer, its weights side by side (:mod:`pixelflow_engine.fusion`).
-        plan: the stage's shapes and weights; images with a null half come first.
-        layouts: those that were made before.
+        model: the transformer, with concatenated weights (:mod:`pixelflow_engine.fusion`).
+        plan: shapes and weights of the stage; images with a null half come first.
+        layouts: cache of layouts.
 
     Attributes:
-        tokens: of the state.
-        guided_tokens: of the state's images that have a null half.
-        latent_size: ``[n]``, what each image of the pack is told of its resolution.
+        tokens: number of tokens of the state.
+        guided_tokens: number of tokens of the images that have a null half.
+        latent_size: ``[n]``, width in tokens of each image of the pack, the model's resolution input.
     """
 
     def __init__(self, model: PackedTransformer, plan: StagePlan, layouts: Layouts | None = None) -> None:
@@ -99,11 +99,15 @@ class StagePack:
 
     @cached_property
     def layout(self) -> PackedLayout:
-        """Of an evaluation, null halves included; made when it is asked for, as programs have theirs already."""
+        """Layout of an evaluation, null halves included; created on first access, as cached programs have their own."""
         return self.layouts.on(self.model.device, self.grids)
 
     def guidance(self) -> Tensor | None:
-        """Weights of the guided images, float64: one for all, ``[1]``, or one for each of their tokens."""
+        """Weights of the guided images, float64; None without guidance.
+
+        Returns:
+            ``[1]`` if all weights are equal, otherwise one weight per token of the guided images.
+        """
         weights = self.plan.weights[: self.plan.guided]
         if not weights:
             return None
@@ -114,24 +118,24 @@ class StagePack:
         return uploaded(each.repeat_interleave(sizes, output_size=self.guided_tokens), device)
 
     def labels(self, condition: Condition) -> Tensor | None:
-        """Class labels of the pack, ``[n]``."""
+        """Class labels of the pack, ``[n]``; None without class labels."""
         labels = condition.class_labels
         if labels is None:
             return None
         return torch.cat([labels.new_full((self.plan.guided,), self.model.config.num_classes), labels])
 
     def velocity(self, x: Tensor, modulations: tuple[Tensor, ...], around: Surroundings) -> Tensor:
-        """Velocities of the whole pack in the model's type; patches are embedded once for both halves.
+        """Velocities of the whole pack in the model's dtype; patches are embedded once for both halves.
 
         Args:
             x: the state ``[T, W]``.
-            modulations: of the pack's images.
-            around: of the pack's layout.
+            modulations: modulations of the pack's images.
+            around: layout, rotary tables and prompts of the pack.
 
         Returns:
             ``[guided tokens + T, W]``.
         """
-        return self.model.trunk(self._embedded(x), modulations, around)  # which alone holds it, and lets go of it
+        return self.model.trunk(self._embedded(x), modulations, around)  # no reference kept here: freed in the trunk
 
     def _embedded(self, x: Tensor) -> Tensor:
         embedded = self.model.patch_embed.embed_by_pixel(x.to(self.model.dtype))
@@ -143,7 +147,7 @@ class StagePack:
         return torch.cat([_to_tokens(x, p).reshape(-1, self.width) for x in states])
 
     def unpack(self, x: Tensor) -> list[Tensor]:
-        """The inverse of :meth:`pack`, in memory of its own."""
+        """The inverse of :meth:`pack`; the results own their memory."""
         p = self.model.config.patch_size
         sizes = [batch * (height // p) * (width // p) for batch, _, height, width in self.plan.shapes]
         return [_to_images(part, shape, p) for part, shape in zip(x.split(sizes), self.plan.shapes, strict=True)]
@@ -161,15 +165,16 @@ def _to_images(tokens: Tensor, shape: Shape, p: int) -> Tensor:
 
 
 class ModulationTable:
-    """The modulation rows of all steps of a stage, made by one product before the first.
+    """The modulations of all steps of a stage, computed by one product before the first step.
 
-    Null halves of one size share a row, and so do images of one size where there are no classes. Images that happen to
-    have one class do not: how many rows the product has, and so how it rounds, depends on no image's neighbours.
+    Null halves of images with the same width in tokens share a row, and so do images of one width in a model without
+    classes. Images that happen to have the same class do not: the number of rows of a product decides how it rounds, so
+    it must not depend on an image's batch mates.
 
     Args:
-        pack: the stage.
-        condition: what the images should show.
-        t_model: ``[m]``, the model times at which slopes are taken.
+        pack: the stage's pack.
+        condition: class labels and prompts.
+        t_model: the ``m`` model times at which slopes are evaluated.
     """
 
     def __init__(self, pack: StagePack, condition: Condition, t_model: Sequence[float]) -> None:
@@ -189,5 +194,5 @@ class ModulationTable:
         self.rows = model.all_modulations_of(F.silu(c)).unflatten(0, (moments, len(rows)))
 
     def at(self, moment: int) -> Tensor:
-        """``[n, (6 depth + 2) C]`` of the pack's images, in the model's type."""
+        """``[n, (6 depth + 2) C]`` for the pack's images, in the model's dtype."""
         return self.rows[moment].index_select(0, self.row)

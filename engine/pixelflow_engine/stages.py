@@ -1,4 +1,4 @@
-"""What runs a stage, as the cascade sees it."""
+"""Interface between the cascade and the code that runs a stage."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ States = Sequence[Tensor]
 """One tensor ``[B_g, c, h, w]`` for each group of images of one size."""
 
 OnStep = Callable[[int, Callable[[], float], Callable[[], States]], States | None]
-"""``(step, tau reached, the states)``, the latter two made when they are asked for: that may wait for the device. What
-it returns, if anything, is gone on with."""
+"""Step callback ``(step, tau, states)``. The time reached and the states are functions, because evaluating them may
+wait for the device. If it returns states, integration continues from those."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class StageOutcome:
-    """What a stage did.
+    """The result of a stage.
 
     Attributes:
-        states: at its end.
-        status: of each image, ``[B]`` int32, as :mod:`pixelflow_kernels.ode_step` numbers them.
-        steps: steps, or attempts of the slowest image.
+        states: states at the end of the stage.
+        status: status of each image, ``[B]`` int32, with the values of :mod:`pixelflow_kernels.ode_step`.
+        steps: number of steps, or of attempts of the slowest image.
         evaluations: calls of the transformer.
-        tau: where each image ended, ``[B]``, for a solver with error control.
+        tau: time that each image reached, ``[B]``; None without error control.
     """
 
     states: States
@@ -38,8 +38,8 @@ class StageOutcome:
 
 
 class Stages(Protocol):
-    """Runs the stages of one sampling."""
+    """Runs the stages of one sampling run."""
 
     def run(self, states: States, stage: StagePlan, on_step: OnStep) -> StageOutcome:
-        """Integrate a stage from its entry to its end."""
+        """Integrate a stage from its start to its end."""
         ...

@@ -1,4 +1,4 @@
-"""Integration methods as data: what a solver does is read from here."""
+"""Integration methods as data, from which the solvers are driven."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Tableau:
 
     Attributes:
         nodes: times ``c_i`` of the slopes, as fractions of the step.
-        coupling: row i holds the weights of slopes 0..i-1 in the state at which slope i is taken; the last row is the
-            solution.
+        coupling: row i holds the weights of slopes 0..i-1 for the state at which slope i is evaluated; the last row is
+            the solution.
     """
 
     nodes: tuple[float, ...]
@@ -28,12 +28,12 @@ HEUN = Tableau(nodes=(0.0, 1.0), coupling=((), (1.0,), (0.5, 0.5)))
 
 @dataclass(frozen=True, slots=True)
 class TwoStep:
-    """An explicit linear method over the slope at the state and the one a step before, for steps of any lengths.
+    """An explicit linear method over the current slope and that of the previous step, for variable step lengths.
 
     Attributes:
-        weights: for either slope, the newer first, a polynomial in ``r = h / h_before``: the slope's weight in the step
-            is ``h (weights[i][0] + weights[i][1] r)``.
-        starter: takes the first step, which has no slope before it.
+        weights: for each of the two slopes, the newer first, the coefficients of a polynomial in ``r = h / h_before``:
+            its weight in the step is ``h (weights[i][0] + weights[i][1] r)``.
+        starter: name of the solver for the first step, which has no previous slope.
     """
 
     weights: tuple[tuple[float, float], tuple[float, float]]
@@ -41,14 +41,14 @@ class TwoStep:
 
 
 AB2 = TwoStep(weights=((1.0, 0.5), (0.0, -0.5)), starter="heun")
-"""Adams and Bashforth (1883): the line through both slopes, integrated over the step, of second order."""
+"""Adams and Bashforth (1883): the line through both slopes, integrated over the step; second order."""
 
 FIXED_STEPS: dict[str, Tableau | TwoStep] = {"euler": EULER, "heun": HEUN, "ab2": AB2}
-"""Solvers whose steps are planned, by name."""
+"""Solvers with fixed steps, by name."""
 
 
 def methods_of(solver: str) -> tuple[TwoStep | None, Tableau]:
-    """A solver with planned steps: its two-step method, if it is one, and the tableau of its first step or of all."""
+    """Two-step method of a fixed-step solver, or None, and the tableau of its first step (two-step) or all steps."""
     method = FIXED_STEPS[solver]
     if isinstance(method, Tableau):
         return None, method
@@ -56,18 +56,18 @@ def methods_of(solver: str) -> tuple[TwoStep | None, Tableau]:
 
 
 def at_slopes(tableau: Tableau, now: float, after: float) -> list[float]:
-    """The points between ``now`` and ``after`` at which a step's slopes are taken; the ends themselves are exact."""
+    """The points between ``now`` and ``after`` at which a step's slopes are evaluated; both ends are exact."""
     ends = {0.0: now, 1.0: after}
     return [ends.get(node, now + node * (after - now)) for node in tableau.nodes]
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedTableau(Tableau):
-    """A Runge-Kutta pair whose last slope, at node 1, is the next step's first (FSAL).
+    """A Runge-Kutta pair whose last slope, at node 1, is the first slope of the next step (FSAL).
 
     Attributes:
         error: weights of the slopes in the difference between the solution and its lower-order companion.
-        order: of the solution.
+        order: order of the solution.
     """
 
     error: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""The operations in plain PyTorch for torch.compile: one graph for any images in any number, or one for each pack."""
+"""The operations in plain PyTorch for torch.compile: one graph for any pack, or one graph per pack."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from .operations import Linear, PlainOperations, Rotation, SideBySide
 
 
 class TraceableOperations(PackedAttention, PlainOperations):
-    """Plain operations that read a layout's tensors alone, see :class:`pixelflow_engine.operations.Operations`.
+    """Plain operations that never read a layout's list of images.
 
-    Per-image rows are gathered by token, not broadcast over a batch, and attention is one node of the graph; so nothing
-    in the graph depends on how many images of what sizes there are.
+    Per-image vectors are gathered by token instead of broadcast over a batch, and attention is one node of the graph,
+    so the graph does not depend on the number and sizes of the images. See
+    :class:`pixelflow_engine.operations.Operations`.
     """
 
     def __init__(self) -> None:
@@ -59,30 +60,31 @@ class TraceableOperations(PackedAttention, PlainOperations):
         return x, _modulate(layers.rms_norm(x, weight), shift, scale, layout).to(x.dtype)
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
-        """By oneDNN on a CPU."""
+        """A product by oneDNN on a CPU in float32, otherwise the layer itself."""
         return _linear(x, layer)
 
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
-        """By oneDNN on a CPU, the activation where the product is written if no gradient is needed."""
+        """A product by oneDNN on a CPU in float32, with GELU fused into it if no gradient is needed."""
         if onednn.multiplies(x, layer) and not torch.is_grad_enabled():
             return onednn.linear_gelu(x, layer.weight, layer.bias)
         return F.gelu(_linear(x, layer), approximate="tanh")
 
 
 class KnownPackOperations(PlainOperations):
-    """Plain operations in a graph that knows its pack, for training, whose packs have few shapes.
+    """Plain operations for graphs specialized to a pack, as in training, whose packs have few shapes.
 
-    - Neighbouring images of one size are a batch in the graph: rows per image are broadcast, and their gradients are
-      sums over a dimension, where a gather's is a sum token by token.
-    - Attention is PyTorch's own, a call for each size, with its own derivative.
+    - Neighboring images of one size are a batch in the graph: per-image vectors are broadcast, and their gradients are
+      sums over a dimension, whereas the gradient of a gather accumulates token by token.
+    - Attention is PyTorch's own, one call per size, with its own derivative.
     - Queries, keys and values are one product.
-    - Queries and keys have the channels of a head in another order: first those that 2-D RoPE turns as first of a pair,
-      then the second ones. So compiled code reads and writes whole vectors, not every other value. Norms and scores are
-      sums over channels; the order comes with the weights, which are copied anyway to lie side by side.
-    - GELU is written by the logistic function, which is a cheaper one to compute than the hyperbolic tangent.
+    - Within a head, queries and keys have the first channels of all 2-D RoPE pairs before the second ones, so that
+      compiled code reads and writes contiguous vectors instead of every other value. Norms and scores are sums over
+      channels, which the order does not affect. The reordering happens on the weights, which are copied anyway for
+      concatenation.
+    - GELU is written with the logistic function, which is cheaper to compute than the hyperbolic tangent.
 
     Args:
-        by_onednn: whether oneDNN multiplies on a CPU; by the processor's maker where it is not given.
+        by_onednn: whether oneDNN computes products on a CPU; by default this depends on the CPU vendor.
     """
 
     def __init__(self, by_onednn: bool | None = None) -> None:
@@ -98,8 +100,8 @@ class KnownPackOperations(PlainOperations):
         rotation: Rotation,
         heads: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One product for three; see :class:`pixelflow_engine.operations.Operations`."""
-        if not all(type(layer) in (nn.Linear, SideBySide) for layer in layers):  # somebody put another in its place
+        """One product for all three; see :class:`pixelflow_engine.operations.Operations`."""
+        if not all(type(layer) in (nn.Linear, SideBySide) for layer in layers):  # a replaced layer must be called
             return super().queries_keys_values(u, layers, q_weight, k_weight, layout, rotation, heads)
         *apart, last = layers
         weight = torch.cat([*(_halves_apart(layer.weight, heads) for layer in apart), last.weight])
@@ -109,28 +111,29 @@ class KnownPackOperations(PlainOperations):
         product = onednn.linear(u, weight, bias) if by_onednn else F.linear(u, weight, bias)
         width = layers[0].weight.shape[0]
         qk, v = product.split([2 * width, width], dim=-1)
-        # Put into memory by `cat`, where vectors are read; an order alone would be followed value by value.
+        # `cat` materializes the permuted weights, so that vectors are read; a mere permutation would be read value by
+        # value.
         norms = torch.cat([_halves_apart(q_weight, heads), _halves_apart(k_weight, heads)]).unflatten(0, (2, -1))
         q, k = _rotate_halves(rms_norm(qk.unflatten(-1, (2, -1)), norms), rotation, heads).unbind(1)
         return q, k, v.unflatten(-1, (heads, -1))
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
-        """By oneDNN on a CPU that it is ahead on."""
+        """A product by oneDNN on CPUs where it is preferred, otherwise the layer itself."""
         return _linear(x, layer) if self.by_onednn else layer(x)
 
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
-        """``(1 + tanh a) / 2`` is the logistic function of ``2 a``."""
+        """GELU by the logistic function: ``(1 + tanh a) / 2 = sigmoid(2 a)``."""
         y = self.linear(x, layer)
         return y * torch.sigmoid((y + 0.044715 * y * y * y) * (2 * math.sqrt(2 / math.pi)))
 
 
 def _halves_apart(rows: Tensor, heads: int) -> Tensor:
-    """``[C, ...]`` with the even channels of each head before its odd ones."""
+    """Reorder ``[C, ...]`` so that the even channels of each head precede its odd ones."""
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _rotate_halves(x: Tensor, rotation: Rotation, heads: int) -> Tensor:
-    """:func:`layers.rotate` of ``x [T, ..., C]`` whose pairs are in the halves of a head, ``-> [T, ..., H, D]``."""
+    """:func:`layers.rotate` for pairs split across the halves of a head: ``x [T, ..., C] -> [T, ..., H, D]``."""
     cos, sin = (table[:, None, None] for table in rotation)
     a, b = x.to(cos.dtype).unflatten(-1, (heads, -1)).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Values on their way from the host to a device that the host does not wait for."""
+"""Transfers from the host to a device for which the host does not wait."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 def pinned(values: Tensor, device: torch.device) -> Tensor:
-    """In page-locked memory, from which a CUDA device reads by itself; elsewhere the tensor as it is."""
+    """Copy to page-locked memory, from which a CUDA device reads asynchronously; for other devices, return as is."""
     return values.pin_memory() if device.type == "cuda" and type(values) is Tensor else values  # fakes have no memory
 
 
 def uploaded(values: Tensor, device: torch.device) -> Tensor:
-    """On the device, in the order of the caller's stream; the host goes on at once.
+    """Copy to a device, ordered with the caller's stream; the host does not wait.
 
-    PyTorch gives page-locked memory to nobody else before the copy is done.
+    PyTorch does not reuse the page-locked memory before the copy is done.
     """
     return pinned(values, device).to(device, non_blocking=True)
 
 
 def numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[n]`` numbers of Python's on the device, likewise."""
+    """Copy Python numbers to a device as a tensor ``[n]``; the host does not wait."""
     return uploaded(torch.tensor(values, dtype=dtype), device)

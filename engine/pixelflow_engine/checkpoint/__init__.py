@@ -1,4 +1,4 @@
-"""Checkpoints: reading the two public forms and our own, writing and converting between them.
+"""Checkpoints: read the two public forms and our own, write them and convert between them.
 
 ====================  ===============================  ==================================================
 form                  files                            integrity, checked on every load
@@ -6,12 +6,12 @@ form                  files                            integrity, checked on eve
 ours                  config.json, model.safetensors   SHA-256 of every tensor and of config.json
 public                config.yaml, model.pt            CRC-32 of model.pt's records; config.yaml has none
 public, in training   config.yaml, any ``.pt``         the same
-a run directory       recipe.yaml, a folder ``model``  those of the folder, which is of one of these forms
+a run directory       recipe.yaml, a folder ``model``  that of the folder, which is of one of these forms
 ====================  ===============================  ==================================================
 
-A file from elsewhere is data: no code in it runs, nothing that it names is imported, and what it claims
-(sizes, shapes, types) is checked before memory is spent on it. Whatever is wrong, the answer is a
-``CheckpointError`` that names the file, what was found and what was expected.
+Files are treated as untrusted data: no code in them runs, nothing that they name is imported, and what they claim
+(sizes, shapes, types) is checked before memory is spent on it. Every problem with a file is a ``CheckpointError`` that
+names the file, what was found and what was expected.
 """
 
 from .api import Checkpoint, bundled_models, convert, load_checkpoint, save_checkpoint, save_training_checkpoint

@@ -1,4 +1,4 @@
-"""Load, save and convert."""
+"""Load, save and convert checkpoints."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ Form = Literal["safetensors", "public"]
 FORMS = {"safetensors": native, "public": public}
 
 RUN_FILE, RUN_MODEL = "recipe.yaml", "model"
-"""What tells a run directory, and where it has its model."""
+"""The file that identifies a run directory, and the folder in it that holds its model."""
 PICKLED_FILE = ".metadata"
-"""Of torch.distributed.checkpoint."""
+"""Metadata file of torch.distributed.checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model at rest.
+    """A model's configuration and weights.
 
     Attributes:
-        config: everything but the weights.
-        state_dict: the weights in the published order: contiguous CPU tensors that own their memory, with
-            exactly the names and shapes of ``parameter_shapes(config.model)``, of floating type, finite.
-        source: the folder or ``.pt`` file that it was read from.
+        config: everything except the weights.
+        state_dict: the weights in the published order: contiguous CPU tensors that own their memory, with exactly the
+            names and shapes of ``parameter_shapes(config.model)``, of a floating-point dtype, finite.
+        source: the folder or ``.pt`` file from which it was read.
     """
 
     config: PixelFlowConfig
@@ -48,26 +48,27 @@ class Checkpoint:
 
 
 def load_checkpoint(path_or_name: str | os.PathLike[str], weights: Weights = "auto") -> Checkpoint:
-    """Read a checkpoint of any form and check all of it.
+    """Read a checkpoint of any form and validate all of it.
 
     Args:
         path_or_name: one of
 
-            - a folder with ``config.json`` and ``model.safetensors``; they win if the next two are there too;
+            - a folder with ``config.json`` and ``model.safetensors``, which take precedence over the next two;
             - a folder with ``config.yaml`` and ``model.pt``;
             - a ``.pt`` file with a ``config.yaml`` beside it;
             - a run directory of ``pixelflow train``: the averaged model as of its last evaluation. Its ``checkpoints``,
               whose metadata is a pickle, are never read here;
-            - the name of a bundled model. A path that exists wins over a name.
-        weights: which weights of a training checkpoint (a ``.pt`` file with keys model, ema, opt, args):
-            "ema", "model", or "auto", the moving average where there is one. Any other checkpoint has one set
-            of weights and takes only "auto".
+            - the name of a bundled model. An existing path takes precedence over a name.
+        weights: which weights of a training checkpoint (a ``.pt`` file with the key ``model`` or ``ema``) to read:
+            "ema", "model", or "auto", which takes the moving average if there is one. Any other checkpoint has one set
+            of weights and accepts only "auto".
 
     Returns:
-        The checkpoint, on the CPU, in the types that were stored.
+        The checkpoint, on the CPU, in the stored dtypes.
 
     Raises:
-        CheckpointError: naming the file, what was found and what was expected.
+        CheckpointError: the checkpoint is missing or invalid; the message names the file, what was found and what was
+            expected.
     """
     _check_option("weights", weights, Weights)
     path = _located(path_or_name)
@@ -87,20 +88,20 @@ def save_checkpoint(
     state_dict: Mapping[str, Tensor],
     overwrite: bool = False,
 ) -> None:
-    """Write ``config.json`` and ``model.safetensors`` into a new folder, all or nothing.
+    """Write ``config.json`` and ``model.safetensors`` into a new folder, atomically.
 
-    When this returns, the checkpoint is on the disk. When it raises, nothing has changed: there is no partial
-    folder, and a checkpoint that was there before still is.
+    When this returns, the checkpoint is on the disk. When it raises, nothing has changed: there is no partial folder,
+    and an existing checkpoint is still there.
 
     Args:
-        path: the folder to make. Its parent exists.
-        config: the model.
-        state_dict: its weights: contiguous, finite CPU tensors of floating type, with exactly the names and
+        path: the folder to create. Its parent must exist.
+        config: the model's configuration.
+        state_dict: its weights: contiguous, finite CPU tensors of a floating-point dtype, with exactly the names and
             shapes of ``parameter_shapes(config.model)``.
         overwrite: replace an existing checkpoint. A folder that holds anything else is never replaced.
 
     Raises:
-        CheckpointError: the destination exists or cannot be written, or the weights are not the model's.
+        CheckpointError: the destination exists or cannot be written, or the weights do not match the model.
     """
     _save(path, config, state_dict, "safetensors", overwrite)
 
@@ -113,23 +114,23 @@ def save_training_checkpoint(
     step: int,
     overwrite: bool = False,
 ) -> Path:
-    """Write trained and averaged weights in the published form of training, all or nothing.
+    """Write trained and averaged weights in the published training form, atomically.
 
-    That is ``config.yaml`` and ``model_STEP.pt``, a dict with the keys ``model`` and ``ema``. The published ``opt`` and
-    ``args``, its optimizer's state and command line, are left out.
+    The files are ``config.yaml`` and ``model_STEP.pt``, a dict with the keys ``model`` and ``ema``. The published keys
+    ``opt`` and ``args``, for the optimizer's state and the command line, are omitted.
 
     Args:
-        path: the folder to make. Its parent exists.
-        config: the model.
-        model, ema: its weights, as in :func:`save_checkpoint`.
-        step: that they are of.
-        overwrite: replace an existing folder that holds such files alone.
+        path: the folder to create. Its parent must exist.
+        config: the model's configuration.
+        model, ema: trained and averaged weights, as in :func:`save_checkpoint`.
+        step: training step of the weights.
+        overwrite: replace an existing folder that holds only such files.
 
     Returns:
-        the path of the ``.pt`` file, which :func:`load_checkpoint` takes.
+        the path of the ``.pt`` file, which :func:`load_checkpoint` accepts.
 
     Raises:
-        CheckpointError: as :func:`save_checkpoint`.
+        CheckpointError: as in :func:`save_checkpoint`.
     """
     with about(Path(path), OSError, RuntimeError, ValueError):
         destination = Path(path).resolve()
@@ -151,19 +152,18 @@ def convert(
     weights: Weights = "auto",
     overwrite: bool = False,
 ) -> Checkpoint:
-    """Read a checkpoint of any form and write it as ours or as the public one. No bit of a weight changes.
+    """Read a checkpoint of any form and write it in our form or the public one, without changing a bit of a weight.
 
     Args:
         source, weights: as in :func:`load_checkpoint`.
         destination, overwrite: as in :func:`save_checkpoint`.
-        to: "safetensors" for ``config.json`` and ``model.safetensors``, "public" for ``config.yaml`` and
-            ``model.pt``.
+        to: "safetensors" for ``config.json`` and ``model.safetensors``, "public" for ``config.yaml`` and ``model.pt``.
 
     Returns:
-        What was written, read back.
+        The checkpoint as read back from the destination.
 
     Raises:
-        CheckpointError: as those two.
+        CheckpointError: as in those two functions.
     """
     _check_option("to", to, Form)
     checkpoint = load_checkpoint(source, weights)
@@ -179,7 +179,7 @@ def _save(
     to: Form,
     overwrite: bool,
 ) -> None:
-    # RuntimeError: a loop of links, and torch.save's answer to a full disk.
+    # RuntimeError: a loop of symbolic links, or a full disk in torch.save.
     with about(Path(path), OSError, RuntimeError, ValueError):
         destination = Path(path).resolve()
         ordered = _checked(config, state_dict, destination)
@@ -191,7 +191,7 @@ def _save(
 
 
 def _checked(config: PixelFlowConfig, state_dict: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The state dict in the published order, once it is known to be one that loads again."""
+    """The state dict in the published order, after checking that it can be loaded again."""
     if not isinstance(config, PixelFlowConfig):
         raise CheckpointError(f"{path}: the configuration is a {type(config).__name__}, expected a PixelFlowConfig")
     check_layout(plain_layout(state_dict, path), config.model, path)
@@ -204,7 +204,7 @@ def _checked(config: PixelFlowConfig, state_dict: Mapping[str, Tensor], path: Pa
 
 def _read_folder(folder: Path, weights: Weights) -> tuple[PixelFlowConfig, dict[str, Tensor]]:
     has_native = (folder / native.WEIGHTS_FILE).exists()
-    # A config.json of another meaning may lie beside the public files, so it does not decide alone.
+    # An unrelated config.json may be beside the public files, so config.json alone does not decide.
     if (folder / public.CONFIG_FILE).exists() and not has_native:
         return public.read_public(folder / public.WEIGHTS_FILE, weights)
     if has_native or (folder / native.CONFIG_FILE).exists():
@@ -237,7 +237,7 @@ def _located(path_or_name: str | os.PathLike[str]) -> Path:
 
 
 def bundled_models() -> dict[str, Path]:
-    """The folders of the models that came with the package, by name."""
+    """Folders of the models that are shipped with the package, by name."""
     assets = importlib.resources.files("pixelflow_engine").joinpath("assets")
     if not isinstance(assets, Path) or not assets.is_dir():  # a package inside a zip file has no folders
         return {}

@@ -1,9 +1,9 @@
-"""What is inside a ``.pt`` file, established without unpickling it.
+"""Validation of a ``.pt`` file without unpickling it.
 
-``torch.load(weights_only=True)`` runs no code, but for files from elsewhere that is not enough. It can be made to
-crash the process: it hashes whatever a pickle uses as a key, and a tuple nested a million deep overflows the C
-stack. It allocates what the file asks for, ``bytearray(10**11)`` say. When it maps the file, it reads past the end
-of a tensor's record. So the archive is first checked against a much smaller language: that of a state dict.
+``torch.load(weights_only=True)`` runs no code, but that is not enough for untrusted files. They can make it crash the
+process: it hashes whatever a pickle uses as a key, and a tuple nested a million deep overflows the C stack. It
+allocates whatever the file asks for, for example ``bytearray(10**11)``. With memory mapping, it reads past the end of a
+tensor's record. So the archive is first checked against a much smaller language, that of a state dict.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .text import check_is_file
 
 ZIP_MAGIC = b"PK\x03\x04"
 LARGEST_PICKLE = 4 * 1024 * 1024
-MOST_OPCODES = 250_000  # three times what a training checkpoint of the published model takes
+MOST_OPCODES = 250_000  # three times as many as a training checkpoint of the published model
 STORAGE_ITEM_BYTES = {
     "torch DoubleStorage": 8,
     "torch FloatStorage": 4,
@@ -37,7 +37,7 @@ STORAGE_ITEM_BYTES = {
 
 
 class _Known:
-    """The functions and classes that a state dict names, written as a pickle writes them."""
+    """The functions and classes that a state dict refers to, as spelled in a pickle."""
 
     ORDERED_DICT = "collections OrderedDict"
     NAMESPACE = "argparse Namespace"
@@ -49,22 +49,22 @@ KNOWN_GLOBALS = {_Known.ORDERED_DICT, _Known.NAMESPACE, _Known.TENSOR, _Known.PA
 
 
 def check_archive(path: Path) -> None:
-    """Refuse a file that is not what ``torch.save`` makes of state dicts and plain data.
+    """Refuse a file that is not what ``torch.save`` writes for state dicts and plain data.
 
     Args:
-        path: the ``.pt`` file. It is read once from beginning to end, for the checksums.
+        path: the ``.pt`` file. All of it is read, for the checksums.
 
     Raises:
-        CheckpointError: it is not a whole archive, a record is damaged, or the pickle in it asks for anything
-            but dicts, lists, tuples, strings, numbers, tensors and an ``argparse.Namespace``.
+        CheckpointError: it is not a complete archive, a record is damaged, or its pickle asks for anything but dicts,
+            lists, tuples, strings, numbers, booleans, None, tensors and an ``argparse.Namespace``.
     """
     with about(path, OSError):
         check_is_file(path)
         with path.open("rb") as file:
             if file.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
                 raise CheckpointError(f"{path}: not a file that torch.save wrote (since torch 1.6)")
-    # Exception: zipfile raises RuntimeError for encrypted entries, NotImplementedError for methods it does not
-    # know, and errors of struct and codecs for broken directories; a broken pickle fails in as many ways.
+    # Exception: zipfile raises RuntimeError for encrypted entries, NotImplementedError for unknown compression methods,
+    # and errors of struct and codecs for broken directories; a broken pickle can raise as many kinds.
     with about(path, Exception), zipfile.ZipFile(path) as archive:
         records = _check_records(archive, path)
         name = _pickle_name(archive, records, path)
@@ -76,10 +76,10 @@ def check_archive(path: Path) -> None:
 
 
 def _check_records(archive: zipfile.ZipFile, path: Path) -> dict[str, int]:
-    """Sizes of the records by name, once it is sure that they are as many bytes on disk as in memory."""
+    """Sizes of the records by name, after checking that each has the same size on disk as in memory."""
     entries = archive.infolist()
     records = {entry.filename: entry.file_size for entry in entries}
-    # torch's reader ignores case, and takes the last directory it finds where zipfile takes the first.
+    # torch's reader ignores case, and in a file with several central directories it may use another one than zipfile.
     if len({name.lower() for name in records}) < len(entries) or archive.comment:
         raise CheckpointError(f"{path}: a record occurs twice, or the archive has a comment")
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
@@ -108,25 +108,25 @@ def _check_storages(storages: dict[str, int], records: dict[str, int], prefix: s
 
 @dataclass(frozen=True)
 class _Global:
-    """A class or function that the pickle names. It stays a name."""
+    """A class or function that the pickle refers to. It stays a name and is never imported."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class _Object:
-    """What calling a known name would give."""
+    """Stand-in for the result of calling a known name."""
 
     kind: str
 
 
 @dataclass
 class _StateDictPickle:
-    """Walks a pickle's opcodes over inert stand-ins, and refuses what a state dict does not need.
+    """Interprets a pickle's opcodes over inert stand-ins, and refuses what a state dict does not need.
 
     Attributes:
         path: the file, for messages.
-        storages: sizes in bytes of the storages that tensors refer to, by key; the outcome.
+        storages: sizes in bytes of the storages that tensors refer to, by key; this is the result.
     """
 
     path: Path
@@ -200,7 +200,7 @@ class _StateDictPickle:
         return taken
 
     def check_items(self, flat: list[Any]) -> None:
-        """Keys must be hashable without recursion; the items themselves are not needed."""
+        """Check that keys are hashable without recursion; the items themselves are not needed."""
         target = self.stack[-1]
         self.require(
             type(target) is dict or target == _Object(_Known.ORDERED_DICT),
@@ -220,7 +220,7 @@ class _StateDictPickle:
         return _Global(name)
 
     def checked_call(self, function: Any, arguments: Any) -> _Object:
-        """What a call gives; arguments that torch.save never passes are refused with unknown functions."""
+        """The result of a call; unknown functions are refused, and so are arguments that torch.save never passes."""
         name = function.name if type(function) is _Global else ""
         match name, arguments:
             case _Known.ORDERED_DICT | _Known.NAMESPACE, ():

@@ -1,4 +1,4 @@
-"""Writing a folder all or nothing."""
+"""Atomic replacement of a folder."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .problems import listed
 def replace_folder(
     destination: Path, write: Callable[[Path], None], *, overwrite: bool, replaceable: Iterable[str]
 ) -> None:
-    """Write a folder so that a reader, or a power cut, never sees half of it.
+    """Write a folder so that it never exists half written, neither for a reader nor after a power failure.
 
-    The files are written into a hidden sibling folder and brought to the disk, then one rename puts the folder
-    into place. An existing one is first renamed aside, and removed at the end. Failures are undone in reverse
-    order. Only a crash between the two renames leaves no destination; the old folder is then beside it, as
-    ``.NAME.*.old``.
+    The files are written into a hidden sibling folder and synced to the disk; one rename then moves the folder into
+    place. An existing folder is first renamed aside, and removed at the end. Failures are undone in reverse order. Only
+    a crash between the two renames leaves no destination; the old folder is then beside it, as ``.NAME.*.old``.
 
     Args:
-        destination: absolute; its parent exists.
-        write: fills the empty folder that it is given with files.
+        destination: an absolute path; its parent exists.
+        write: writes the files into the empty folder that it is given.
         overwrite: whether an existing destination may be replaced.
-        replaceable: the only file names that a folder to be replaced may hold: nothing else is ever deleted.
+        replaceable: the only file names that a folder to be replaced may contain; nothing else is ever deleted.
 
     Raises:
-        CheckpointError: the destination may not be written.
+        CheckpointError: the destination may not be written, or the old folder could not be moved back after a failure;
+            the message then says where it is.
         OSError: from the file system or ``write``; everything is as it was before.
     """
     _check_destination(destination, overwrite, set(replaceable))
@@ -78,7 +78,7 @@ def _put_back(retired: Path, destination: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Bring a file or a folder's entries to the disk."""
+    """Sync a file's contents, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -87,7 +87,7 @@ def _sync(path: Path) -> None:
 
 
 def _remove(retired: Path) -> None:
-    """Remove the replaced folder. The new one is safe already: a failure is worth a warning, not an error."""
+    """Remove the replaced folder. The new one is already in place, so a failure is a warning, not an error."""
     try:
         if retired.exists():
             shutil.rmtree(retired)

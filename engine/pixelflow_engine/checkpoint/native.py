@@ -1,4 +1,4 @@
-"""Our own form: ``config.json`` and ``model.safetensors``, with a digest of everything that is read back."""
+"""Our own checkpoint form: ``config.json`` and ``model.safetensors``, with digests of everything that is read back."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ LENGTH_BYTES = 8
 
 
 def read_native(folder: Path) -> tuple[PixelFlowConfig, dict[str, Tensor]]:
-    """Read a folder of our own form and check every digest.
+    """Read a folder of our own form and verify every digest.
 
     Args:
-        folder: holds ``config.json`` and ``model.safetensors``.
+        folder: contains ``config.json`` and ``model.safetensors``.
 
     Returns:
-        The configuration, and the weights in the published order; they own their memory.
+        The configuration, and the weights in the published order, as tensors that own their memory.
 
     Raises:
-        CheckpointError: a file is missing, malformed or differs from what was written.
+        CheckpointError: a file is missing, malformed, or not what was written.
     """
     path = folder / WEIGHTS_FILE
     config_bytes = read_config_bytes(folder / CONFIG_FILE)
@@ -50,7 +50,7 @@ def read_native(folder: Path) -> tuple[PixelFlowConfig, dict[str, Tensor]]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             layout = {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()}
             check_layout(layout, config.model, path)
-            # A copy is checked and kept: the file could still change under a mapping of it.
+            # A copy is checked and returned: the file could still change under a memory mapping.
             state_dict = {name: file.get_tensor(name).clone() for name in parameter_shapes(config.model)}
     for name, tensor in state_dict.items():
         _check_digest(name, tensor_digest(tensor), metadata, path)
@@ -62,8 +62,8 @@ def write_native(folder: Path, config: PixelFlowConfig, state_dict: Mapping[str,
     """Write the two files of our form into a folder. The same model always gives the same bytes.
 
     Args:
-        folder: exists; files of these names are replaced.
-        config, state_dict: checked; the tensors are contiguous.
+        folder: an existing folder; files of these names are replaced.
+        config, state_dict: already validated; the tensors are contiguous.
     """
     config_bytes = (json.dumps(config.to_dict(), indent=2, allow_nan=False) + "\n").encode()
     (folder / CONFIG_FILE).write_bytes(config_bytes)
@@ -74,10 +74,11 @@ def write_native(folder: Path, config: PixelFlowConfig, state_dict: Mapping[str,
 
 
 def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write the format ourselves: the package's own writer orders the metadata by chance.
+    """Write a safetensors file; the safetensors package's own writer does not order the metadata deterministically.
 
-    A file is the header's length (8 bytes, little-endian), the header (JSON, padded with spaces), the values. All are
-    aligned, as every parameter but the last has a multiple of four elements: the width is one.
+    A file consists of the header's length (8 bytes, little-endian), the header (JSON, padded with spaces) and the
+    values. All tensors are aligned, because every parameter but the last has a multiple of four elements, as the width
+    is one.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0

@@ -1,4 +1,4 @@
-"""One error type for everything that can be wrong with a file."""
+"""Conversion of everything that can be wrong with a file to one exception type."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ LISTED_NAMES = 5
 
 @contextmanager
 def about(path: Path, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn failures of these kinds into a CheckpointError that names ``path``; a CheckpointError passes through.
+    """Convert exceptions of these kinds to a CheckpointError that names ``path``; a CheckpointError passes through.
 
     Args:
-        path: the file or folder that is being read or written.
-        kinds: what to turn. MemoryError and RecursionError are always turned: a file can provoke both.
+        path: the file or folder that is read or written.
+        kinds: exception types to convert. MemoryError and RecursionError are always converted, because a file can
+            provoke both.
     """
     try:
         yield
@@ -31,14 +32,14 @@ def about(path: Path, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first few names of many, for a message."""
+    """The first few of many names, shortened for a message."""
     ordered = [name if len(name) <= 100 else name[:100] + "..." for name in names]
     rest = len(ordered) - LISTED_NAMES
     return ", ".join(ordered[:LISTED_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _reason(error: Exception) -> str:
-    """An error's message on one line of bounded length: it may quote the file."""
+    """An exception's message on one line of bounded length, because it may quote the file."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split()) or type(error).__name__

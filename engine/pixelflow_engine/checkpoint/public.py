@@ -1,4 +1,4 @@
-"""The public forms: ``config.yaml`` beside a ``.pt`` file, which is a state dict or a training checkpoint."""
+"""The public checkpoint forms: ``config.yaml`` beside a ``.pt`` file, a plain state dict or a training checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .text import parse_yaml, read_config_bytes
 
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "model.pt"
-TARGET = "pixelflow.model.PixelFlowModel"  # what public code expects to read; never imported here
+TARGET = "pixelflow.model.PixelFlowModel"  # the class that the public code expects; never imported here
 
 Weights = Literal["auto", "ema", "model"]
 
@@ -42,7 +42,7 @@ class _Model:
 
 @dataclass(frozen=True, kw_only=True)
 class _Scheduler:
-    # Without defaults, unlike ours: no tensor's shape would contradict a wrong one.
+    # No defaults, unlike in SchedulerConfig: a wrong value would not contradict any tensor's shape.
     num_train_timesteps: int
     num_stages: int
     pyramid_shift: bool = False
@@ -73,14 +73,14 @@ def read_public(weights_path: Path, weights: Weights) -> tuple[PixelFlowConfig, 
 
     Args:
         weights_path: a state dict, or a training checkpoint with the keys model, ema, opt and args.
-        weights: which weights of a training checkpoint: "ema", "model", or "auto", the moving average if there
-            is one.
+        weights: which weights of a training checkpoint: "ema", "model", or "auto", which takes the moving average if
+            there is one.
 
     Returns:
-        The configuration, and the weights in the published order; they own their memory.
+        The configuration, and the weights in the published order, as tensors that own their memory.
 
     Raises:
-        CheckpointError: a file is missing or malformed, or the two do not fit.
+        CheckpointError: a file is missing or malformed, or the two do not match.
     """
     config = _read_config(weights_path.with_name(CONFIG_FILE))
     check_archive(weights_path)
@@ -94,15 +94,15 @@ def write_public(folder: Path, config: PixelFlowConfig, state_dict: Mapping[str,
     """Write ``config.yaml`` and ``model.pt``, a plain state dict, into a folder.
 
     Args:
-        folder: exists; files of these names are replaced.
-        config, state_dict: checked.
+        folder: an existing folder; files of these names are replaced.
+        config, state_dict: already validated.
     """
     _write_config(folder / CONFIG_FILE, config)
     torch.save(_with_own_storage(state_dict), folder / WEIGHTS_FILE)
 
 
 def training_file(step: int) -> str:
-    """The name of a training checkpoint of some step."""
+    """File name of a training checkpoint at a given step."""
     return f"model_{step}.pt"
 
 
@@ -112,9 +112,9 @@ def write_public_training(
     """Write ``config.yaml`` and a training checkpoint with the keys ``model`` and ``ema`` into a folder.
 
     Args:
-        folder: exists; files of these names are replaced.
-        config, sets: checked.
-        step: for the file's name.
+        folder: an existing folder; files of these names are replaced.
+        config, sets: already validated.
+        step: training step, for the file name.
     """
     _write_config(folder / CONFIG_FILE, config)
     torch.save({key: _with_own_storage(weights) for key, weights in sets.items()}, folder / training_file(step))
@@ -141,22 +141,22 @@ def _read_config(path: Path) -> PixelFlowConfig:
         return PixelFlowConfig(model=file.model.params, scheduler=scheduler, resolution=file.data["resolution"])
 
 
-# torch's list of allowed classes is one per process, and leaving its context removes what another thread entered.
+# torch's list of safe classes is process-wide, and leaving its context removes what another thread has added.
 _ALLOWED_CLASSES_LOCK = threading.Lock()
 
 
 def _unpickled(path: Path) -> object:
-    """The content of a checked file. Its tensors are a mapping of the file: only those that are used are read."""
-    # Exception: torch's reader answers malformed input with nearly every built-in error.
+    """Content of a validated file. Its tensors map the file, so only those that are used are read."""
+    # Exception: torch's reader raises nearly any built-in error on malformed input.
     with about(path, Exception), _ALLOWED_CLASSES_LOCK:
-        # Not a second time where the caller's program allows it already: leaving would take that back.
+        # Not added if the calling program allows it already: leaving the context would revoke that.
         allowed = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _choose(content: Any, weights: Weights, path: Path) -> Any:
-    """The state dict in a file's content: no parameter is called "model" or "ema", so these keys tell the form."""
+    """The state dict in a file's content. No parameter is called "model" or "ema", so these keys identify the form."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dict")
     if "model" not in content and "ema" not in content:
@@ -169,7 +169,7 @@ def _choose(content: Any, weights: Weights, path: Path) -> Any:
 
 
 def refuse_choice(weights: Weights, path: Path) -> None:
-    """Refuse a choice between weights where there is one set of them, and nothing says which it is."""
+    """Refuse a choice of weights for a checkpoint that has only one, unnamed set of them."""
     if weights != "auto":
         raise CheckpointError(f"{path}: asked for {weights!r} weights, but this is no training checkpoint: use 'auto'")
 
@@ -177,7 +177,7 @@ def refuse_choice(weights: Weights, path: Path) -> None:
 def _copied(state_dict: Mapping[str, Tensor], model: ModelConfig, path: Path) -> dict[str, Tensor]:
     """Copies in the published order, out of the mapped file, which could still change."""
     total, size = sum(tensor.nbytes for tensor in state_dict.values()), path.stat().st_size
-    if total > size:  # a few bytes can pose as a tensor of any size, if its strides are zero
+    if total > size:  # with zero strides, a few bytes can pose as a tensor of any size
         raise CheckpointError(
             f"{path}: tensors of {total} bytes in a file of {size}: they share or repeat their memory"
         )
@@ -189,7 +189,7 @@ def _copied(state_dict: Mapping[str, Tensor], model: ModelConfig, path: Path) ->
 
 
 def _with_own_storage(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Plain tensors, each alone in its storage: ``torch.save`` writes whole storages, shared ones once."""
+    """Plain tensors with a storage each: ``torch.save`` writes whole storages, and shared ones only once."""
     seen: set[int] = set()
     alone: dict[str, Tensor] = {}
     for name, value in state_dict.items():

@@ -1,4 +1,4 @@
-"""What a state dict must be, and the digest of a tensor."""
+"""Validation of a state dict, and digests of tensors."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from pixelflow_engine.errors import CheckpointError
 
 from .problems import listed
 
-# Under the names of the safetensors format.
+# By their names in the safetensors format.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def check_layout(layout: Mapping[str, tuple[str, tuple[int, ...]]], model: ModelConfig, path: Path) -> None:
-    """Hold names, shapes and types against what the model needs. No tensor is read for it.
+    """Check names, shapes and dtypes against the model's, without reading any tensor.
 
     Args:
-        layout: the type's name and the shape of every tensor, by tensor name.
-        model: what the configuration asks for.
+        layout: dtype name and shape of every tensor, by tensor name.
+        model: the model's configuration.
         path: the file, for messages.
 
     Raises:
-        CheckpointError: names, shapes or types are not the model's.
+        CheckpointError: names, shapes or dtypes do not match.
     """
     expected = parameter_shapes(model)
     missing = [name for name in expected if name not in layout]
@@ -46,14 +46,14 @@ def check_layout(layout: Mapping[str, tuple[str, tuple[int, ...]]], model: Model
 
 
 def plain_layout(state_dict: object, path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The layout of a state dict of which nothing is known yet.
+    """The layout of an untrusted state dict.
 
     Args:
-        state_dict: should map names to dense CPU tensors.
+        state_dict: expected to map names to dense CPU tensors.
         path: the file, for messages.
 
     Returns:
-        What :func:`check_layout` takes; a type that no checkpoint has goes under torch's name for it.
+        What :func:`check_layout` accepts; a dtype that no checkpoint has is given by its torch name.
 
     Raises:
         CheckpointError: it does not map names to dense CPU tensors.
@@ -75,15 +75,15 @@ def plain_layout(state_dict: object, path: Path) -> dict[str, tuple[str, tuple[i
 
 
 def check_finite(name: str, tensor: Tensor, path: Path) -> None:
-    """Refuse NaN and infinite weights: a model that has one answers NaN everywhere."""
-    smallest, largest = torch.aminmax(tensor.detach())  # NaN if any value is; far faster than a test of each
+    """Refuse NaN and infinite weights, which would make every output NaN."""
+    smallest, largest = torch.aminmax(tensor.detach())  # NaN if any value is; far faster than testing each
     if not (smallest.isfinite() and largest.isfinite()):
         bad = tensor.numel() - int(tensor.isfinite().sum())
         raise CheckpointError(f"{path}: {name}: {bad} of {tensor.numel()} values are not finite")
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The values of a contiguous CPU tensor as bytes, in the machine's order, without a copy."""
+    """The values of a contiguous CPU tensor as bytes, in the machine's byte order, without a copy."""
     values: np.ndarray = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return values.data
 

@@ -1,4 +1,4 @@
-"""Reading small text files that somebody else wrote: JSON and YAML without their surprises."""
+"""Strict reading of small JSON and YAML files from untrusted sources."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from .problems import about
 
 LARGEST_CONFIG = 64 * 1024
 DEEPEST_CONFIG = 32
-"""Levels of nesting. Python's own limit is no rule: libraries raise it."""
+"""Maximum nesting depth. Python's own recursion limit cannot be relied on, because libraries raise it."""
 
 
 def read_config_bytes(path: Path) -> bytes:
-    """The bytes of a configuration file.
+    """Read the bytes of a configuration file.
 
     Args:
-        path: a regular file of at most 64 KiB; a link to one will do.
+        path: a regular file of at most 64 KiB, or a link to one.
 
     Raises:
-        CheckpointError: it is missing, not a file, empty or too large.
+        CheckpointError: it is missing, not a regular file, empty or too large.
     """
     with about(path, OSError):
         check_is_file(path)
         with path.open("rb") as file:
-            data = file.read(LARGEST_CONFIG + 1)  # the size that stat gives may change before the read
+            data = file.read(LARGEST_CONFIG + 1)  # the size from stat could change before the read
     if len(data) > LARGEST_CONFIG:
         raise CheckpointError(f"{path}: larger than {LARGEST_CONFIG} bytes, which no configuration is")
     if not data:
@@ -40,7 +40,7 @@ def read_config_bytes(path: Path) -> bytes:
 
 
 def check_is_file(path: Path) -> None:
-    """Refuse what is not a regular file: opening a pipe would wait for ever."""
+    """Refuse anything but a regular file: opening a pipe could block forever."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such file")
     if not path.is_file():
@@ -48,14 +48,14 @@ def check_is_file(path: Path) -> None:
 
 
 def parse_json(data: bytes, path: Path) -> object:
-    """The value of a JSON text; a key that occurs twice and a number that is not finite are errors.
+    """Parse JSON; duplicate keys and numbers that are not finite are errors.
 
     Args:
         data: the file's bytes, UTF-8.
         path: the file, for messages.
 
     Raises:
-        CheckpointError: it is not such a text.
+        CheckpointError: the text is invalid.
     """
     with about(path, ValueError):
         _check_depth(data)
@@ -63,18 +63,18 @@ def parse_json(data: bytes, path: Path) -> object:
 
 
 def parse_yaml(data: bytes, path: Path) -> object:
-    """The value of a YAML text of plain data; aliases, merges and keys that occur twice are errors.
+    """Parse YAML of plain data; aliases, merge keys and duplicate keys are errors.
 
     Args:
         data: the file's bytes, UTF-8.
         path: the file, for messages.
 
     Raises:
-        CheckpointError: it is not such a text.
+        CheckpointError: the text is invalid.
     """
-    # Beside YAMLError, errors of the scalars come through: a date of month 13, a number of 5000 digits.
+    # Besides YAMLError, parsing of scalars raises its own errors: a date with month 13, a number of 5000 digits.
     with about(path, yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
-        # The strict loader derives from the safe one: it builds no object but plain data.
+        # The strict loader derives from the safe one, so it constructs only plain data.
         return yaml.load(data.decode("utf-8"), Loader=_StrictLoader)
 
 
@@ -100,7 +100,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """The safe loader without aliases, which unfold exponentially, and without the last of equal keys winning."""
+    """The safe loader without aliases, which can expand exponentially; duplicate keys are errors."""
 
     depth = 0
 

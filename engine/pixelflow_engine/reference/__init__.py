@@ -1,6 +1,7 @@
-"""PixelFlow in plain PyTorch: the model, schedule, solvers, sampler and training pair that the engine is held against.
+"""PixelFlow in plain PyTorch: the reference implementation that the engine is tested against.
 
-Nothing here imports anything but torch, and nothing of the engine imports it: it is the independent truth of the tests.
+It consists of the model, schedule, solvers, sampler and training pair. It imports only torch and the standard library,
+and nothing in the engine imports it, so that it stays independent of what it tests.
 """
 
 from .model import PixelFlowTransformer

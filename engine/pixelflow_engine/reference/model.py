@@ -1,8 +1,8 @@
-"""The PixelFlow transformer in plain PyTorch: one batch of images of one size, no packing, no tricks.
+"""The PixelFlow transformer in plain PyTorch, for one batch of images of one size, without packing or optimizations.
 
-Written to be read beside the paper (arXiv 2504.07963, section 3.3 and figure 3) and used as the truth that
-every faster path is held against. In float64 (``model.double()``) nothing here is computed in less than float64:
-what the method keeps in float32 is computed in at least float32.
+It is written to be read beside the paper (arXiv 2504.07963, section 3.3 and figure 3), and every faster path is tested
+against it. What the method computes in float32 is computed in at least float32; in a float64 model (``model.double()``)
+nothing is computed in less than float64.
 
 Shapes: ``B`` images, ``N`` tokens of one image, ``H`` heads, ``D`` head dim, ``C = H * D`` width, ``p`` patch size.
 """
@@ -20,14 +20,14 @@ CLASS_DROP_PROBABILITY = 0.1
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """The type of what the method computes in float32: that, or float64 in a float64 model."""
+    """Dtype of what the method computes in float32: float32, or float64 in a float64 model."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def sinusoid(value: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Sinusoidal features of a scalar per image, cosines first: ``[B] -> [B, 256]``.
+    """Sinusoidal features of one scalar per image, cosines first: ``[B] -> [B, 256]``.
 
-    Frequencies are ``exp(-ln(10000) i / 127)`` for i = 0..127: the last one is exactly 1/10000.
+    Frequencies are ``exp(-ln(10000) i / 127)`` for i = 0..127; the last one is exactly 1/10000.
     """
     half = SINUSOID_CHANNELS // 2
     exponent = -math.log(10000.0) * torch.arange(half, dtype=dtype, device=value.device) / (half - 1)
@@ -38,9 +38,9 @@ def sinusoid(value: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def rotary_angles(
     rows: int, columns: int, head_dim: int, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Angles of 2-D RoPE for row-major tokens: ``[rows * columns, D / 2]``.
+    """Angles of 2-D RoPE for tokens in row-major order: ``[rows * columns, D / 2]``.
 
-    The first D/4 angles come from the column, the last D/4 from the row, each times
+    The first D/4 angles are from the column, the last D/4 from the row, each multiplied by
     ``theta_j = 10000^(-2j / (D/2))``.
     """
     quarter = head_dim // 4
@@ -52,9 +52,9 @@ def rotary_angles(
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate neighbouring pairs ``(a, b) -> (a cos - b sin, b cos + a sin)`` of ``x [B, N, H, D]``.
+    """Rotate neighboring pairs ``(a, b) -> (a cos - b sin, b cos + a sin)`` of ``x [B, N, H, D]``.
 
-    The rotation is done in float32 and cast back.
+    The rotation is computed in the dtype of the angles, at least float32, and cast back.
     """
     cos, sin = torch.cos(angles)[:, None, :], torch.sin(angles)[:, None, :]
     a, b = x.to(angles.dtype).unflatten(-1, (-1, 2)).unbind(-1)
@@ -67,7 +67,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     p = patch_size
     grid = images.reshape(batch, channels, height // p, p, width // p, p)
     patches = grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // p) * (width // p), channels * p * p)
-    return patches.contiguous()  # where p = 1 it would be a view, and a product of a view rounds differently
+    return patches.contiguous()  # for p = 1 this would be a view, whose products round differently
 
 
 def unpatchify(patches: Tensor, rows: int, columns: int, patch_size: int) -> Tensor:
@@ -78,14 +78,14 @@ def unpatchify(patches: Tensor, rows: int, columns: int, patch_size: int) -> Ten
 
 
 class RMSNorm(nn.Module):
-    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, in float32."""
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, in at least float32."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., dim] -> [..., dim]``, in the type of ``x``."""
+        """``[..., dim] -> [..., dim]``, in the dtype of ``x``."""
         high = x.to(at_least_fp32(x.dtype))
         normed = high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + NORM_EPS)
         return (self.weight * normed).to(x.dtype)
@@ -97,17 +97,21 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``x * (1 + scale) + shift`` per image, in float32, cast back: ``x [B, N, C]``, ``shift``/``scale [B, C]``."""
+    """``x * (1 + scale) + shift`` per image.
+
+    Computed in the dtype of ``scale``, at least float32, and cast back: ``x [B, N, C]``, ``shift`` and
+    ``scale [B, C]``.
+    """
     return (x.to(scale.dtype) * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
 
 
 def gated(y: Tensor, gate: Tensor) -> Tensor:
-    """``gate * y`` per image, in float32, cast to the type of ``y``."""
+    """``gate * y`` per image, computed in the dtype of ``gate``, at least float32, and cast to that of ``y``."""
     return (gate[:, None] * y.to(gate.dtype)).to(y.dtype)
 
 
 class ConditioningMLP(nn.Module):
-    """Linear 256 -> C, SiLU, linear C -> C, of a scalar's sinusoid."""
+    """Embedding of a scalar: sinusoid, linear 256 -> C, SiLU, linear C -> C."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -122,7 +126,7 @@ class ConditioningMLP(nn.Module):
 
 
 class ClassEmbedder(nn.Module):
-    """A table with one row per class and the null class last."""
+    """Embedding table with one row per class; the null class is the last row."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
@@ -134,7 +138,7 @@ class ClassEmbedder(nn.Module):
 
 
 class PatchEmbedder(nn.Module):
-    """The p x p, stride p convolution with bias, computed as the linear map of flattened patches that it is."""
+    """The p x p convolution with stride p and bias, computed as the equivalent linear map of flattened patches."""
 
     def __init__(self, in_channels: int, width: int, patch_size: int) -> None:
         super().__init__()
@@ -147,7 +151,7 @@ class PatchEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with full-width RMSNorm of q and k, then heads, then 2-D RoPE (of q alone when crossing)."""
+    """Attention: RMSNorm of q and k over the full width, then heads, then 2-D RoPE (of q only in cross-attention)."""
 
     def __init__(self, width: int, context_width: int, heads: int, bias: bool) -> None:
         super().__init__()
@@ -160,7 +164,17 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width)
 
     def forward(self, x: Tensor, context: Tensor | None, angles: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x [B, N, C]``, ``context [B, L, E]`` (None: self-attention), ``bias [B, 1, 1, L]`` added to the logits."""
+        """Attention from ``x`` to itself or to a context.
+
+        Args:
+            x: ``[B, N, C]``.
+            context: ``[B, L, E]``; None for self-attention.
+            angles: ``[N, D / 2]``.
+            bias: ``[B, 1, 1, L]``, added to the logits.
+
+        Returns:
+            ``[B, N, C]``.
+        """
         source = x if context is None else context
         q = self.q_norm(self.q_proj(x)).unflatten(-1, (self.heads, -1))
         k = self.k_norm(self.k_proj(source)).unflatten(-1, (self.heads, -1))
@@ -173,14 +187,14 @@ class Attention(nn.Module):
 
 
 class AdaLayerNorm(nn.Module):
-    """The linear map from the conditioning to the six modulation vectors of a block."""
+    """Linear map from the conditioning to a block's six modulation vectors."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, 6 * width)
 
     def forward(self, conditioning: Tensor) -> tuple[Tensor, ...]:
-        """``[B, C] ->`` shift1, scale1, gate1, shift2, scale2, gate2, each ``[B, C]`` in float32."""
+        """``[B, C] ->`` shift1, scale1, gate1, shift2, scale2, gate2, each ``[B, C]`` in at least float32."""
         modulation = self.linear(F.silu(conditioning))
         return modulation.to(at_least_fp32(modulation.dtype)).chunk(6, dim=-1)
 
@@ -199,7 +213,7 @@ class MLP(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention after a LayerNorm, cross-attention (where there is text) and MLP after RMSNorms."""
+    """Self-attention after a LayerNorm, cross-attention (in text models) and MLP after RMSNorms."""
 
     def __init__(self, width: int, heads: int, bias: bool, cross_attention_dim: int | None) -> None:
         super().__init__()
@@ -232,7 +246,7 @@ class PixelFlowTransformer(nn.Module):
         attention_head_dim: D, a multiple of 4; the width is ``C = H * D``.
         in_channels, out_channels: image channels.
         patch_size: p.
-        num_classes: classes without the null class; 0 for a model without class table.
+        num_classes: number of classes without the null class; 0 for a model without a class table.
         attention_bias: whether the attention projections have a bias.
         cross_attention_dim: width of the text states; None for a model without cross-attention.
     """
@@ -269,7 +283,11 @@ class PixelFlowTransformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Xavier-uniform linears with zero bias; N(0, 0.02) conditioning; zero modulations and output."""
+        """Initialize the weights from torch's global generator.
+
+        Linear layers and the patch embedding (as a matrix) are Xavier-uniform with zero bias, the conditioning
+        embeddings N(0, 0.02), the modulations and the output layer zero.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -304,18 +322,18 @@ class PixelFlowTransformer(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """The velocity at ``x``.
+        """Compute the velocity at ``x``.
 
         Args:
             x: images ``[B, c, h, w]`` in [-1, 1]; h and w are multiples of the patch size.
             t_model: ``[B]``, time on the 0..999 axis.
-            class_labels: ``[B]`` integers, ``num_classes`` being the null class.
-            latent_size: ``w // p``, one value or one per image; taken from ``x`` when None.
+            class_labels: ``[B]`` integers; ``num_classes`` is the null class.
+            latent_size: ``w // p``, one value or one per image; by default that of ``x``.
             encoder_hidden_states: text states ``[B, L, E]``.
-            encoder_attention_mask: ``[B, L]``, 1 for a token and 0 for padding.
+            encoder_attention_mask: ``[B, L]``, 1 for tokens and 0 for padding.
 
         Returns:
-            velocity ``[B, c, h, w]`` in the model's type.
+            velocity ``[B, c, h, w]`` in the model's dtype.
 
         Source: arXiv 2504.07963, section 3.3.
         """

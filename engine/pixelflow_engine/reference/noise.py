@@ -1,6 +1,6 @@
-"""The block-correlated noise that joins two stages, as a law, and the published code's way of drawing it.
+"""The block-correlated noise added between two stages: its distribution, and the published code's way of drawing it.
 
-Inside each 2x2 block of pixels the covariance is ``(1 - g) I + g 1 1^T + 1e-6 I`` with ``g = -1/3``; blocks and
+Within each 2x2 block of pixels the covariance is ``(1 - g) I + g 1 1^T + 1e-6 I`` with ``g = -1/3``; blocks and
 channels are independent. Source: arXiv 2504.07963, equation 6.
 """
 
@@ -15,7 +15,10 @@ BLOCK_JITTER = 1e-6
 
 
 class NoiseSource(Protocol):
-    """Where a sampler's noise comes from. Both methods are called once per stage, in order."""
+    """A sampler's source of noise.
+
+    ``initial`` is called for the first stage and ``block`` for each later one, in order.
+    """
 
     def initial(self, shape: tuple[int, int, int, int]) -> Tensor:
         """Independent standard normals ``[B, c, h, w]`` float32 for the first stage."""
@@ -25,7 +28,7 @@ class NoiseSource(Protocol):
 
 
 def block_covariance() -> Tensor:
-    """The 4x4 covariance of a block, pixels in row-major order."""
+    """Covariance ``[4, 4]`` of a block, pixels in row-major order."""
     return torch.eye(4) * (1 - GAMMA) + torch.ones(4, 4) * GAMMA + BLOCK_JITTER * torch.eye(4)
 
 
@@ -44,11 +47,11 @@ def from_blocks(blocks: Tensor) -> Tensor:
 
 
 def correlate(z: Tensor) -> Tensor:
-    """Give independent normals ``[B, c, h, w]`` the block covariance.
+    """Transform independent normals ``[B, c, h, w]`` to the block covariance.
 
-    The mean of a block and the deviations from it are the covariance's eigenspaces, so
-    ``sqrt(1 - g + 1e-6) (z - mean z) + sqrt(1 + 3g + 1e-6) mean z`` has the right law. The four are summed left to
-    right.
+    The mean of a block and the deviations from it are the eigenspaces of the covariance, so
+    ``sqrt(1 - g + 1e-6) (z - mean z) + sqrt(1 + 3g + 1e-6) mean z`` has the right distribution. The four values are
+    summed left to right.
     """
     deviation_scale = (1 - GAMMA + BLOCK_JITTER) ** 0.5
     mean_scale = (1 + 3 * GAMMA + BLOCK_JITTER) ** 0.5
@@ -59,10 +62,10 @@ def correlate(z: Tensor) -> Tensor:
 
 
 class PublicNoise:
-    """The published code's draws, one block at a time, from torch's global CPU generator. Slow, and the truth."""
+    """The published code's draws, one block at a time, from torch's global CPU generator; slow ground truth."""
 
     def initial(self, shape: tuple[int, int, int, int]) -> Tensor:
-        """One draw of everything."""
+        """All values in one draw."""
         return torch.randn(shape)
 
     def block(self, stage: int, shape: tuple[int, int, int, int]) -> Tensor:

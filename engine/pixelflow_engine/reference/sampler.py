@@ -1,4 +1,4 @@
-"""The cascade sampler: noise, and for each stage upsample, renoise, integrate.
+"""The cascade sampler: start from noise; at each later stage upsample and renoise; integrate every stage.
 
 Source: arXiv 2504.07963, section 3.4.
 """
@@ -25,19 +25,20 @@ def guided_velocity(
     null_text: tuple[Tensor, Tensor | None] | None,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """``v_null + w (v_cond - v_null)`` from one batch with the null half first; the conditional half alone where w = 1.
+    """``v_null + w (v_cond - v_null)`` from one batch, the null half first; for w = 1 the conditional half alone.
 
     Args:
         model: the transformer.
-        x: ``[B, c, h, w]`` float32.
-        t_model: ``[B]`` float32.
+        x: ``[B, c, h, w]``.
+        t_model: ``[B]``.
         weight: the guidance weight w.
         class_labels: ``[B]``, or None for a text model.
         text, null_text: states ``[B, L, E]`` and mask ``[B, L]`` of the prompt and of the empty prompt, or None.
-        dtype: in which the halves are combined; None for the type that the model gives.
+        dtype: dtype in which the halves are combined; None for the model's output dtype.
 
     Raises:
-        ValueError: a text model's weight is not 1 and there is no empty prompt, or only one of two prompts has a mask.
+        ValueError: for a text model with w other than 1, there is no empty prompt, or only one of the two prompts has a
+            mask.
     """
     if weight == 1:
         states, mask = text if text is not None else (None, None)
@@ -65,7 +66,7 @@ def guided_velocity(
 
 
 def enter_stage(x: Tensor, stage: Stage, noise: NoiseSource) -> Tensor:
-    """Nearest-neighbour upsampling by 2, then ``alpha x + beta n`` with block-correlated n."""
+    """Nearest-neighbor upsampling by 2, then ``alpha x + beta n`` with block-correlated n."""
     x = F.interpolate(x, scale_factor=2, mode="nearest")
     n = noise.block(stage.index, tuple(x.shape)).to(x)  # type: ignore[arg-type]
     return stage.alpha * x + stage.beta * n
@@ -101,10 +102,10 @@ def sample(
         noise: the source of all randomness.
         class_labels, text, null_text: as in :func:`guided_velocity`.
         solver: ``euler`` or ``dopri5``.
-        shift: the time shift of Euler's steps.
-        state: ``fp32``: guidance, update and state are in at least float32. ``public``: they have the velocity's type
-            from the first Euler step on, and the model time that of the state, as in the published code.
-        error_norm, rtol, atol: of dopri5.
+        shift: time shift of Euler steps.
+        state: ``fp32``: guidance, update and state are in at least float32. ``public``: they have the velocity's dtype
+            from the first Euler step on, and the model time has the state's dtype, as in the published code.
+        error_norm, rtol, atol: error control of dopri5, see :func:`dopri5`.
     """
     batch, channels, height, width = shape
     shrink = 2 ** (num_stages - 1)

@@ -1,7 +1,7 @@
 """The cascade's schedule: where each stage starts and ends on the noise axis and on the model's time axis.
 
-Source: arXiv 2504.07963, section 3.2 (equations 1 to 6); the rounding is that of the published implementation,
-whose boundaries ``k / K`` (K = 1000 training times) are float32 and whose windows start and end on whole model times.
+Source: arXiv 2504.07963, section 3.2 (equations 1 to 6). Rounding follows the published implementation, whose
+boundaries ``k / K`` (K = 1000 training times) are float32 and whose windows start and end at integer model times.
 """
 
 import math
@@ -19,10 +19,11 @@ class Stage:
 
     Attributes:
         index: 0 is the smallest and noisiest.
-        start, end: times ``start_s``, ``end_s`` between noise (0) and image (1) that the stage covers.
+        start, end: times ``start_s``, ``end_s`` that the stage covers, between noise (0) and image (1).
         local_times: the training grid ``tau_k = k / K``, ``[K]`` float64.
-        model_times: the model time (0..999) of each ``tau_k``, ``[K]`` float64; first and last are the stage's window.
-        alpha, beta: on entering from below, ``x = alpha * upsample(x) + beta * n``.
+        model_times: model time (0..999) of each ``tau_k``, ``[K]`` float64; the first and the last are the stage's
+            window.
+        alpha, beta: coefficients on entering the stage from the one below, ``x = alpha * upsample(x) + beta * n``.
     """
 
     index: int
@@ -40,15 +41,15 @@ class Stage:
 
 
 def rectify(boundary: float) -> float:
-    """``r(b) = 1 / (sqrt(1 - 1/gamma) (1 - b) + b)``, which restores the noise level that upsampling upsets."""
+    """``r(b) = 1 / (sqrt(1 - 1/gamma) (1 - b) + b)``, which restores the noise level that upsampling changes."""
     return 1 / (math.sqrt(1 - 1 / GAMMA) * (1 - boundary) + boundary)
 
 
 def make_stages(num_stages: int, num_train_timesteps: int = 1000) -> list[Stage]:
     """The stages of a cascade, smallest first.
 
-    A stage's model times divide the span between two whole times evenly; the right edge belongs to the last stage
-    alone.
+    The model times of a stage divide the interval between two integer times evenly; only the last stage includes the
+    right edge.
     """
     K = num_train_timesteps
     boundaries = [(torch.tensor(float(int(K * (s / num_stages)))) / K).item() for s in range(num_stages)] + [1.0]
@@ -67,10 +68,10 @@ def make_stages(num_stages: int, num_train_timesteps: int = 1000) -> list[Stage]
 
 
 def euler_times(stage: Stage, num_steps: int, shift: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Local times ``[n + 1]``, the last of them 1, and model times ``[n]`` of an Euler pass, float64.
+    """Local times ``[n + 1]``, the last of them 1, and model times ``[n]`` of ``n`` Euler steps, float64.
 
-    ``tau`` is evenly spaced from 0 to 0.999, then shifted by ``tau / (shift + (1 - shift) tau)``; model time is the
-    linear map that sends 0 to the window's start and 0.999 to its end.
+    ``tau`` is evenly spaced from 0 to 1 - 1/K, then shifted by ``tau / (shift + (1 - shift) tau)``; model time is the
+    linear map that sends 0 to the start of the window and 1 - 1/K to its end.
     """
     final = stage.local_times[-1].item()
     tau = torch.arange(num_steps, dtype=torch.float64) * (final / max(num_steps - 1, 1))
@@ -85,9 +86,9 @@ def euler_times(stage: Stage, num_steps: int, shift: float = 1.0) -> tuple[Tenso
 def guidance_weights(scale: float, num_stages: int, schedule: str = "stagewise") -> list[float]:
     """Guidance weight of each stage.
 
-    ``constant`` is ``scale`` throughout. ``stagewise`` is ``1 + (scale - 1) * (0, 1/6, 2/3, 1)`` for the published four
-    stages, read off the piecewise-linear curve through those points for other numbers of stages; a single stage has
-    the full weight.
+    ``constant`` is ``scale`` at every stage. ``stagewise`` is ``1 + (scale - 1) * (0, 1/6, 2/3, 1)`` for the four
+    published stages; other numbers of stages interpolate these fractions piecewise linearly, and a single stage has the
+    full weight.
     """
     if schedule == "constant":
         return [scale] * num_stages

@@ -1,7 +1,7 @@
 """Euler and adaptive Dormand-Prince integration of ``dx/dtau = v(x, tau)`` over a stage.
 
-Every sum over Runge-Kutta stages is written out left to right, each product and each sum rounded on its own, so that a
-fused kernel can reproduce it bit for bit. Source: arXiv 2504.07963, section 3.4; Dormand and Prince (1980) with
+Sums over Runge-Kutta slopes are written out left to right, with each product and each sum rounded separately, so that a
+fused kernel can reproduce them bit for bit. Source: arXiv 2504.07963, section 3.4; Dormand and Prince (1980) with
 Shampine's error coefficients (1986), as in torchdiffeq; step control after Hairer, Norsett and Wanner, section II.4.
 """
 
@@ -40,19 +40,19 @@ VelocityField = Callable[[Tensor, Tensor], Tensor]
 
 
 def euler_step(x: Tensor, velocity: Tensor, tau: Tensor, tau_next: Tensor) -> Tensor:
-    """``x + (tau_next - tau) v`` in at least float32; the times are rounded to float32 before they are subtracted."""
+    """``x + (tau_next - tau) v`` in at least float32; both times are first rounded to float32."""
     step = tau_next.float() - tau.float()
     return x.to(at_least_fp32(x.dtype)) + step * velocity
 
 
 @dataclass(frozen=True)
 class Dopri5Result:
-    """What an adaptive integration did.
+    """Result of an adaptive integration.
 
     Attributes:
         x: the state at tau = 1, ``[B, c, h, w]``.
-        evaluations: calls of the velocity field (each for the whole batch).
-        accepted, rejected: steps of each image, ``[B]``.
+        evaluations: calls of the velocity field, each for the whole batch.
+        accepted, rejected: number of steps of each image, ``[B]``.
     """
 
     x: Tensor
@@ -62,7 +62,7 @@ class Dopri5Result:
 
 
 def combine(slopes: list[Tensor], coefficients: tuple[float, ...], step: Tensor) -> Tensor:
-    """``sum_i (h c_i) k_i`` left to right, zeros skipped; ``h c_i`` in float64, then rounded to the state's type."""
+    """``sum_i (h c_i) k_i`` left to right, skipping zeros; ``h c_i`` in float64, rounded to the slopes' dtype."""
     total = None
     for slope, coefficient in zip(slopes, coefficients, strict=True):
         if coefficient == 0.0:
@@ -74,18 +74,18 @@ def combine(slopes: list[Tensor], coefficients: tuple[float, ...], step: Tensor)
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
-    """``[B] -> [B, 1, 1, 1]`` in the type of ``like``."""
+    """``[B] -> [B, 1, 1, 1]`` in the dtype of ``like``."""
     return values.to(like.dtype)[:, None, None, None]
 
 
 def rms(x: Tensor, batch_wide: bool) -> Tensor:
-    """Root mean square of each image, ``[B]``, or that of the whole batch in every entry, float64."""
+    """Root mean square per image, ``[B]`` float64; batch-wide, every entry is that of the whole batch."""
     squares = (x * x).flatten(1).mean(-1).double()
     return (squares.mean().expand_as(squares) if batch_wide else squares).sqrt()
 
 
 def first_step(field: VelocityField, x: Tensor, v: Tensor, rtol: float, atol: float, batch_wide: bool) -> Tensor:
-    """Hairer's first step: small enough that an explicit Euler step changes the slope little. ``[B]`` float64."""
+    """Hairer's initial step, ``[B]`` float64: small enough that an explicit Euler step changes the slope little."""
     scale = atol + rtol * x.abs()
     d0, d1 = rms(x / scale, batch_wide), rms(v / scale, batch_wide)
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
@@ -97,7 +97,7 @@ def first_step(field: VelocityField, x: Tensor, v: Tensor, rtol: float, atol: fl
 
 
 def next_step(step: Tensor, ratio: Tensor) -> Tensor:
-    """``h * min(10, max(0.9 ratio^(-1/5), 0.2))``; never smaller than before after an accepted step."""
+    """``h * min(10, max(0.9 ratio^(-1/5), 0.2))``; not below ``h`` where ``ratio < 1``."""
     factor = SAFETY * ratio ** (-1 / ORDER)
     smallest = torch.full_like(ratio, SHRINK).masked_fill(ratio < 1, 1.0)
     return step * torch.where(ratio == 0, GROW, torch.maximum(factor, smallest).clamp(max=GROW))
@@ -118,12 +118,12 @@ def dopri5(
         x: the state at tau = 0, ``[B, c, h, w]``.
         rtol, atol: an image's step is accepted when the root mean square of ``error / (atol + rtol max(|x0|, |x1|))``
             is at most 1.
-        error_norm: ``image``: each image has its own step size and does not feel its batch mates. ``batch``: one
-            step size from the norm over the whole batch, as torchdiffeq does.
-        max_attempts: steps tried, accepted or not, before giving up.
+        error_norm: ``image``: each image has its own step sizes, independent of its batch mates. ``batch``: one step
+            size from the norm over the whole batch, as in torchdiffeq.
+        max_attempts: maximum number of steps tried, accepted or not.
 
     Raises:
-        RuntimeError: the error of an image is not finite, or ``max_attempts`` were not enough.
+        RuntimeError: an image's error estimate is not finite, or ``max_attempts`` were not enough.
     """
     batch_wide = error_norm == "batch"
     tau = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)

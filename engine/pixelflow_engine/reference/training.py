@@ -11,14 +11,14 @@ from .schedule import Stage
 
 
 def down(x: Tensor, halvings: int) -> Tensor:
-    """``halvings`` successive means over 2x2 blocks of ``[c, h, w]``: bilinear halving without antialiasing."""
+    """Halve ``[c, h, w]`` repeatedly by means over 2x2 blocks, i.e. bilinear halving without antialiasing."""
     for _ in range(halvings):
         x = F.interpolate(x[None], scale_factor=0.5, mode="bilinear", align_corners=False)[0]
     return x
 
 
 def up(x: Tensor) -> Tensor:
-    """Nearest-neighbour doubling of ``[c, h, w]``."""
+    """Nearest-neighbor doubling of ``[c, h, w]``."""
     return F.interpolate(x[None], scale_factor=2, mode="nearest")[0]
 
 
@@ -29,8 +29,8 @@ def training_pair(image: Tensor, stage: Stage, num_stages: int, step: int, eps: 
         image: ``[c, R, R]`` in [-1, 1].
         stage: the stage s; its resolution is ``R / 2^(S-1-s)``.
         num_stages: S.
-        step: the integer k in 0..999.
-        eps: standard normals of the stage's resolution, shared by both ends.
+        step: the integer k of ``tau_k``, 0 to K - 1.
+        eps: standard normals ``[c, h, w]`` at the stage's resolution, shared by both ends.
 
     Returns:
         ``x_tau [c, h, w]``, the velocity target ``end - start [c, h, w]``, and the model time.
@@ -43,5 +43,5 @@ def training_pair(image: Tensor, stage: Stage, num_stages: int, step: int, eps: 
 
 
 def loss(velocities: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """Mean over images of each image's mean squared error: a small image weighs as much as a large one."""
+    """Mean over images of each image's mean squared error, so that small and large images have equal weight."""
     return torch.stack([(v - u).pow(2).mean() for v, u in zip(velocities, targets, strict=True)]).mean()
