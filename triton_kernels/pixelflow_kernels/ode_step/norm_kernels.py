@@ -176,7 +176,7 @@ def launch_error(
         return
     grid, arguments = launch_arguments("error", x, images, config)
     partial = out.new_empty(1, images, arguments["blocks"])
-    padded = (*solution, *[0.0] * len(error))[: len(error)]  # the last slope is evaluated at the solution
+    padded = (*solution, *[0.0] * len(error))[: len(error)]  # the last slope, evaluated at it, is not part of it
     with torch.cuda.device_of(x):
         _error_kernel[grid](
             x_ptr=x,
