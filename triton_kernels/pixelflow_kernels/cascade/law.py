@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 GAMMA = -1.0 / 3.0
-"""Covariance of two pixels in a 2x2 block of noise, relative to their variance (arXiv 2504.07963, equation 6)."""
+"""Correlation of two pixels in a 2x2 block of noise, before ``BLOCK_JITTER`` (arXiv 2504.07963, equation 6)."""
 
 BLOCK_JITTER = 1e-6
 """Added to the variances within a block, because its covariance matrix would be singular otherwise."""

@@ -72,7 +72,7 @@ def backward(
     num_images: int,
     eps: float,
 ) -> list[Tensor]:
-    """Compute all gradients that need a sum or a pass over the tokens.
+    """Compute the tokens' gradients, and the per-image sums that give those of rows and weight.
 
     Returns:
         Per-image sums ``[K, n, C]`` (of g u; with a scale, of g; with a gate, of dr y), then dx, and with a gate dy.

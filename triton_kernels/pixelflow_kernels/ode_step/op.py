@@ -36,7 +36,7 @@ def euler_step(x: Tensor, velocity: Tensor, step: Tensor | float, guidance: Tens
     Args:
         x: ``B`` images in float32 or float64, contiguous, of any shape.
         velocity: as many values in bf16, fp16, fp32, or fp64 for a float64 state; with guidance twice as many, the null
-            half first. Contiguous, or rows ``[R, W]`` of dense channels with any row stride.
+            half first. Contiguous, or rows ``[R, W]`` of dense channels with a row stride of at least ``W``.
         step: ``[B]`` or ``[1]`` float32 or float64, or a number. A number, also for ``guidance``, takes an additional
             launch that writes it to the device, so loops should pass a tensor.
         guidance: ``w`` as ``[B]`` or ``[1]`` float32 or float64, or a number; None if the velocity has no null half.

@@ -20,7 +20,11 @@ SAFETY, SMALLEST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0
 
 
 def guided(velocity: Tensor, guidance: Tensor | None, images: int, dtype: torch.dtype) -> Tensor:
-    """Return ``v_null + w (v_cond - v_null)``, or the velocity without guidance, as ``[B, n]``; converted first."""
+    """Convert the velocity to ``dtype`` and, with guidance, combine its halves: ``v_null + w (v_cond - v_null)``.
+
+    Returns:
+        ``[B, n]``.
+    """
     high = velocity.to(dtype)
     if guidance is None:
         return high.reshape(images, -1)

@@ -42,8 +42,8 @@ def varlen_attention(
 
     A member is one sequence of the pack; attention never crosses members. For self-attention ``cu_seqlens_q`` and
     ``cu_seqlens_k`` are the same; for cross-attention the keys have their own lengths. Differentiable in q, k and v,
-    with the same bits in every run. A member without keys has output 0 and passes on no gradient. On CUDA nothing is
-    read back to the host, except by ``backend="torch"``.
+    with the same bits in every run (for ``backend="flash"``, if the library guarantees it). A member without keys has
+    output 0 and passes on no gradient. On CUDA nothing is read back to the host, except by ``backend="torch"``.
 
     Args:
         q: ``[T, H, D]`` bf16, fp16, fp32 or fp64. The heads of a token are dense (strides D and 1) and the token stride
