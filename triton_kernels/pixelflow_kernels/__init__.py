@@ -1,4 +1,4 @@
-"""Packed-sequence building blocks of PixelFlow: layouts, and one folder per fused operation."""
+"""Building blocks of PixelFlow on packed sequences: the packing layout, and one sub-package per fused operation."""
 
 from .packing import PackedLayout, Run
 

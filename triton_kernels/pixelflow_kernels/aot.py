@@ -1,9 +1,9 @@
-"""Compile every operation's specimens for GPUs that are not there, and hold them to their promises.
+"""Compile the specimens of every operation ahead of time, without a GPU, and check the promises they make.
 
     python -m pixelflow_kernels.aot --arch sm_80,sm_90,sm_100 [--op rope2d] [--json FILE] [--cubins FOLDER]
 
-Prints a table and leaves with 1 where a specimen breaks a promise or does not compile. An operation takes part by
-having a module ``specimens`` with a function ``specimens(arch)`` (see :mod:`pixelflow_kernels.machine_code`).
+Prints a table and exits with status 1 if a specimen breaks a promise or does not compile. An operation takes part by
+providing a module ``specimens`` with a function ``specimens(arch)`` (see :mod:`pixelflow_kernels.machine_code`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One specimen on one architecture; without a report where it did not compile."""
+    """The result for one specimen on one architecture; ``report`` is None if it did not compile."""
 
     specimen: Specimen
     arch: int
@@ -44,11 +44,11 @@ class Row:
 
     @property
     def op(self) -> str:
-        """The operation's name."""
+        """Name of the operation."""
         return self.specimen.name.partition(".")[0]
 
     def cells(self) -> tuple[str, ...]:
-        """What the table shows, in the order of ``COLUMNS``."""
+        """Return the row's table cells in the order of ``COLUMNS``."""
         name, r = (self.specimen.name, f"sm_{self.arch}"), self.report
         if r is None:
             return *name, *["-"] * (len(COLUMNS) - 2)
@@ -59,7 +59,7 @@ class Row:
         return *name, *map(str, numbers), matrix or "-", loop, score
 
     def record(self) -> dict[str, Any]:
-        """What the JSON file holds of it."""
+        """Return the row's entry in the JSON file."""
         found: dict[str, Any] = {"specimen": self.specimen.name, "op": self.op, "arch": f"sm_{self.arch}"}
         if (r := self.report) is not None:
             found |= {
@@ -80,14 +80,14 @@ class Row:
 
 
 def operations() -> list[str]:
-    """Names of the sub-packages that have specimens."""
+    """List the names of the sub-packages that have specimens."""
     package = pixelflow_kernels.__name__
     found = [m.name for m in pkgutil.iter_modules(pixelflow_kernels.__path__) if m.ispkg]
     return sorted(name for name in found if importlib.util.find_spec(f"{package}.{name}.specimens"))
 
 
 def specimens_of(op: str, arch: int) -> Iterator[Specimen]:
-    """The specimens of one operation for one architecture.
+    """Yield the specimens of one operation for one architecture.
 
     Raises:
         ValueError: there is no such operation.
@@ -99,7 +99,7 @@ def specimens_of(op: str, arch: int) -> Iterator[Specimen]:
 
 
 def examine(specimen: Specimen, arch: int) -> Row:
-    """Compile one specimen and compare with its promises; what the compiler raises is a broken promise too."""
+    """Compile one specimen and check its promises; a compiler error counts as a broken promise."""
     try:
         report = compile_specimen(specimen, arch)
     except Exception as error:
@@ -109,7 +109,7 @@ def examine(specimen: Specimen, arch: int) -> Row:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides the machine code."""
+    """Return the versions of everything that determines the machine code."""
     import torch
     import triton
 
@@ -123,7 +123,7 @@ def versions() -> dict[str, str]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Plain columns: names to the left, numbers to the right."""
+    """Format rows as a plain-text table: names left-aligned, numbers right-aligned."""
     cells = [COLUMNS, *(row.cells() for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
     return "\n".join(
@@ -133,7 +133,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def write_cubins(rows: Iterable[Row], folder: Path) -> None:
-    """``FOLDER/sm_90/rope2d.forward-bf16-c1152-d72.cubin`` and the like, and ``FOLDER/SHA256SUMS`` over all of them."""
+    """Write binaries such as ``FOLDER/sm_90/rope2d.forward-bf16-c1152-d72.cubin``, and their ``FOLDER/SHA256SUMS``."""
     sums = []
     for row in rows:
         if row.report is None:
@@ -147,7 +147,11 @@ def write_cubins(rows: Iterable[Row], folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None, find: Callable[[str, int], Iterable[Specimen]] = specimens_of) -> int:
-    """The command; ``find`` is there for tests. Returns 0, or 1 where a promise is broken."""
+    """Run the command; ``find`` exists for tests.
+
+    Returns:
+        The exit status: 0, 1 if a promise is broken, or 2 under Triton's interpreter.
+    """
     options = _parser().parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("TRITON_INTERPRET=1 is set: interpreted kernels have no machine code", file=sys.stderr)

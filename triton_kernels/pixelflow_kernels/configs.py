@@ -1,11 +1,11 @@
-"""Launch configurations: tile sizes, warps and stages per kernel, shape class and GPU architecture, frozen in files.
+"""Launch configurations: tile sizes, warps and stages per kernel, shape class and GPU architecture, fixed in files.
 
-``configs/sm_90.json`` and its like hold what was found best on one architecture, ``configs/default.json`` what runs on
-all of them::
+Files such as ``configs/sm_90.json`` hold the best known configurations for one architecture; ``configs/default.json``
+holds configurations that run on every architecture::
 
-    {"modulate.forward": {"c1152": {"BLOCK_M": 4, "num_warps": 4, "num_stages": 2}}}
+    {"modulate.backward": {"half-c1280": {"TOKENS": 32, "num_warps": 4}}}
 
-Nothing is tuned at run time: a configuration decides bits (the order of sums) as well as speed.
+Nothing is tuned at run time, because a configuration determines bits (the order of sums) as well as speed.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ FOLDER = Path(__file__).with_name("configs")
 ARCHITECTURES = (80, 90, 100)
 
 Table = dict[str, dict[str, dict[str, int]]]
-"""Kernel -> shape class -> configuration."""
+"""Maps kernel -> shape class -> configuration."""
 
 _CONSTANT = re.compile(r"[A-Z][A-Z0-9_]*")
 _LIMITS = {"num_warps": 32, "num_stages": 16, "num_ctas": 16, "maxnreg": 255}
 
 
 def launch_config(op: str, shape_class: str, arch: int | None) -> dict[str, int]:
-    """The frozen configuration of one kernel.
+    """Look up the configuration of one kernel.
 
     Args:
-        op: operation and kernel, ``"modulate.forward"``.
-        shape_class: a name from the kernel's table, ``"c1152"``.
-        arch: compute capability as in sm_90, from :func:`arch_of`; None for no GPU. The file of exactly this
-            architecture is asked first, then ``default.json``.
+        op: operation and kernel, e.g. ``"modulate.forward"``.
+        shape_class: a name from the kernel's table, e.g. ``"half-c1280"``.
+        arch: compute capability as one number (90 for sm_90), from :func:`arch_of`; None without a GPU. The file of
+            exactly this architecture takes precedence over ``default.json``.
 
     Returns:
-        A new dictionary of constexpr arguments (``BLOCK_M``) and options (``num_warps``, ``num_stages``).
+        A new dictionary of constexpr arguments (e.g. ``BLOCK_M``) and compiler options (``num_warps``, ``num_stages``).
 
     Raises:
-        ValueError: no table has the kernel or its shape class, or a file is not as it must be.
+        ValueError: no table has the kernel or its shape class, or a file is malformed.
     """
     tables = [_shipped(name) for name in (*([f"sm_{arch}"] if arch is not None else []), "default")]
     for table in tables:
@@ -56,7 +56,7 @@ def launch_config(op: str, shape_class: str, arch: int | None) -> dict[str, int]
 
 
 def arch_of(device: torch.device | str | None) -> int | None:
-    """Compute capability of a CUDA device as one number, 90 for sm_90; None for any other device, and for None."""
+    """Return a CUDA device's compute capability as one number (90 for sm_90); None for other devices and for None."""
     if device is None:
         return None
     device = torch.device(device)
@@ -66,7 +66,7 @@ def arch_of(device: torch.device | str | None) -> int | None:
 
 
 def read_table(path: str | Path) -> Table:
-    """Read and check one file of configurations.
+    """Read and validate one configuration file.
 
     Raises:
         ValueError: the file is not JSON of the form above; the message names file, kernel, shape class and key.
@@ -81,10 +81,10 @@ def read_table(path: str | Path) -> Table:
 
 
 def check_table(table: Any, name: str = "table") -> None:
-    """Refuse what is no table of configurations.
+    """Validate a table of configurations.
 
     Raises:
-        ValueError: names the place, what was found and what was expected there.
+        ValueError: an entry is invalid; the message names its location, what was found and what was expected.
     """
     for op, classes in _object(table, name).items():
         for shape_class, config in _object(classes, f"{name}: {op}").items():
@@ -96,10 +96,10 @@ def check_table(table: Any, name: str = "table") -> None:
 
 
 def write_table(table: Mapping[str, Mapping[str, Mapping[str, int]]], path: str | Path) -> None:
-    """Write a file that :func:`read_table` reads: sorted, one configuration a line, so that changes are easy to see.
+    """Write a file for :func:`read_table`: sorted, with one configuration per line, so that diffs are easy to read.
 
     Raises:
-        ValueError: ``table`` is not as it must be; nothing is written then.
+        ValueError: ``table`` is invalid; nothing is written.
     """
     check_table(table, Path(path).name)
     ops = []

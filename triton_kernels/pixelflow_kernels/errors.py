@@ -1,5 +1,5 @@
-"""Errors that callers of the operations and of the engine share."""
+"""Exceptions shared by the operations and the engine."""
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot run here; the message says why."""
+    """A backend was requested by name and cannot run here; the message says why."""

@@ -1,7 +1,7 @@
-"""Read a listing of machine code (SASS): instructions, how control flows between them, and the loops.
+"""Parser for machine-code listings (SASS): instructions, control flow between them, and loops.
 
-Loops are found from the control flow, not from backward branches alone: the compiler moves waiting paths out of line,
-and their branch back into the middle of a loop is no loop.
+Loops are derived from the control-flow graph, not from backward branches alone: the compiler moves waiting paths out of
+line, and their branch back into the middle of a loop is not a loop itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One line: its address, its name with modifiers, its operands, and whether a predicate guards it."""
+    """One instruction: its address, name with modifiers, operands, and whether it is predicated (``guarded``)."""
 
     address: int
     name: str
@@ -25,13 +25,13 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """The address that a branch names last."""
+        """The branch target: the address at the end of the operands, or None."""
         found = _TARGET.search(self.operands.strip())
         return int(found[1], 16) if found else None
 
 
 def parse(text: str) -> list[Instruction]:
-    """The instructions of a listing by ``cuobjdump -sass`` with one function."""
+    """Parse the output of ``cuobjdump -sass`` for a single function into instructions."""
     return [
         Instruction(int(address, 16), name, operands.strip(), bool(guard))
         for address, guard, name, operands in _LINE.findall(text)
@@ -39,7 +39,7 @@ def parse(text: str) -> list[Instruction]:
 
 
 def loops(instructions: list[Instruction]) -> list[frozenset[int]]:
-    """Every natural loop as the indices of its instructions; loops with one head are one loop."""
+    """Find all natural loops, each as the set of its instructions' indices; loops that share a head are merged."""
     follows = _successors(instructions)
     dominators = _dominators(follows)
     precedes: list[list[int]] = [[] for _ in follows]
@@ -49,7 +49,7 @@ def loops(instructions: list[Instruction]) -> list[frozenset[int]]:
     bodies: dict[int, set[int]] = {}
     for tail, known in dominators.items():
         for head in follows[tail]:
-            # The padding after a program is a branch to itself, which nothing reaches.
+            # The padding after a program is a branch to itself, but it is unreachable and so has no dominators.
             if known >> head & 1:
                 bodies.setdefault(head, {head}).update(_reaching(tail, head, precedes))
     return [frozenset(body) for _, body in sorted(bodies.items())]
@@ -57,7 +57,7 @@ def loops(instructions: list[Instruction]) -> list[frozenset[int]]:
 
 def _successors(instructions: list[Instruction]) -> list[list[int]]:
     index = {instruction.address: i for i, instruction in enumerate(instructions)}
-    # BSYNC joins the threads that a BSSY on the same barrier parted, and goes on where that one said.
+    # BSYNC reconverges the threads of the preceding BSSY on the same barrier and continues at that BSSY's target.
     joins: dict[str, list[int]] = {}
     for instruction in instructions:
         if instruction.name.startswith("BSSY") and instruction.target in index:
@@ -70,7 +70,7 @@ def _successors(instructions: list[Instruction]) -> list[list[int]]:
         if family in ("BRA", "JMP"):
             if instruction.target in index:
                 after.append(index[instruction.target])
-            # A second operand (BRA P0, ...; BRA.U UP0, ...) is a condition too, and so is divergence (BRA.DIV).
+            # A second operand (BRA P0, ...; BRA.U UP0, ...) or divergence (BRA.DIV, BRA.CONV) makes it conditional too.
             falls = instruction.guarded or "," in instruction.operands or "DIV" in modifiers or "CONV" in modifiers
         elif family == "BSYNC":
             after += joins.get(instruction.operands.split(",")[0], [])
@@ -83,7 +83,7 @@ def _successors(instructions: list[Instruction]) -> list[list[int]]:
 
 
 def _dominators(follows: list[list[int]]) -> dict[int, int]:
-    """For each instruction that is reached, those that every way to it passes, as bits of an integer."""
+    """Map each reachable instruction to its dominators, the instructions on every path to it, as bits of an integer."""
     if not follows:
         return {}
     order, seen, stack = [], {0}, [(0, iter(follows[0]))]
@@ -119,7 +119,7 @@ def _dominators(follows: list[list[int]]) -> dict[int, int]:
 
 
 def _reaching(tail: int, head: int, precedes: list[list[int]]) -> Iterable[int]:
-    """Everything from which ``tail`` is reached without passing ``head``, and both of these."""
+    """Return all instructions from which ``tail`` is reachable without passing ``head``, including both of them."""
     found, todo = {head, tail}, [tail] if tail != head else []
     while todo:
         for before in precedes[todo.pop()]:

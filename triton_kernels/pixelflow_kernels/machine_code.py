@@ -1,8 +1,8 @@
-"""Compile a Triton kernel for a GPU that is not there, and read its machine code.
+"""Ahead-of-time compilation of Triton kernels without a GPU, and analysis of their machine code.
 
-An operation lists what is worth compiling in its ``specimens.py``; ``python -m pixelflow_kernels.aot`` tabulates all of
-them, and the tests hold each to its promises. Instructions are counted per thread, as the listing of one warp shows
-them. Nothing here runs a kernel.
+An operation lists the kernels worth compiling in its ``specimens.py``. ``python -m pixelflow_kernels.aot`` tabulates
+all of them, and the tests check each one's promises. Instructions are counted as they occur in the listing, that is,
+per thread. Nothing here runs a kernel.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from typing import Any
 from .listing import Instruction, loops, parse
 
 MATRIX = ("HMMA", "HGMMA", "IMMA", "DMMA", "QMMA", "QGMMA", "UTCHMMA", "UTCQMMA")
-FUSED = ("FFMA", "UFFMA", "DFMA")  # HFMA2 is left out: ptxas also moves constants with it
+FUSED = ("FFMA", "UFFMA", "DFMA")  # HFMA2 is excluded, because ptxas also uses it to move constants
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Promises:
-    """What a specimen's machine code must show; None promises nothing.
+    """Requirements on a specimen's machine code; None means no requirement.
 
     Attributes:
-        spills: at most this many loads and stores of local memory.
-        wide_loads: at least this many 16-byte loads from global memory (a 32-byte one counts twice).
-        narrow: at most this many loads and stores of global memory of 2 bytes or fewer: a lost alignment shows here.
-        matrix: there are matrix instructions.
-        ffma: at most this many fused multiply-adds; 0 for level A.
-        per_score: at most this many instructions of the main loop per attention score.
-        registers: at most this many per thread.
-        shared: at most this many bytes of shared memory.
+        spills: maximum number of loads and stores of local memory.
+        wide_loads: minimum number of 16-byte loads from global memory (a 32-byte load counts twice).
+        narrow: maximum number of loads and stores of global memory of 2 bytes or fewer, a sign of lost alignment.
+        matrix: whether there must be matrix instructions.
+        ffma: maximum number of fused multiply-adds; 0 for level A.
+        per_score: maximum number of main-loop instructions per attention score.
+        registers: maximum number of registers per thread.
+        shared: maximum number of bytes of shared memory.
     """
 
     spills: int | None = 0
@@ -51,18 +51,18 @@ class Promises:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Specimen:
-    """One kernel with one choice of types, constants and options.
+    """One kernel with one choice of argument types, constants and compiler options.
 
     Attributes:
         name: ``"op.kernel/type/shape"``, e.g. ``"rope2d.forward/bf16/c1152-d72"``; unique.
-        kernel: the function under ``@triton.jit``.
-        types: of its run-time arguments, e.g. ``"*bf16"``, ``"i32"``, ``"fp32"``.
-        constants: its constexpr arguments.
+        kernel: the function decorated with ``@triton.jit``.
+        types: types of the run-time arguments, e.g. ``"*bf16"``, ``"i32"``, ``"fp32"``.
+        constants: values of the constexpr arguments.
         options: ``num_warps``, ``num_stages``, ``enable_fp_fusion``.
-        unaligned: pointers and strides that are not known to be multiples of 16; all others are. (An argument is
-            taken for one by its name, ``*_ptr`` or ``stride*``.)
-        promises: what the machine code must show.
-        scores_per_thread: attention scores that a thread handles in one turn of the main loop:
+        unaligned: pointers and strides that are not assumed to be multiples of 16; all others are. (Pointers and
+            strides are recognised by name: ``*_ptr``, or containing ``stride``.)
+        promises: requirements on the machine code.
+        scores_per_thread: attention scores that a thread computes in one iteration of the main loop:
             ``BLOCK_M * BLOCK_N / (32 * num_warps)``.
     """
 
@@ -78,16 +78,16 @@ class Specimen:
 
 @dataclass(frozen=True)
 class Report:
-    """What a kernel takes on one architecture.
+    """Resources and instructions of a kernel on one architecture.
 
     Attributes:
-        registers: per thread.
+        registers: registers per thread.
         stack: bytes of local memory per thread.
         shared: bytes of shared memory per program.
-        opcodes: how often each instruction occurs, by its full name.
-        main_loop: the same for the innermost loop with matrix instructions. Of several such loops it is the one with
-            the most of them, and of equals the one with the fewest instructions: masked and unmasked variants of a
-            loop do the same products, and the unmasked one runs most.
+        opcodes: number of occurrences of each instruction, by full name.
+        main_loop: the same for the innermost loop with matrix instructions, or None. Among several such loops, it is
+            the one with the most matrix instructions, and among equals the one with the fewest instructions: masked
+            and unmasked variants of a loop compute the same products, and most iterations are unmasked.
         cubin: the binary.
         scores_per_thread: as in the specimen.
     """
@@ -101,43 +101,43 @@ class Report:
     scores_per_thread: float | None = None
 
     def count(self, *prefixes: str) -> int:
-        """Instructions whose name is one of ``prefixes`` or one of them and a modifier: FFMA counts FFMA.FTZ."""
+        """Count the instructions named by ``prefixes``, with or without modifiers: FFMA includes FFMA.FTZ."""
         return count(self.opcodes, *prefixes)
 
     @property
     def instructions(self) -> int:
-        """All but the padding."""
+        """Number of instructions, without padding."""
         return self.opcodes.total() - self.opcodes["NOP"]
 
     @property
     def spills(self) -> int:
-        """Loads and stores of local memory."""
+        """Number of loads and stores of local memory."""
         return self.count("LDL", "STL")
 
     @property
     def ffma(self) -> int:
-        """Fused multiply-adds in fp32 and fp64."""
+        """Number of fused multiply-adds in fp32 (packed ones included) and fp64."""
         return self.count("FFMA", "FFMA2", *FUSED)
 
     @property
     def matrix(self) -> dict[str, int]:
-        """Matrix instructions by family, e.g. ``{"HGMMA": 24}``."""
+        """Number of matrix instructions by family, e.g. ``{"HGMMA": 24}``."""
         return {family: n for family in MATRIX if (n := self.count(family))}
 
     @property
     def wide_loads(self) -> int:
-        """16-byte loads from global memory, asynchronous copies included; 32-byte loads count twice."""
+        """Number of 16-byte loads from global memory, including asynchronous copies; 32-byte loads count twice."""
         return sum(_sixteens(name) * n for name, n in self.opcodes.items())
 
     @property
     def narrow(self) -> int:
-        """Loads and stores of global memory of 2 bytes or fewer."""
+        """Number of loads and stores of global memory of 2 bytes or fewer."""
         small = {"U8", "S8", "U16", "S16"}
         return sum(n for name, n in self.opcodes.items() if name[:4] in ("LDG.", "STG.") and small & {*name.split(".")})
 
     @property
     def per_score(self) -> float | None:
-        """Instructions of the main loop per attention score."""
+        """Main-loop instructions per attention score; None without a main loop or ``scores_per_thread``."""
         if self.main_loop is None or self.scores_per_thread is None:
             return None
         return self.main_loop.total() / self.scores_per_thread
@@ -148,7 +148,7 @@ class Report:
         return hashlib.sha256(self.cubin).hexdigest()
 
     def broken(self, promises: Promises) -> list[str]:
-        """Each promise that is not kept, with what came and what was promised."""
+        """Describe each broken promise: what was found and what was promised."""
         at_most = {
             "spills": self.spills,
             "narrow": self.narrow,
@@ -170,7 +170,7 @@ class Report:
 
 
 def count(opcodes: Mapping[str, int], *prefixes: str) -> int:
-    """Instructions whose name is one of ``prefixes``, or begins with one of them and a dot."""
+    """Count the instructions whose name is one of ``prefixes``, or starts with one of them followed by a dot."""
     wanted = {*prefixes}
     dotted = tuple(f"{prefix}." for prefix in prefixes)
     return sum(n for name, n in opcodes.items() if name in wanted or name.startswith(dotted))
@@ -184,11 +184,11 @@ def _sixteens(name: str) -> int:
 
 
 def compile_specimen(specimen: Specimen, arch: int) -> Report:
-    """Compile for an architecture (80, 90, 100) with the installed Triton and its own ptxas; no GPU is needed.
+    """Compile for an architecture (80, 90, 100) with the installed Triton and its bundled ptxas; no GPU is needed.
 
     Raises:
-        ValueError: the specimen names an argument that the kernel does not have, or leaves one out.
-        RuntimeError: the process interprets kernels (``TRITON_INTERPRET=1``).
+        ValueError: the specimen names an argument that the kernel does not have, or omits one.
+        RuntimeError: kernels are interpreted in this process (``TRITON_INTERPRET=1``).
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -230,7 +230,7 @@ def compile_specimen(specimen: Specimen, arch: int) -> Report:
 
 
 def main_loop(instructions: list[Instruction]) -> Counter[str] | None:
-    """Opcodes of the innermost loop with matrix instructions (see :class:`Report`), or None."""
+    """Count the opcodes of the innermost loop with matrix instructions (see :class:`Report`); None without one."""
     bodies = [body for body in loops(instructions) if count(Counter(instructions[i].name for i in body), *MATRIX)]
     innermost = [body for body in bodies if not any(other < body for other in bodies)]
     found = [Counter(instructions[i].name for i in body) for body in innermost]
@@ -246,7 +246,7 @@ def _check_arguments(specimen: Specimen, names: list[str]) -> None:
 
 
 def run_tool(name: str, *arguments: str | Path) -> str:
-    """What one of the binary utilities in the Triton wheel (``ptxas``, ``cuobjdump``, ``nvdisasm``) prints."""
+    """Run a binary utility from the Triton wheel (``ptxas``, ``cuobjdump``, ``nvdisasm``) and return its output."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

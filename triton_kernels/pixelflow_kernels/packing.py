@@ -1,7 +1,7 @@
-"""How images of any sizes lie along one token axis.
+"""Layout of images of any sizes along one token axis.
 
 A pack is a tensor ``[T, ...]`` that holds the tokens of ``n`` images one after the other, each image's tokens in
-row-major order. Everything that an operation must know about who a token belongs to is in its :class:`PackedLayout`.
+row-major order. Its :class:`PackedLayout` tells operations which image each token belongs to and where it lies in it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Neighbouring images with one and the same token grid, which can be viewed as a batch.
+    """Consecutive images with the same token grid, which can be viewed as a batch.
 
     Attributes:
         images: the images, as a slice of the pack's images.
         tokens: their tokens, as a slice of the token axis.
-        count: how many images.
-        grid: rows and columns of tokens of each.
+        count: number of images.
+        grid: rows and columns of tokens of each image.
     """
 
     images: slice
@@ -34,21 +34,22 @@ class Run:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PackedLayout:
-    """Which image and which place each of ``T`` packed tokens belongs to.
+    """The image, and the position in that image, of each of ``T`` packed tokens.
 
     Attributes:
         grids: rows and columns of tokens of each of the ``n`` images.
-        cu_seqlens: ``[n + 1]`` int32, where each image starts; the last entry is ``T``.
-        cu_seqlens_and_none: ``[n + 2]`` int32, the same with an image of no tokens after the last: what attends to keys
-            that belong to nobody.
+        cu_seqlens: ``[n + 1]`` int32, the index of each image's first token; the last entry is ``T``.
+        cu_seqlens_and_none: ``[n + 2]`` int32, the same with an additional image of zero tokens at the end. It pairs
+            with keys that belong to no image, such as padding.
         image_index: ``[T]`` int32, the image of each token.
-        row, column: ``[T]`` int32, its place in the image.
-        runs: neighbouring images of one grid, in order.
-        max_seqlen: tokens of the largest image; 0 in an empty pack.
-        multiple_of: the largest number that divides every image's number of tokens; 1 in an empty pack.
-        max_position: rows or columns of the largest grid; 0 in an empty pack.
+        row, column: ``[T]`` int32, the position of each token in its image.
+        runs: maximal runs of consecutive images with the same grid, in order.
+        max_seqlen: number of tokens of the largest image; 0 in an empty pack.
+        multiple_of: greatest common divisor of the images' token counts; 1 in an empty pack.
+        max_position: largest number of rows or columns of any grid; 0 in an empty pack.
 
-    Tensors and the three numbers are all that the fused operations read, so a compiled graph serves any layout.
+    Of these, the fused operations of the model read only the tensors and the last three numbers, so a compiled graph
+    serves any layout. (``cascade.training_pairs`` also validates ``grids``.)
     """
 
     grids: tuple[tuple[int, int], ...]
@@ -68,10 +69,10 @@ class PackedLayout:
 
         Args:
             grids: ``(rows, columns)`` of tokens of each image, both positive; an empty pack is allowed.
-            device: where the index tensors live.
+            device: device of the index tensors.
 
         Raises:
-            ValueError: a grid is not two positive integers.
+            ValueError: a grid is not a pair of positive integers.
         """
         sizes: list[tuple[int, int]] = []
         for i, grid in enumerate(grids):
@@ -108,10 +109,10 @@ class PackedLayout:
 
     @property
     def num_images(self) -> int:
-        """``n``."""
+        """Number of images ``n``."""
         return self.cu_seqlens.shape[0] - 1
 
     @property
     def num_tokens(self) -> int:
-        """``T``."""
+        """Number of tokens ``T``."""
         return self.image_index.shape[0]

@@ -1,10 +1,10 @@
-"""Counter-based normals: the meaning, in plain PyTorch.
+"""Counter-based standard normals: reference implementation in plain PyTorch.
 
-Philox4x32-10 (Salmon et al., SC 2011) turns (key, counter) into four 32-bit words: the key is a 64-bit seed, the
-counter is (position, stage, purpose, 0). Box and Muller's transform turns the words into four normals. One number
-therefore depends on seed, stage, purpose and position alone, never on the batch. The logarithm, sine and cosine are
-polynomials of float32 products and sums, each rounded on its own, division and square root are IEEE's: any device that
-rounds as IEEE 754 says, with multiply-add fusion off, draws the same bits. ``cascade/normals.py`` does so in a kernel.
+Philox4x32-10 (Salmon et al., SC 2011) maps (key, counter) to four 32-bit words. The key is a 64-bit seed, the counter
+is (position, stage, purpose, 0). The Box-Muller transform maps the words to four normals. A number therefore depends
+only on seed, stage, purpose and position, never on the batch. Logarithm, sine and cosine are polynomials of separately
+rounded float32 products and sums; division and square root are correctly rounded. Any device with IEEE 754 rounding
+and without fused multiply-adds therefore draws the same bits. ``cascade/normals.py`` is the kernel implementation.
 """
 
 from __future__ import annotations
@@ -17,43 +17,46 @@ from torch import Tensor
 
 SAMPLING = 0
 TRAINING = 1
-"""The counter's purpose word; other numbers are free for other uses of the same seeds."""
+"""Values of the counter's purpose word; other values are free for other uses of the same seeds."""
 
 _MASK32 = 0xFFFFFFFF
 
 
 def seed_tensor(seeds: Sequence[int], device: torch.device | str | None = None) -> Tensor:
-    """Seeds from 0 to 2^64 - 1 as ``[n]`` int64 with the same 64 bits."""
+    """Return seeds from 0 to 2^64 - 1 as ``[n]`` int64 with the same 64 bits."""
     return torch.tensor([seed - (seed >> 63 << 64) for seed in seeds], dtype=torch.int64, device=device)
 
 
 def counter_normals(seeds: Tensor, stage: int, count: int, purpose: int = SAMPLING) -> Tensor:
-    """Four standard normals per counter, the same bits everywhere.
+    """Draw four standard normals per counter, with the same bits on every device.
 
     Args:
-        seeds: ``[n]`` int64, 64 bits each.
-        stage: the stage they are for.
-        count: counters 0 to count - 1 of each seed.
-        purpose: what they are for, 0 to 2^32 - 1.
+        seeds: ``[n]`` int64; all 64 bits are used.
+        stage: index of the stage that the normals are for.
+        count: number of counters per seed; they run from 0 to ``count - 1``.
+        purpose: purpose word, 0 to 2^32 - 1.
 
     Returns:
-        ``[n, count, 4]`` float32. No value exceeds 5.77 in magnitude: the uniforms have 24 bits.
+        ``[n, count, 4]`` float32. No value exceeds 5.77 in magnitude, because the uniforms have 24 bits.
     """
     position = torch.arange(count, dtype=torch.int64, device=seeds.device)[None]
     return normals_at(seeds[:, None], position, torch.full_like(position, stage), purpose)
 
 
 def normals_at(seeds: Tensor, positions: Tensor, stages: Tensor, purpose: int) -> Tensor:
-    """Four standard normals for each of any counters: int64 tensors that broadcast to ``[...]``, to ``[..., 4]``."""
+    """Draw four standard normals for each of arbitrary counters.
+
+    The int64 tensors ``seeds``, ``positions`` and ``stages`` broadcast to ``[...]``; the result is ``[..., 4]``.
+    """
     zero = torch.zeros_like(positions)
     key = (seeds & _MASK32, seeds >> 32 & _MASK32)
     words = torch.stack(philox4x32((positions, stages, zero + purpose, zero), key))
-    pairs = torch.stack(box_muller(words[0::2], words[1::2]), dim=-1)  # [2, ..., 2], both at once: few are soon drawn
+    pairs = torch.stack(box_muller(words[0::2], words[1::2]), dim=-1)  # [2, ..., 2]; one call, faster for few counters
     return pairs.movedim(0, -2).flatten(-2)
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 10) -> tuple[Tensor, ...]:
-    """Philox4x32: four counter words and two key words to four random words, all 0..2^32 - 1 in int64."""
+    """Philox4x32: map four counter words and two key words to four random words, all 0..2^32 - 1 in int64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -65,20 +68,21 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: 
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low words of a 32x32-bit product; the int64 product wraps, which keeps its bit pattern."""
+    """Return the high and low words of a 32x32-bit product; the int64 product wraps, which preserves its bits."""
     product = a * b
     return (product >> 32) & _MASK32, product & _MASK32
 
 
 def box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent normals from two random words (int64, 0..2^32 - 1), float32.
+    """Transform two random words (int64, 0..2^32 - 1) into two independent float32 normals (Box-Muller).
 
-    ``u = (2k + 1) / 2^24`` with 23 random bits is exact and never 0 or 1. The angle is a quarter turn from the word's
-    top two bits plus an angle within +-pi/4 from the next 23; where the circle starts does not matter.
+    ``u = (2k + 1) / 2^24`` with 23 random bits is exact and never 0 or 1. The angle is a multiple of pi/2 from the top
+    two bits of the word, plus an angle within +-pi/4 from the next 23 bits; the origin of the angle does not matter.
     """
     u = (2 * (radius_word >> 9) + 1).to(torch.float32) * 2.0**-24
-    # Through float64: on a CPU torch's float32 root is MKL's, which is one unit off for every fifth number. The root of
-    # a float32 is never so near the middle of two others that a root in float64, even one unit off, would miss.
+    # Through float64: on a CPU, torch's float32 square root is MKL's, which is off by one unit in the last place for a
+    # fifth of all numbers. The root of a float32 is never so close to the midpoint between two float32 numbers that a
+    # float64 root, even one that is off by one unit, would round to the wrong one.
     radius = torch.sqrt((-2.0 * _log(u)).double()).float()
     offset = (2 * ((angle_word >> 7) & 0x7FFFFF) + 1).to(torch.float32) * 2.0**-24 - 0.5
     sin, cos = _sin_cos(offset * (math.pi / 2))
@@ -115,7 +119,7 @@ def _sin_cos(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _horner(z: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """A polynomial by Horner's rule, highest power first, product and sum rounded apart."""
+    """Evaluate a polynomial by Horner's rule, highest power first; each product and sum is rounded separately."""
     total = torch.full_like(z, coefficients[0])
     for coefficient in coefficients[1:]:
         total = total * z + coefficient

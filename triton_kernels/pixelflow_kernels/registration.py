@@ -1,4 +1,4 @@
-"""On which devices an operation's kernels run."""
+"""Registration of an operation's kernel launches: for CUDA, and for CPU under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ Launch = TypeVar("Launch", bound=Callable[..., Any])
 
 
 def interpreting() -> bool:
-    """Whether Triton interprets kernels on the CPU (``TRITON_INTERPRET=1``), which it decides when it is imported."""
+    """Return whether Triton interprets kernels on the CPU (``TRITON_INTERPRET=1``); Triton reads this on import."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def launched_by(operation: CustomOpDef) -> Callable[[Launch], Launch]:
-    """Decorator: the function launches this operation's kernels, on CUDA and, where Triton interprets, on a CPU.
+    """Decorator that registers a function as the operation's CUDA implementation, which launches its kernels.
 
-    Without the interpreter a CPU runs the operation's plain implementation.
+    Under Triton's interpreter the function is registered for the CPU as well; otherwise the CPU runs the operation's
+    plain PyTorch implementation.
     """
 
     def register(launch: Launch) -> Launch:

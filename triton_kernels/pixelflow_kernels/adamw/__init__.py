@@ -1,4 +1,4 @@
-"""Gradient norm, clipping, AdamW, moving average and rounded copies of a whole model in four launches."""
+"""Gradient norm, clipping, AdamW, moving average and rounded copies for a whole model in four launches."""
 
 from .op import adamw_ema_, gradient_norm
 from .optimizer import FusedAdamW

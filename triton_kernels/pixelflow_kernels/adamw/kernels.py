@@ -1,17 +1,18 @@
-"""Gradient norm, AdamW and moving average of all tensors of a model, in four launches.
+"""Kernels for gradient norm, AdamW and moving average of all tensors of a model, in four launches.
 
     m += (1 - b1) (g - m)      v += (1 - b2) (g^2 - v)
     p -= lr wd p + lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)      average += w (p - average)
 
 Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
 
-The norm: every program leaves the sum of squares of its chunk, a second kernel adds them in order; all in float64, in
-which a float32 value's square is exact and none overflows. Then one program computes the step's numbers, and the update
-reads them where it works: so the host learns nothing, and whether a step counts is decided on the device. The update
-is level A: every float32 operation rounds by itself, roots and quotients to the nearest.
+For the norm, every program writes the sum of squares of its chunk, and a second kernel adds these in order; all in
+float64, in which the square of a float32 value is exact and never overflows. Then one program computes the scalars of
+the step, which the update reads on the device. Nothing is read on the host: whether a step is applied is decided on the
+device. The update is level A: every float32 operation rounds separately; square roots and quotients are correctly
+rounded.
 
-A program finds its tensors by their addresses in a table (``table``). It reads 16 bytes at a time where a block is
-whole and the tensors are all aligned to 16 bytes; the rest it reads value by value, masked.
+A program finds its tensors by their addresses in a table (``table``). Complete blocks are read 16 bytes at a time if
+all tensors are aligned to 16 bytes; everything else is read value by value, with masks.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -29,10 +30,10 @@ from pixelflow_kernels.rounding import apart
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 COUNT_OF_NUMBERS = 9
-LARGEST_NORM = tl.constexpr(2.0**63)  # of a clipped gradient: its squares are finite in float32
-EXPONENT_BITS = tl.constexpr(40)  # of the number of steps
+LARGEST_NORM = tl.constexpr(2.0**63)  # limit of the clipped norm, so that squares are finite in float32
+EXPONENT_BITS = tl.constexpr(40)  # bits of the number of steps
 
-# Rows of the table, in this order; the average and the copy may be missing.
+# Rows of the table, in this order. Rows for the average and the copy follow from OTHERS on, if present.
 GRADIENT = tl.constexpr(0)
 PARAMETER = tl.constexpr(1)
 EXP_AVG = tl.constexpr(2)
@@ -40,12 +41,12 @@ EXP_AVG_SQ = tl.constexpr(3)
 OTHERS = tl.constexpr(4)
 
 
-# --- in kernels --------------------------------------------------------------------------------------------
+# --- device functions --------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _chunk(chunks_ptr):
-    """This program's tensor, first value and number of values."""
+    """Return the index of this program's tensor, its first value in it, and its number of values."""
     chunk, chunks = tl.program_id(0), tl.num_programs(0)
     number = tl.load(chunks_ptr + chunk)
     start = tl.load(chunks_ptr + chunks + chunk)
@@ -54,17 +55,17 @@ def _chunk(chunks_ptr):
 
 @triton.jit
 def _at(address, start, places, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointers to values of a tensor of which the address is a number."""
+    """Return pointers to values of a tensor whose address is given as an integer."""
     pointers = address.to(tl.pointer_type(TYPE)) + start + places
     if ALIGNED:
-        # A hint about the address would be lost where the number becomes a pointer.
+        # A hint on the address would be lost when the integer is converted to a pointer.
         pointers = tl.max_contiguous(tl.multiple_of(pointers, 16), places.shape[0])
     return pointers
 
 
 @triton.jit
 def _power(base, exponent):
-    """``base ** exponent`` by squaring, from the lowest bit on, in float64."""
+    """Compute ``base ** exponent`` in float64 by squaring, lowest bit first."""
     result = tl.full([], 1.0, tl.float64)
     for _ in tl.static_range(EXPONENT_BITS):
         result = tl.where(exponent & 1 != 0, result * base, result)
@@ -78,7 +79,7 @@ def _power(base, exponent):
 
 @triton.jit
 def _squares_kernel(pointers_ptr, chunks_ptr, partial_ptr, TYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """One sum of squares per chunk, float64."""
+    """Compute one float64 sum of squares per chunk."""
     number, start, count = _chunk(chunks_ptr)
     address = tl.load(pointers_ptr + number)
     total = tl.zeros([BLOCK], dtype=tl.float64)
@@ -96,7 +97,7 @@ def _squares_kernel(pointers_ptr, chunks_ptr, partial_ptr, TYPE: tl.constexpr, B
 
 @triton.jit
 def _norm_kernel(partial_ptr, norm_ptr, count, BLOCK: tl.constexpr):
-    """The root of the sum of the chunks' sums."""
+    """Compute the square root of the total of the chunks' sums, as float32."""
     total = tl.zeros([BLOCK], dtype=tl.float64)
     for first in range(0, count, BLOCK):
         places = first + tl.arange(0, BLOCK)
@@ -120,14 +121,14 @@ def _numbers_kernel(
     max_norm: tl.float64,
     ema_decay: tl.float64,
 ):
-    """What all values of this step are computed with: float64, rounded to float32 once. Counts the step."""
-    # A number beside float64 is float64 as an operand alone: see the pitfalls in docs/kernels.md.
+    """Compute the scalars of this step in float64, each rounded to float32 once, and count the step."""
+    # Python numbers stay float64 only as operands, not as function arguments: see the pitfalls in docs/kernels.md.
     one = tl.full([], 1.0, tl.float64)
     norm, lr = tl.load(norm_ptr).to(tl.float64), tl.load(lr_ptr).to(tl.float64)
     taken = tl.load(counters_ptr)
     clip = max_norm / (norm + tl.full([], 1e-6, tl.float64))
     clip = tl.where(clip < one, clip, one)
-    applied = clip * norm < LARGEST_NORM  # false of NaN, and of an infinite norm
+    applied = clip * norm < LARGEST_NORM  # false for a NaN or infinite norm
     decay = (one + taken) / (one * 10.0 + taken)
     decay = tl.where(ema_decay < decay, one * ema_decay, decay)
     tl.store(numbers_ptr, applied.to(tl.float32))
@@ -147,7 +148,7 @@ def _numbers_kernel(
 
 @triton.jit
 def _moved(average, weight, value, APART: tl.constexpr):
-    """``average + weight (value - average)``."""
+    """Compute ``average + weight (value - average)``."""
     change = weight * (value - average)
     if APART:
         change = apart(change)
@@ -170,7 +171,7 @@ def _update_block(
     APART: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """One block of one tensor of each list, read and written once."""
+    """Update one block of one tensor of every list, reading and writing each value once."""
     pointers_ptr += number
     f32: tl.constexpr = tl.float32
     gradient_at = _at(tl.load(pointers_ptr + GRADIENT * tensors), start, places, GRADIENT_TYPE, ALIGNED)
@@ -222,7 +223,7 @@ def _update_kernel(
     APART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One chunk of every list; of a step that is not to count, nothing but gradients that are to be zero."""
+    """Update one chunk of every list; in a step that is skipped, only zero the gradients, if ZEROED."""
     number, start, count = _chunk(chunks_ptr)
     addresses = tl.load(pointers_ptr + number)
     for i in tl.static_range(1, LISTS):
@@ -259,7 +260,7 @@ def launch_norm(
     norm: Tensor,
     configs: Mapping[str, Mapping[str, int]] | None = None,
 ) -> None:
-    """Fill ``norm``, 0-d float32, from the tensors of the table's first row, which are of ``dtype``."""
+    """Fill ``norm``, 0-d float32, from the tensors of the table's first row, which have dtype ``dtype``."""
     arch = arch_of(norm.device)
     found = {name: launch_config(f"adamw.{name}", "all", arch) for name in ("squares", "norm")} | {**(configs or {})}
     count = chunks.shape[1]
@@ -311,7 +312,7 @@ def launch_update(
     zeroed: bool,
     config: Mapping[str, int] | None = None,
 ) -> None:
-    """Update the tensors of the table's rows: gradients, parameters, moments; averages and copies where they are."""
+    """Update the tensors of the table's rows: gradients, parameters, moments, and averages and copies if present."""
     if chunks.shape[1] == 0:
         return
     arch = arch_of(numbers.device)

@@ -1,8 +1,8 @@
-"""Gradient norm and the update of a whole model: what they accept and which implementation runs.
+"""Gradient norm and update of a whole model: validation and registration of the implementations.
 
-Each call is one custom operation with a CPU implementation (``reference``) and a CUDA one (``kernels``, imported when
-it first runs: Triton is not installed everywhere). Neither waits for the device. Tensors are any that are contiguous:
-parameters, views into a bucket of gradients, a rank's shards (of a DTensor, what ``to_local()`` gives).
+Each call is one custom operation with a CPU implementation (``reference``) and a CUDA one (``kernels``, imported on
+first use because Triton is not installed everywhere). Neither synchronises with the device. Any contiguous tensors are
+accepted: parameters, views into a bucket of gradients, a rank's shards (the ``to_local()`` of a DTensor).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from .table import TensorTable
 GRADIENT_TYPES = (torch.float32, torch.bfloat16)
 COPY_TYPES = (torch.bfloat16, torch.float16)
 PART = 32768
-"""Values that the plain implementation updates at a time, so that what it computes on the way stays in the cache."""
+"""Number of values that the CPU implementation updates at a time, so that intermediate results stay in the cache."""
 
 # --- public functions --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of all gradients together, on their device.
+    """Compute the L2 norm of all gradients together, on their device.
 
-    Squares and their sums are float64: they neither overflow nor vanish, whatever float32 values there are, and the
-    norm is infinite or NaN where a value is (or where it exceeds float32). Two launches. Level B: sums run in an order
-    that sizes alone decide. The ranks of sharded gradients take the norm of their norms.
+    Squares and their sums are float64, so that they neither overflow nor underflow for any float32 values. The norm is
+    infinite or NaN if a value is, or infinite if it exceeds float32. Two launches. Level B: the order of summation
+    depends only on sizes. For gradients sharded over ranks, take the norm of the ranks' norms.
 
     Args:
         gradients: one or more contiguous tensors of any shapes, all float32 or all bf16.
@@ -41,7 +41,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
         0-d float32.
 
     Raises:
-        ValueError: a type, device or stride is not as said; the message names the tensor.
+        ValueError: a dtype, device or stride does not meet the requirements above; the message names the tensor.
     """
     lists = {"gradients": gradients}
     check_types(lists)
@@ -67,39 +67,40 @@ def adamw_ema_(
     ema_decay: float = 0.9999,
     zero_gradients: bool = False,
 ) -> None:
-    """Clip, AdamW, moving average and rounded copy of all parameters, each value read and written once. Two launches.
+    """Clip gradients, and update all parameters, moments, moving averages and rounded copies in two launches.
 
-    With ``t`` the steps taken, this one included, in float64, each rounded to float32 once: ``clip = min(1, max_norm /
-    (norm + 1e-6))``, ``rate = lr / (1 - b1^t)``, ``root_scale = 1 / sqrt(1 - b2^t)``, ``decay = lr weight_decay`` and
-    ``w = 1 - min(ema_decay, t / (9 + t))``. Then in float32, every operation rounding by itself (level A)::
+    Each value is read and written once. Let ``t`` be the number of steps taken, including this one. The scalars are
+    computed in float64 and each rounded to float32 once: ``clip = min(1, max_norm / (norm + 1e-6))``,
+    ``rate = lr / (1 - b1^t)``, ``root_scale = 1 / sqrt(1 - b2^t)``, ``decay = lr weight_decay`` and
+    ``w = 1 - min(ema_decay, t / (9 + t))``. Then in float32, with every operation rounding separately (level A)::
 
         g = gradient * clip
         m = m + (1 - b1) (g - m)
         v = v + (1 - b2) (g g - v)
         p = p - (decay p + rate m / (sqrt(v) root_scale + eps))
         average = average + w (p - average)
-        copy = p in the copies' type
+        copy = p in the dtype of the copies
 
-    A norm that is not finite (or, not clipped, is 2^63 or more) changes nothing but the counters and gradients that are
-    to be zero.
+    If the norm is not finite, or is 2^63 or more after clipping, the step is skipped: only the counters change, and the
+    gradients if they are zeroed.
 
     Args:
-        parameters, exp_avgs, exp_avg_sqs: float32 tensors of any shapes, as many of each, contiguous. Alignment to 16
-            bytes makes them fast. Parameters may require grad.
+        parameters, exp_avgs, exp_avg_sqs: lists of the same length of contiguous float32 tensors of any shapes. Updates
+            are fastest if they are aligned to 16 bytes. Parameters may require grad.
         gradients: like the parameters, all float32 or all bf16.
-        averages: like the parameters, float32; or none.
-        copies: like the parameters, all bf16 or all fp16; or none.
-        counters: ``[3]`` int64: steps taken, steps skipped, steps skipped in a row up to now.
-        lr: 0-d float32 or float64: the learning rate.
-        norm: 0-d float32, of all gradients before they are clipped.
-        betas, eps, weight_decay: of AdamW.
-        max_norm: gradients are scaled to this norm at most; ``inf`` never scales.
-        ema_decay: the limit that ``t / (9 + t)`` rises to.
-        zero_gradients: gradients are 0 afterwards, those of a step that changes nothing too.
+        averages: like the parameters, float32; may be empty.
+        copies: like the parameters, all bf16 or all fp16; may be empty.
+        counters: ``[3]`` int64: steps taken, steps skipped, and current number of steps skipped in a row.
+        lr: learning rate, 0-d float32 or float64.
+        norm: norm of all gradients before clipping, 0-d float32.
+        betas, eps, weight_decay: hyperparameters of AdamW.
+        max_norm: gradients are scaled down to at most this norm; ``inf`` disables clipping.
+        ema_decay: upper limit of the averages' decay ``t / (9 + t)``.
+        zero_gradients: whether to set the gradients to 0, even if the step is skipped.
 
     Raises:
-        ValueError: a number, shape, type, device or stride is not as said, or two tensors share memory; the message
-            names it.
+        ValueError: a number, shape, dtype, device or stride does not meet the requirements above, or two tensors share
+            memory; the message names it.
 
     Source: Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
     """
@@ -113,7 +114,7 @@ def adamw_ema_(
 
 
 def measure(gradients: Sequence[Tensor], table: TensorTable) -> Tensor:
-    """:func:`gradient_norm` of what has been checked; the table begins with the gradients."""
+    """:func:`gradient_norm` for validated gradients, which are the table's first row."""
     return _gradient_norm(gradients, table.pointers[:1], table.known[:1], table.chunks)
 
 
@@ -130,7 +131,7 @@ def apply_update(
     zero_gradients: bool,
     table: TensorTable,
 ) -> None:
-    """:func:`adamw_ema_` of what has been checked."""
+    """:func:`adamw_ema_` for validated arguments."""
     _adamw_ema(
         lists["parameters"],
         lists["gradients"],
@@ -157,16 +158,16 @@ def named_lists(
     averages: Sequence[Tensor],
     copies: Sequence[Tensor],
 ) -> dict[str, Sequence[Tensor]]:
-    """In the order of the table's rows; empty averages and copies are left out."""
+    """Return the lists by name in the order of the table's rows, without averages and copies if these are empty."""
     lists = {"gradients": gradients, "parameters": parameters, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     return lists | {name: some for name, some in (("averages", averages), ("copies", copies)) if len(some) > 0}
 
 
-# --- checks at the door ------------------------------------------------------------------------------------
+# --- validation --------------------------------------------------------------------------------------------
 
 
 def check_types(lists: dict[str, Sequence[Tensor]]) -> None:
-    """Masters, moments and averages in float32, copies in less; that a list has one type, its table checks."""
+    """Validate each list's dtype by its first tensor; the table checks that all of a list's tensors have the same."""
     types = {"gradients": GRADIENT_TYPES, "copies": COPY_TYPES}
     for name, tensors in lists.items():
         expected = types.get(name, (torch.float32,))
@@ -177,10 +178,10 @@ def check_types(lists: dict[str, Sequence[Tensor]]) -> None:
 def check_settings(
     betas: tuple[float, float], eps: float, weight_decay: float, max_norm: float, ema_decay: float
 ) -> Settings:
-    """Numbers of AdamW, of clipping and of the average in their ranges; a NaN is in none."""
+    """Validate the ranges of the hyperparameters and return them as floats; a NaN is out of every range."""
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas: got {betas}, expected two numbers from 0 to below 1")
-    if not 2.0**-126 <= eps < float("inf"):  # a denormal, and 0 / 0 of a value whose gradient was always 0
+    if not 2.0**-126 <= eps < float("inf"):  # else denormal, or 0 / 0 where gradients are always 0
         raise ValueError(f"eps: got {eps}, expected a number of 2^-126 or more")
     if not 0 <= weight_decay < float("inf"):
         raise ValueError(f"weight_decay: got {weight_decay}, expected a number of 0 or more")
@@ -192,7 +193,7 @@ def check_settings(
 
 
 def check_numbers(counters: Tensor, lr: Tensor, norm: Tensor, device: torch.device) -> None:
-    """The three tensors of numbers that a step takes beside its lists."""
+    """Validate the three tensors of scalars that a step takes besides its lists."""
     floats = (torch.float32, torch.float64)
     wanted: tuple[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]], ...] = (
         ("counters", counters, (3,), (torch.int64,)),
@@ -337,4 +338,4 @@ def _launch_adamw_ema(
 
 @_adamw_ema.register_fake
 def _fake_adamw_ema(*_: object) -> None:
-    """It gives nothing; what it changes, its declaration says."""
+    """Return nothing; ``mutates_args`` declares the mutations."""

@@ -1,4 +1,4 @@
-"""AdamW and a moving average of a model's parameters, made once and updated in each training step."""
+"""AdamW with a moving average of a model's parameters, as an object that is created once and updated every step."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from .table import TensorTable, check_apart, check_lists
 
 
 class FusedAdamW:
-    """AdamW with clipping, moving average and rounded copies: four launches a step, whatever the model.
+    """AdamW with clipping, moving average and rounded copies, in four launches per step for any model.
 
-    A step neither waits for the device nor depends on what it computes, so it can be captured into a CUDA graph: with
-    static gradients, after one step outside. On a CPU the same numbers come from plain PyTorch.
+    On CUDA, a step neither synchronises with the device nor depends on its results on the host. With static gradients
+    it can be captured into a CUDA graph, after one step outside the capture. On a CPU, plain PyTorch computes the same.
 
     Args:
-        parameters: float32, contiguous, updated in place.
-        averages: like them, moved towards them in place; or none. They start as what they hold.
-        copies: like them in bf16 or fp16, written in place; or none. They are filled at once.
-        moments: first and second moments to go on with, like the parameters, updated in place; zeros where they are not
-            given.
-        lr: learning rate; change it by ``optimizer.lr.fill_()``.
+        parameters: float32, contiguous; updated in place.
+        averages: like the parameters, moved towards them in place, starting from their current values; may be empty.
+        copies: like the parameters, in bf16 or fp16, written in place; may be empty. They are filled on construction.
+        moments: first and second moments to continue from, like the parameters, updated in place; default zeros.
+        lr: learning rate; change it with ``optimizer.lr.fill_()``.
         betas, eps, weight_decay, max_norm, ema_decay: as in :func:`adamw_ema_`.
 
     Attributes:
-        parameters, averages, copies: the lists given.
-        exp_avgs, exp_avg_sqs: moments, float32.
-        counters: ``[3]`` int64 on the device: steps taken, skipped, and skipped in a row up to now. Read them late.
+        parameters, averages, copies: the given lists.
+        exp_avgs, exp_avg_sqs: first and second moments, float32.
+        counters: ``[3]`` int64 on the device: steps taken, steps skipped, and current number of steps skipped in a row.
+            Reading them waits for the device, so read them late.
         lr: 0-d float64 on the device.
 
     Raises:
-        ValueError: a number, shape, type, device or stride is not as said, or two tensors share memory; the message
-            names it.
+        ValueError: a number, shape, dtype, device or stride does not meet the requirements above, or two tensors share
+            memory; the message names it.
 
-    All that a step depends on is in these tensors; to go on from a checkpoint, fill them in place.
+    These tensors hold everything that a step depends on; to resume from a checkpoint, fill them in place.
     """
 
     def __init__(
@@ -80,20 +80,20 @@ class FusedAdamW:
     def update(
         self, gradients: Sequence[Tensor], norm: Tensor | None = None, *, zero_gradients: bool = False
     ) -> Tensor:
-        """One step.
+        """Perform one step.
 
         Args:
             gradients: like the parameters, contiguous, all float32 or all bf16.
-            norm: 0-d float32 on the device: of the gradients of all ranks, or NaN for a step that is to be skipped.
-                Where it is not given, that of these gradients.
-            zero_gradients: they are 0 afterwards, also where the step is skipped.
+            norm: 0-d float32 on the device: norm of the gradients of all ranks, or NaN to skip the step. Default: the
+                norm of ``gradients``.
+            zero_gradients: whether to set the gradients to 0, even if the step is skipped.
 
         Returns:
-            the norm, 0-d float32 on the device.
+            The norm, 0-d float32 on the device.
 
         Raises:
-            ValueError: a shape, type, device or stride is not as said, two tensors share memory, or the first step or
-                new gradients come while a CUDA graph is captured; the message names it.
+            ValueError: a shape, dtype, device or stride does not meet the requirements above, two tensors share memory,
+                or the first step or new gradients occur while a CUDA graph is captured; the message names it.
         """
         lists, table = self._found(gradients)
         if norm is None:
@@ -104,18 +104,18 @@ class FusedAdamW:
 
     @torch.no_grad()
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """That of :func:`gradient_norm`, for an update whose norm is not these gradients' alone.
+        """Compute :func:`gradient_norm`, for an update whose norm includes other gradients, e.g. those of other ranks.
 
-        Unlike there, where tensors lie goes to the device only once they have moved, so this can be captured, too.
+        Unlike the function, it uploads the tensors' addresses only if they have changed, so it can be captured too.
 
         Raises:
-            ValueError: as :meth:`update` does.
+            ValueError: as in :meth:`update`.
         """
         _, table = self._found(gradients)
         return measure(gradients, table)
 
     def _found(self, gradients: Sequence[Tensor]) -> tuple[dict[str, Sequence[Tensor]], TensorTable]:
-        """All lists, checked, and where they lie."""
+        """Return all lists, validated, and their table of addresses."""
         check_lists({"parameters": self.parameters, "gradients": gradients})
         lists = self._lists(gradients)
         check_types(lists)

@@ -1,4 +1,4 @@
-"""What the ahead-of-time report compiles of adamw: the norm, and the update with what may be left out of it."""
+"""Specimens of adamw for the ahead-of-time report: the norm, the scalars, and the update with its optional parts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ UPDATES = (
     ("bf16", "bf16", True, False),
     ("bf16", "bf16", True, True),
 )
-"""Type of gradients and of copies; whether there are averages, and whether gradients are zeroed."""
+"""Dtype of gradients and of copies, whether there are averages, and whether gradients are zeroed."""
 
 
 def specimens(arch: int) -> Iterator[Specimen]:
-    """The published recipe is fp32 gradients with averages; each other one adds or leaves out something."""
+    """Yield all kernels. The published recipe has fp32 gradients and averages; the other updates vary its parts."""
     for dtype in ("fp32", "bf16"):
         yield _squares(arch, dtype)
     yield from _small(arch)
@@ -29,10 +29,10 @@ def specimens(arch: int) -> Iterator[Specimen]:
 
 
 def refinements(values: int) -> int:
-    """Fused multiply-adds of so many roots and quotients to the nearest, in each of two loops: nothing else may fuse.
+    """Number of fused multiply-adds for ``values`` correctly rounded roots and quotients in each of two loops.
 
-    Seven for a root and a quotient, and the two routines for the numbers that are out of their range: see
-    ``cascade/specimens.py``.
+    Nothing else may fuse. A root and a quotient take seven together; the two routines for out-of-range numbers take
+    fifteen in total (see ``cascade/specimens.py``).
     """
     return 15 + 7 * 2 * values
 
@@ -56,7 +56,7 @@ def _update(arch: int, dtype: str, copy: str | None, averaged: bool, zeroed: boo
     from .kernels import _update_kernel
 
     constants, options = _split(launch_config("adamw.update", "all", arch))
-    values = constants["BLOCK"] // (32 * options["num_warps"])  # a thread's
+    values = constants["BLOCK"] // (32 * options["num_warps"])  # per thread
     wide = (3 + averaged) * values * 4 // 16 + values * (4 if dtype == "fp32" else 2) // 16
     what = [*["averaged"] * averaged, *["copied"] * (copy is not None), *["zeroed"] * zeroed]
     return Specimen(
@@ -78,7 +78,7 @@ def _update(arch: int, dtype: str, copy: str | None, averaged: bool, zeroed: boo
 
 
 def _small(arch: int) -> Iterator[Specimen]:
-    """One program each: nothing is promised but that they do not spill."""
+    """Yield the kernels that run as a single program: both promise not to spill, the scalars also no shared memory."""
     from .kernels import _norm_kernel, _numbers_kernel
 
     constants, options = _split(launch_config("adamw.norm", "all", arch))
@@ -108,7 +108,7 @@ def _type(name: str) -> Any:
 
 
 def _split(config: dict[str, int]) -> tuple[dict[str, int], dict[str, Any]]:
-    """Constants of the kernel, and options of the compiler."""
+    """Split a launch configuration into kernel constants and compiler options."""
     constants = {name: value for name, value in config.items() if name.isupper()}
     options = {name: value for name, value in config.items() if not name.isupper()}
     return constants, options | {"enable_fp_fusion": False}

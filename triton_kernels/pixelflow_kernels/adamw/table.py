@@ -1,4 +1,4 @@
-"""Where the tensors of a model lie, as numbers on their device: one launch reads and writes all of them."""
+"""Tables of tensor addresses on the device, with which one launch reads and writes all tensors of a model."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from torch.nn import Parameter
 
 CHUNK = 16384
-"""Values of a tensor that one program works on: a multiple of every block, and of 16, which keeps it aligned."""
+"""Number of values per program: a multiple of every block size, and of 16, which preserves alignment."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TensorTable:
-    """Addresses of lists of tensors that belong together one by one, and how their values are shared out.
+    """Addresses of parallel lists of tensors, and the division of their values into chunks.
 
-    It holds no tensors, so that a gradient that is made anew in each step is not kept: where lists are used, their
-    addresses are compared with it (:meth:`following`).
+    The table holds no tensors, so gradients that are newly allocated in each step are not kept alive. Instead, whenever
+    lists are used, their addresses are compared with those of the table (:meth:`following`).
 
     Attributes:
-        pointers: ``[L, n]`` int64, on the tensors' device: of each list, each tensor's address.
+        pointers: ``[L, n]`` int64, on the tensors' device: the address of each tensor of each list.
         known: the same on the host.
-        chunks: ``[3, C]`` int64, on the device: of each chunk its tensor's number, its first value in that tensor, and
-            how many it has, at most ``CHUNK``. They are in order; a tensor without values has none.
+        chunks: ``[3, C]`` int64, on the device: for each chunk, its tensor's index, its first value in that tensor, and
+            its number of values, at most ``CHUNK``. Chunks are in order; a tensor without values has none.
     """
 
     pointers: Tensor
@@ -34,11 +34,12 @@ class TensorTable:
 
     @classmethod
     def of(cls, lists: Mapping[str, Sequence[Tensor]]) -> TensorTable:
-        """The table of some lists by name; the first decides number, shapes and device.
+        """Create the table of named lists; the first determines number, shapes and device of the tensors.
 
         Raises:
-            ValueError: a list is empty or of another length; a tensor has another shape or device than the first
-                list's, another type than its own list's, or gaps; or two share memory. The message names it.
+            ValueError: the first list is empty, or another has a different length; a tensor differs in shape or device
+                from that of the first list, or in dtype from its own list; a tensor is not plain or not contiguous; or
+                two share memory. The message names it.
         """
         check_lists(lists)
         check_apart(lists)
@@ -53,12 +54,12 @@ class TensorTable:
         return cls(_upload(known, device), known, _upload(chunks, device))
 
     def following(self, lists: Sequence[Sequence[Tensor]]) -> TensorTable:
-        """The table of other tensors of the same shapes: itself where none has moved.
+        """Return the table for other tensors of the same shapes, which is this table if no address has changed.
 
-        New addresses go to the device without waiting for it.
+        New addresses are uploaded without synchronising with the device.
 
         Raises:
-            ValueError: a tensor has moved while a CUDA graph is captured, which would record where it is just now.
+            ValueError: an address has changed while a CUDA graph is captured, which would record the current address.
         """
         found = _addresses(lists)
         if torch.equal(found, self.known):
@@ -67,10 +68,10 @@ class TensorTable:
 
 
 def check_lists(lists: Mapping[str, Sequence[Tensor]]) -> None:
-    """Tensors of the first list's shapes and device; each list of one type; all contiguous.
+    """Require plain, contiguous tensors with the first list's shapes and device, and a single dtype per list.
 
     Raises:
-        ValueError: names the list and the tensor's number.
+        ValueError: a requirement is not met; the message names the list and, where it applies, the tensor's index.
     """
     (main, first), *_ = lists.items()
     if len(first) == 0:
@@ -95,10 +96,10 @@ def check_lists(lists: Mapping[str, Sequence[Tensor]]) -> None:
 
 
 def check_apart(lists: Mapping[str, Sequence[Tensor]]) -> None:
-    """No two tensors share memory: programs that work side by side would write the same value.
+    """Require that no two tensors share memory, because concurrent programs would write the same value.
 
     Raises:
-        ValueError: names both.
+        ValueError: two tensors share memory; the message names both.
     """
     spans = sorted(
         (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, f"{name}[{i}]")
@@ -112,12 +113,12 @@ def check_apart(lists: Mapping[str, Sequence[Tensor]]) -> None:
 
 
 def _addresses(lists: Sequence[Sequence[Tensor]]) -> Tensor:
-    """``[L, n]`` int64 on the host."""
+    """Return the tensors' addresses as ``[L, n]`` int64 on the host."""
     return torch.tensor([[tensor.data_ptr() for tensor in tensors] for tensors in lists], dtype=torch.int64)
 
 
 def _upload(numbers: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device; to a CUDA device from pinned memory, so that nothing waits."""
+    """Copy to the device; for CUDA from pinned memory, so that the host does not wait."""
     if device.type != "cuda":
         return numbers.clone()
     if torch.cuda.is_current_stream_capturing():

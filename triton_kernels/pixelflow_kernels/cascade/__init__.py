@@ -1,4 +1,4 @@
-"""Noise on entering a stage of the cascade, and the pairs that it is trained on."""
+"""Noise for entering a stage of the cascade, and the training pairs of its stages."""
 
 from .op import initial_normals, training_pairs, upsample_draw_renoise, upsample_renoise
 

@@ -1,12 +1,13 @@
-"""Entering a stage: nearest upsample, renoise with given or freshly drawn noise; and the normals of stage 0.
+"""Kernels for entering a stage (nearest upsampling, renoising with given or drawn noise), and the normals of stage 0.
 
     out = alpha * upsample(x) + beta * n
 
 Source: arXiv 2504.07963, section 3.4. A pixel of ``x [B, c, h, w]`` becomes a 2x2 block of ``out``, and a block's four
-normals have one counter, so a program holds tiles of ``x`` and writes two rows for each of its. Channels and rows are
-one dimension: where channels meet, rows stay neighbours in ``x`` and in ``out``.
+normals share a counter, so a program holds a tile of ``x`` and writes two rows of ``out`` per row of the tile. Channels
+and rows form one dimension: at a channel boundary, rows remain adjacent both in ``x`` and in ``out``.
 
-The tile's columns are the divisible dimension: with a row index of its own no element is divided by the width.
+Rows and columns are separate tile dimensions, the columns being the one whose offsets are known to be divisible; no
+element index has to be divided by the width.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -26,16 +27,16 @@ from .normals import SAMPLING, correlate, normals
 
 @triton.jit
 def _rounded(x, like):
-    """Computed in float32 (float64 for float64), rounded to the type of ``like`` as eager PyTorch does at each step."""
+    """Round ``x`` to the dtype of ``like``, as eager PyTorch does after each operation; the dtype of ``x`` is kept."""
     return x.to(like.dtype).to(x.dtype)
 
 
 @triton.jit
 def _renoised(x, n, alpha, beta):
-    """``alpha * x + beta * n``, every step rounded to the type of ``x``."""
+    """Compute ``alpha * x + beta * n`` in float32 (float64 for float64), rounding each operation to x's dtype."""
     high: tl.constexpr = tl.float64 if x.dtype == tl.float64 else tl.float32
     kept = _rounded(tl.full([], alpha, high) * x.to(high), x)
-    # By way of float32, as PyTorch rounds a float64 to a 16-bit type.
+    # Via float32, because that is how PyTorch rounds float64 to a 16-bit dtype.
     fresh = _rounded(tl.full([], beta, high) * _rounded(n.to(high), x), x)
     return (kept + fresh).to(x.dtype)
 
@@ -57,16 +58,16 @@ def _renoise_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program per image and tile. Rows are dense, so their strides are the widths too.
+    """One program per image and tile. Rows are dense, so row strides equal widths.
 
-    ``noise_ptr`` or ``seeds_ptr`` is None: the noise is drawn, or it is given in the layout of ``out``.
+    Exactly one of ``noise_ptr`` and ``seeds_ptr`` is None: noise is either given in the layout of ``out``, or drawn.
     """
     program = tl.program_id(0)
     column_tile, row_tile = program % column_tiles, program // column_tiles % row_tiles
     image = (program // column_tiles // row_tiles).to(tl.int64)
     row = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     column = column_tile * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    # Offsets inside an image fit 32 bits (checked at the door); those of the image itself do not.
+    # Offsets within an image fit in 32 bits (validated in ``op``); the offset of the image itself may not.
     position = row * stride_x_row + column
     x_ptr += image * rows * stride_x_row
     x = tl.load(x_ptr + position, mask=(row < rows) & (column < stride_x_row), other=0.0)
@@ -82,7 +83,7 @@ def _renoise_kernel(
     else:
         upper_noise = tl.load(noise_ptr + upper, mask=inside, other=0.0)
         lower_noise = tl.load(noise_ptr + lower, mask=inside, other=0.0)
-    # Joined before the arithmetic, not after it: then one tensor changes its layout, not four.
+    # Interleaved before the arithmetic rather than after it: one tensor changes its layout instead of four.
     x = tl.interleave(x, x)
     tl.store(out_ptr + upper, _renoised(x, upper_noise, alpha, beta), mask=inside)
     tl.store(out_ptr + lower, _renoised(x, lower_noise, alpha, beta), mask=inside)
@@ -90,7 +91,7 @@ def _renoise_kernel(
 
 @triton.jit
 def _initial_kernel(seeds_ptr, out_ptr, stride_out_image, tiles, BLOCK: tl.constexpr):
-    """One program per image and tile of ``BLOCK`` counters, each of which gives four neighbours."""
+    """One program per image and tile of ``BLOCK`` counters, each of which yields four neighbouring values."""
     image, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     position = tile * BLOCK + tl.arange(0, BLOCK)
     z0, z1, z2, z3 = normals(position, 0, SAMPLING, tl.load(seeds_ptr + image))
@@ -100,7 +101,7 @@ def _initial_kernel(seeds_ptr, out_ptr, stride_out_image, tiles, BLOCK: tl.const
 
 
 def renoise_class(width: int) -> str:
-    """Shape class of a renoise launch: by the width of ``x``."""
+    """Name of the launch configuration's shape class, by the width of ``x``."""
     return "w64" if width >= 64 else "w32" if width >= 32 else "narrow"
 
 
@@ -114,7 +115,7 @@ def launch_renoise(
     beta: float,
     config: Mapping[str, int] | None = None,
 ) -> None:
-    """Fill ``out [B, c, 2h, 2w]``; all tensors are contiguous, and either ``noise`` or ``seeds [B]`` is there."""
+    """Fill ``out [B, c, 2h, 2w]``; all tensors are contiguous, and one of ``noise`` and ``seeds [B]`` is given."""
     batch, channels, height, width = x.shape
     if x.numel() == 0:
         return
@@ -135,13 +136,13 @@ def launch_renoise(
             stage=stage,
             alpha=alpha,
             beta=beta,
-            enable_fp_fusion=False,  # level A: every product and sum rounds by itself, as in eager PyTorch
+            enable_fp_fusion=False,  # level A: every product and sum rounds separately, as in eager PyTorch
             **config,
         )
 
 
 def launch_initial(seeds: Tensor, out: Tensor, config: Mapping[str, int] | None = None) -> None:
-    """Fill ``out [B, ...]``, contiguous float32, with the normals of stage 0 of ``seeds [B]``."""
+    """Fill ``out [B, ...]``, contiguous float32, with the stage-0 normals of ``seeds [B]``."""
     if out.numel() == 0:
         return
     config = config or launch_config("cascade.initial", "all", arch_of(seeds.device))

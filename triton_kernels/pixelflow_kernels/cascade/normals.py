@@ -1,8 +1,8 @@
-"""Counter-based normals inside a kernel: Philox4x32-10, then Box and Muller's transform made of products and sums.
+"""Counter-based normals as device functions: Philox4x32-10 and a Box-Muller transform made of products and sums.
 
-The bits are those of ``pixelflow_kernels.philox``, which says what each step is. They are the same on every device as
-long as nothing is fused: kernels that call this are compiled with ``enable_fp_fusion=False``. Division and square root
-are the correctly rounded ones; their own refinement is the only place where fused multiply-adds remain.
+The bits are those of ``pixelflow_kernels.philox``, which documents each step. They are the same on every device if
+nothing is fused, so kernels that call these functions are compiled with ``enable_fp_fusion=False``. Division and square
+root are correctly rounded; fused multiply-adds remain only in their internal refinement.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .law import DEVIATION_SCALE, MEAN_SCALE
 
-# Globals that a kernel reads must be constexpr. The purposes are those of ``pixelflow_kernels.philox``.
+# Globals that a kernel reads must be constexpr. The purposes equal those of ``pixelflow_kernels.philox``.
 SAMPLING: tl.constexpr = tl.constexpr(0)
 TRAINING: tl.constexpr = tl.constexpr(1)
 _ULP: tl.constexpr = tl.constexpr(2.0**-24)
@@ -27,14 +27,14 @@ _MEAN_SCALE: tl.constexpr = tl.constexpr(MEAN_SCALE)
 
 @triton.jit
 def _multiply(a, FACTOR: tl.constexpr):
-    """High and low words of a 32x32-bit product."""
+    """Return the high and low words of a 32x32-bit product."""
     product = a.to(tl.uint64) * FACTOR
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
 
 @triton.jit
 def philox(position, stage, PURPOSE: tl.constexpr, key_low, key_high):
-    """Four random words (uint32) for the counter ``(position, stage, PURPOSE, 0)``."""
+    """Generate four random words (uint32) for the counter ``(position, stage, PURPOSE, 0)``."""
     c0 = position
     c1 = tl.zeros_like(position) + stage
     c2 = tl.zeros_like(position) + PURPOSE
@@ -80,7 +80,7 @@ def _sin_cos(x):
 
 @triton.jit
 def box_muller(radius_word, angle_word):
-    """Two independent normals (float32) from two random words."""
+    """Transform two random words into two independent normals (float32)."""
     u = ((radius_word >> 9) * 2 + 1).to(tl.int32).to(tl.float32) * _ULP
     radius = tl.sqrt_rn(-2.0 * _log(u))
     offset = (((angle_word >> 7) & 0x7FFFFF) * 2 + 1).to(tl.int32).to(tl.float32) * _ULP - 0.5
@@ -88,7 +88,7 @@ def box_muller(radius_word, angle_word):
     quarter = angle_word >> 30
     swapped = (quarter & 1) == 1
     x, y = tl.where(swapped, sin, cos), tl.where(swapped, cos, sin)
-    # Quarters 1 and 2 lie left, 2 and 3 below. Neither x nor y is ever 0, whose sign Triton's minus would lose.
+    # Quarters 1 and 2 lie to the left, 2 and 3 below. Triton's minus loses the sign of 0, but x and y are never 0.
     x = tl.where((quarter == 1) | (quarter == 2), -x, x)
     y = tl.where(quarter >= 2, -y, y)
     return radius * x, radius * y
@@ -96,7 +96,7 @@ def box_muller(radius_word, angle_word):
 
 @triton.jit
 def normals(position, stage, PURPOSE: tl.constexpr, seed):
-    """Four normals of each position (int32) of the image with this seed (int64)."""
+    """Draw four normals for each position (int32) of the image with this seed (int64)."""
     key_low, key_high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     w0, w1, w2, w3 = philox(position.to(tl.uint32), stage, PURPOSE, key_low, key_high)
     z0, z1 = box_muller(w0, w1)
@@ -106,7 +106,7 @@ def normals(position, stage, PURPOSE: tl.constexpr, seed):
 
 @triton.jit
 def correlate(z0, z1, z2, z3):
-    """Give four independent normals of a 2x2 block the covariance of block noise."""
+    """Give the four independent normals of a 2x2 block the covariance of block noise."""
     mean = (((z0 + z1) + z2) + z3) * 0.25
     shared = _MEAN_SCALE * mean
     n0 = _DEVIATION_SCALE * (z0 - mean) + shared

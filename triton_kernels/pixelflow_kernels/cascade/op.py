@@ -1,8 +1,8 @@
-"""The public functions: what they accept, and which implementation runs.
+"""Public functions: validation and registration of the implementations.
 
 Each call is one custom operation with a CPU implementation (``reference``) and a CUDA one (``kernels`` and ``pairs``,
-imported when they first run: Triton is not installed everywhere). None is differentiable: noise and training data
-need no gradient.
+imported on first use because Triton is not installed everywhere). None is differentiable, because noise and training
+data need no gradient.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ TOKEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def initial_normals(seeds: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Independent standard normals that a cascade begins with, each image's from its own seed.
+    """Draw the independent standard normals that a cascade starts from, each image's from its own seed.
 
-    The same bits on every device, whatever the batch. Four neighbours in row-major order share a counter.
+    The bits are the same on every device and in any batch. Four neighbours in row-major order share a counter.
 
     Args:
-        seeds: ``[B]`` int64; all 64 bits count, so a seed of 2^63 or more is the negative number with its bits (see
-            ``pixelflow_kernels.philox.seed_tensor``).
+        seeds: ``[B]`` int64; all 64 bits are used, so a seed of 2^63 or more is passed as the negative number with the
+            same bits (see ``pixelflow_kernels.philox.seed_tensor``).
         shape: channels, height and width of an image.
 
     Returns:
         ``[B, c, h, w]`` float32.
 
     Raises:
-        ValueError: a shape or type is not as said; the message names it.
+        ValueError: a shape or dtype does not meet the requirements above; the message names it.
 
     Source: arXiv 2504.07963, section 3.4.
     """
@@ -50,20 +50,20 @@ def initial_normals(seeds: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 
 def upsample_renoise(x: Tensor, noise: Tensor, *, alpha: float, beta: float) -> Tensor:
-    """Enter a stage with given noise: ``alpha * upsample(x) + beta * noise``, nearest neighbour, twice the size.
+    """Enter a stage with given noise: ``alpha * upsample(x) + beta * noise``, upsampling by 2 with nearest neighbour.
 
-    The bits are those of eager PyTorch: in bf16 and fp16 each product and the sum round to that type.
+    The result has the bits of eager PyTorch: in bf16 and fp16, each product and the sum are rounded to that dtype.
 
     Args:
         x: ``[B, c, h, w]`` bf16, fp16, fp32 or fp64.
-        noise: ``[B, c, 2h, 2w]``, any of these types; rounded to that of ``x`` first.
-        alpha, beta: of the stage.
+        noise: ``[B, c, 2h, 2w]`` in any of these dtypes; first rounded to the dtype of ``x``.
+        alpha, beta: coefficients of the stage.
 
     Returns:
-        ``[B, c, 2h, 2w]`` in the type of ``x``, contiguous.
+        ``[B, c, 2h, 2w]`` in the dtype of ``x``, contiguous.
 
     Raises:
-        ValueError: a shape, type or device is not as said; the message names it.
+        ValueError: a shape, dtype or device does not meet the requirements above; the message names it.
 
     Source: arXiv 2504.07963, section 3.4.
     """
@@ -76,23 +76,23 @@ def upsample_renoise(x: Tensor, noise: Tensor, *, alpha: float, beta: float) -> 
 
 
 def upsample_draw_renoise(x: Tensor, seeds: Tensor, *, stage: int, alpha: float, beta: float) -> Tensor:
-    """Enter a stage with block-correlated noise that is drawn on the way, each image's from its own seed.
+    """Enter a stage with block-correlated noise drawn in the same pass, each image's from its own seed.
 
-    ``alpha * upsample(x) + beta * n``; inside each 2x2 block n has covariance ``(1 - g) I + g 1 1^T + 1e-6 I``, g =
-    -1/3, and is independent elsewhere. The same bits on every device, whatever the batch: those of the engine's
-    ``noise="counter"``.
+    Computes ``alpha * upsample(x) + beta * n``. Within each 2x2 block, n has covariance
+    ``(1 - g) I + g 1 1^T + 1e-6 I`` with g = -1/3; different blocks are independent. The noise has the same bits on
+    every device and in any batch, equal to those of the engine's ``noise="counter"``.
 
     Args:
         x: ``[B, c, h, w]`` bf16, fp16, fp32 or fp64.
         seeds: ``[B]`` int64, as in :func:`initial_normals`.
-        stage: index of the stage that is entered, 0 or more: each has noise of its own.
-        alpha, beta: of the stage.
+        stage: index of the stage to enter, 0 or more; every stage has its own noise.
+        alpha, beta: coefficients of the stage.
 
     Returns:
-        ``[B, c, 2h, 2w]`` in the type of ``x``, contiguous.
+        ``[B, c, 2h, 2w]`` in the dtype of ``x``, contiguous.
 
     Raises:
-        ValueError: a shape, type, device or number is not as said; the message names it.
+        ValueError: a shape, dtype, device or number does not meet the requirements above; the message names it.
 
     Source: arXiv 2504.07963, section 3.4 and equation 6.
     """
@@ -116,35 +116,38 @@ def training_pairs(
     flip: Tensor | None = None,
     token_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Noisy images of all stages and the velocities to be found there, as one pack.
+    """Make noisy training inputs and target velocities for samples of all stages, as one pack.
 
-    A sample of stage s has ``d = S - 1 - s``, its image x is halved d times (means of 2x2 blocks), and
+    For a sample of stage s, ``d = S - 1 - s``. Its image x is halved d times (means of 2x2 blocks), and
 
         end = end_s down(x, d) + (1 - end_s) eps        token  = tau end + (1 - tau) start
         start = start_s up(down(x, d + 1)) + (1 - start_s) eps        target = end - start
 
-    with the same standard normals eps in both, computed in float32; ``1 - v`` is taken in the type of v and then
-    rounded. The bits are those of the same expressions in eager PyTorch. A halving rounds as on CUDA: columns first.
+    with the same standard normals eps in both, computed in float32; ``1 - v`` is computed in the dtype of v and then
+    rounded. The results have the bits of the same expressions in eager PyTorch. Halving rounds as on CUDA: columns
+    first.
 
     Args:
-        images: ``[m, c, H, W]`` uint8 (``x / 127.5 - 1`` is taken) or float32 in [-1, 1]; any strides.
-        layout: the ``n`` samples' token grids in the order of the pack: they say how often each image is halved.
-        index: ``[n]`` int64, the image of each sample. On CUDA a sample without such an image becomes NaN.
+        images: ``[m, c, H, W]`` uint8 (converted by ``x / 127.5 - 1``) or float32 in [-1, 1]; any strides.
+        layout: token grids of the ``n`` samples in the order of the pack; they determine how often each image is
+            halved.
+        index: ``[n]`` int64, the image of each sample. An index out of range raises on a CPU and makes the sample NaN
+            on CUDA.
         spans: ``[S, 2]`` float64, start and end of each stage, smallest first; at most 6 stages.
         tau: ``[n]`` float64 or float32, local time of each sample.
         patch_size: ``p``.
-        seeds: ``[n]`` int64, to draw eps from: the four normals of a 2x2 block share a counter, whose purpose word
-            tells them from those of sampling. As in :func:`initial_normals`.
-        noise: ``[T, c * p * p]`` float32 instead: eps in the layout of the tokens.
-        flip: ``[n]`` bool, which samples show their image mirrored left to right; eps is not mirrored.
-        token_dtype: of the noisy images: float32, bf16 or fp16.
+        seeds: ``[n]`` int64 as in :func:`initial_normals`, to draw eps from. The four normals of a 2x2 block share a
+            counter, whose purpose word separates them from those of sampling.
+        noise: ``[T, c * p * p]`` float32, eps in the layout of the tokens; given instead of ``seeds``.
+        flip: ``[n]`` bool, whether each sample shows its image mirrored left to right; eps is not mirrored.
+        token_dtype: dtype of the noisy images: float32, bf16 or fp16.
 
     Returns:
-        tokens ``[T, c * p * p]`` in ``token_dtype`` and targets in float32: patches in (channel, row, column) order,
-        each image's in row-major order.
+        Tokens ``[T, c * p * p]`` in ``token_dtype`` and targets of the same shape in float32. The values of a patch are
+        in (channel, row, column) order, the patches of an image in row-major order.
 
     Raises:
-        ValueError: a shape, type, device or number is not as said; the message names it.
+        ValueError: a shape, dtype, device or number does not meet the requirements above; the message names it.
 
     Source: arXiv 2504.07963, equations 3 to 5.
     """
@@ -175,7 +178,7 @@ def training_pairs(
 
 
 def _check_size(name: str, shape: tuple[int, ...]) -> None:
-    """Kernels count an image's elements in 32 bits."""
+    """Limit the size of an image, because kernels index its elements with 32 bits."""
     if shape[0] * shape[1] * shape[2] >= 2**31:
         raise ValueError(f"{name}: got an image of {tuple(shape)}, expected fewer than 2^31 values")
 
@@ -191,7 +194,7 @@ def _check_seeds(seeds: Tensor, x: Tensor | None) -> None:
 
 
 def _check_state(x: Tensor) -> tuple[int, ...]:
-    """Check ``x``; return the shape of what it is upsampled to."""
+    """Validate ``x`` and return the shape after upsampling."""
     if x.ndim != 4 or min(x.shape[1:]) < 1:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, c, h, w] with positive c, h and w")
     check_dtype("x", x.dtype)

@@ -1,12 +1,12 @@
-"""Training pairs in one pass: every program reads one tile of one image, wherever in the cascade its sample stands.
+"""Kernel that makes the training pairs of all stages in one pass; each program reads one tile of one source image.
 
     end = e down(x, d) + (1 - e) eps      start = s up(down(x, d + 1)) + (1 - s) eps      (the same eps)
     token = tau end + (1 - tau) start     target = end - start
 
-Source: arXiv 2504.07963, equations 3 to 5. A *cell* is 2x2 pixels of the sample's own resolution: four sharp values,
-one coarse one, four normals of one counter. It is made from ``SIDE = 2^(d + 1)`` squared pixels of the source, so a
-tile of ``BLOCK`` source pixels holds ``BLOCK / SIDE^2`` cells, and all samples, large or small, take equally many
-programs: each reads its whole image once.
+Source: arXiv 2504.07963, equations 3 to 5. A *cell* is a block of 2x2 pixels at the sample's own resolution: four sharp
+values, one coarse value, and four normals that share a counter. It is computed from ``SIDE^2`` source pixels with
+``SIDE = 2^(d + 1)``, so a tile of ``BLOCK`` source pixels holds ``BLOCK / SIDE^2`` cells. Samples of every stage take
+the same number of programs, because each reads its whole image once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -23,14 +23,14 @@ from pixelflow_kernels.configs import arch_of, launch_config
 
 from .normals import TRAINING, normals
 
-# x / 127.5 for x in 0..255 as an exact product plus a small one: for each of the 256 the correctly rounded quotient.
+# x / 127.5 for x in 0..255 as an exact product plus a small one, which gives all 256 correctly rounded quotients.
 _HIGH: tl.constexpr = tl.constexpr(float.fromhex("0x1.01p-7"))
 _LOW: tl.constexpr = tl.constexpr(float.fromhex("0x1.010102p-23"))
 
 
 @triton.jit
 def _signed(pixels):
-    """uint8 as float32 in [-1, 1], float32 as it is."""
+    """Convert uint8 to float32 in [-1, 1]; return float32 unchanged."""
     if pixels.dtype == tl.uint8:
         pixels = pixels.to(tl.float32)
         pixels = (pixels * _HIGH + pixels * _LOW) - 1.0
@@ -39,7 +39,7 @@ def _signed(pixels):
 
 @triton.jit
 def _halve(x, CELLS: tl.constexpr, SIDE: tl.constexpr):
-    """Means of 2x2 blocks, ``[CELLS, SIDE, SIDE] -> [CELLS, SIDE / 2, SIDE / 2]``: of columns first, then of rows."""
+    """Average 2x2 blocks, ``[CELLS, SIDE, SIDE] -> [CELLS, SIDE / 2, SIDE / 2]``: columns first, then rows."""
     left, right = tl.split(tl.reshape(x, [CELLS, SIDE, SIDE // 2, 2]))
     x = tl.reshape(left * 0.5 + right * 0.5, [CELLS, SIDE // 2, 2, SIDE // 2])
     top, bottom = tl.split(tl.permute(x, [0, 1, 3, 2]))
@@ -59,7 +59,7 @@ def _sharp(
     CELLS: tl.constexpr,
     HALVINGS: tl.constexpr,
 ):
-    """The four sharp values of each cell in row-major order: means over the quarters of its block of the source."""
+    """Return the four sharp values of each cell in row-major order: means over the quarters of its source block."""
     SIDE: tl.constexpr = 2 << HALVINGS
     row = (y * SIDE)[:, None, None] + tl.arange(0, SIDE)[None, :, None]
     column = (x * SIDE)[:, None, None] + tl.arange(0, SIDE)[None, None, :]
@@ -79,7 +79,7 @@ def _store_pair(
     tokens_ptr, targets_ptr, noise_ptr, place, inside, sharp, coarse, eps,
     start, start_rest, end, end_rest, tau, tau_rest,
 ):  # fmt: skip
-    """Interpolate and store; ``eps`` counts where no noise is given."""
+    """Interpolate and store; ``eps`` is used only if ``noise_ptr`` is None."""
     if noise_ptr is not None:
         eps = tl.load(noise_ptr + place, mask=inside, other=0.0)
     end_pixel = end * sharp + end_rest * eps
@@ -91,14 +91,14 @@ def _store_pair(
 
 @triton.jit
 def _place(channel, y, x, columns, CHANNELS: tl.constexpr, PATCH: tl.constexpr):
-    """Where a pixel lies among its sample's tokens, which are patches in (channel, row, column) order."""
+    """Offset of a pixel within its sample's tokens, which are patches in (channel, row, column) order."""
     token = y // PATCH * (columns // PATCH) + x // PATCH
     return ((token * CHANNELS + channel) * PATCH + y % PATCH) * PATCH + x % PATCH
 
 
 @triton.jit
 def _rest(v):
-    """``1 - v`` in the type of ``v``, then float32."""
+    """Compute ``1 - v`` in the dtype of ``v``, then convert to float32."""
     return (1.0 - v).to(tl.float32)
 
 
@@ -108,7 +108,7 @@ def _pair_tile(
     stride_image, stride_channel, stride_row, stride_column, num_images, height, width, sample, tile, first, length,
     HALVINGS: tl.constexpr, STAGE: tl.constexpr, CHANNELS: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a sample that is halved HALVINGS times."""
+    """Process one tile of a sample whose image is halved HALVINGS times."""
     CELLS: tl.constexpr = BLOCK >> 2 * (HALVINGS + 1)
     HALF: tl.constexpr = PATCH // 2
     WIDE: tl.constexpr = CHANNELS * PATCH * PATCH
@@ -116,7 +116,8 @@ def _pair_tile(
     cell = tile * CELLS + tl.arange(0, CELLS)
     inside = cell < CHANNELS * rows * columns
     if PATCH % 2 == 0:
-        # Cells in the order of the pack: their upper pairs of pixels then lie in runs of PATCH, so do the lower ones.
+        # Cells in the order of the pack: their upper pairs of pixels then form contiguous runs of PATCH, as do the
+        # lower ones.
         channel = cell // HALF // HALF % CHANNELS
         token = cell // HALF // HALF // CHANNELS
         y = token // (columns // HALF) * HALF + cell // HALF % HALF
@@ -134,9 +135,9 @@ def _pair_tile(
         images_ptr + index * stride_image, stride_channel, stride_row, stride_column, channel, y, source_x,
         inside & known, CELLS, HALVINGS,
     )  # fmt: skip
-    # An image that does not exist cannot be refused without waiting for the device; it must not go unnoticed either.
+    # An invalid image index cannot raise an error without synchronising with the device, so NaN makes it noticeable.
     s00 = tl.where(known, s00, float("nan"))
-    # The mean is the same from left to right and from right to left.
+    # Mirroring does not change this mean.
     coarse = (s00 * 0.5 + s01 * 0.5) * 0.5 + (s10 * 0.5 + s11 * 0.5) * 0.5
     if flip_ptr is not None:
         s00, s01 = tl.where(flip, s01, s00), tl.where(flip, s00, s01)
@@ -203,11 +204,11 @@ def _pair_kernel(
     PATCH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per sample and tile; ``flip_ptr``, and ``seeds_ptr`` or ``noise_ptr``, may be None."""
+    """One program per sample and tile; ``flip_ptr`` may be None, and one of ``seeds_ptr`` and ``noise_ptr`` is None."""
     sample, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     first = tl.load(cu_seqlens_ptr + sample)
     length = tl.load(cu_seqlens_ptr + sample + 1) - first
-    # Every halving leaves a quarter of the tokens.
+    # Every halving divides the number of tokens by four.
     full = (height // PATCH) * (width // PATCH)
     halvings = 0
     for k in tl.static_range(1, STAGES):
@@ -235,7 +236,7 @@ def launch_pairs(
     patch_size: int,
     config: Mapping[str, int] | None = None,
 ) -> None:
-    """Fill ``tokens`` and ``targets [T, c * p * p]``; all but ``images`` are contiguous."""
+    """Fill ``tokens`` and ``targets [T, c * p * p]``; all tensors except ``images`` are contiguous."""
     _, channels, height, width = images.shape
     if tokens.numel() == 0:
         return
@@ -266,6 +267,6 @@ def launch_pairs(
             STAGES=stages,
             CHANNELS=channels,
             PATCH=patch_size,
-            enable_fp_fusion=False,  # level A: every product and sum rounds by itself, as in eager PyTorch
+            enable_fp_fusion=False,  # level A: every product and sum rounds separately, as in eager PyTorch
             **config,
         )

@@ -1,4 +1,4 @@
-"""Noise on entering a stage and the training pairs: the meaning, in plain PyTorch.
+"""Reference implementation in plain PyTorch: noise for entering a stage, and training pairs.
 
 Source: arXiv 2504.07963, equations 3 to 6.
 """
@@ -22,20 +22,20 @@ Shape = tuple[int, int, int]
 
 
 def initial_normals(seeds: Tensor, shape: Shape) -> Tensor:
-    """Normals of stage 0, ``[n, c, h, w]``: four neighbours in row-major order share a counter."""
+    """Draw the normals of stage 0, ``[n, c, h, w]``: four neighbours in row-major order share a counter."""
     count = math.prod(shape)
     z = counter_normals(seeds, stage=0, count=-(-count // 4))
     return z.flatten(1)[:, :count].reshape(len(seeds), *shape)
 
 
 def block_normals(seeds: Tensor, stage: int, shape: Shape, purpose: int = SAMPLING) -> Tensor:
-    """Independent normals ``[n, c, h/2, w/2, 4]``: the four pixels of a 2x2 block share a counter."""
+    """Draw independent normals ``[n, c, h/2, w/2, 4]``: the four pixels of a 2x2 block share a counter."""
     blocks = (shape[0], shape[1] // 2, shape[2] // 2)
     return counter_normals(seeds, stage, math.prod(blocks), purpose).reshape(len(seeds), *blocks, 4)
 
 
 def training_normals(parts: Sequence[tuple[Tensor, int, Shape]]) -> list[Tensor]:
-    """:func:`block_normals` of training for several ``(seeds, stage, shape)``, drawn together."""
+    """Draw :func:`block_normals` with the training purpose for several ``(seeds, stage, shape)`` in one pass."""
     blocks = [(c, height // 2, width // 2) for _, _, (c, height, width) in parts]
     counts = [math.prod(shape) for shape in blocks]
     device = parts[0][0].device
@@ -51,8 +51,8 @@ def training_normals(parts: Sequence[tuple[Tensor, int, Shape]]) -> list[Tensor]
 def correlate(z: Tensor) -> Tensor:
     """Give blocks of independent normals ``[..., 4]`` the block covariance ``(1 - g) I + g 1 1^T + 1e-6 I``.
 
-    ``sqrt(1 - g + 1e-6) (z - mean z) + sqrt(1 + 3g + 1e-6) mean z``: a block's mean and the deviations from it are the
-    covariance's eigenspaces. The four are summed left to right.
+    Computes ``sqrt(1 - g + 1e-6) (z - mean z) + sqrt(1 + 3g + 1e-6) mean z``, since the block mean and the deviations
+    from it span the eigenspaces of the covariance. The four values are summed from left to right.
     """
     z0, z1, z2, z3 = z.unbind(-1)
     mean = ((((z0 + z1) + z2) + z3) * 0.25)[..., None]
@@ -60,14 +60,14 @@ def correlate(z: Tensor) -> Tensor:
 
 
 def from_blocks(blocks: Tensor) -> Tensor:
-    """``[B, c, h/2, w/2, 4] -> [B, c, h, w]``, the four pixels of a block in row-major order."""
+    """Rearrange ``[B, c, h/2, w/2, 4] -> [B, c, h, w]``; the four pixels of a block are in row-major order."""
     batch, channels, rows, columns, _ = blocks.shape
     grid = blocks.reshape(batch, channels, rows, columns, 2, 2).permute(0, 1, 2, 4, 3, 5)
     return grid.reshape(batch, channels, 2 * rows, 2 * columns)
 
 
 def upsample_renoise(x: Tensor, noise: Tensor, alpha: float, beta: float) -> Tensor:
-    """``alpha * upsample(x) + beta * noise``: ``x [B, c, h, w]``, ``noise [B, c, 2h, 2w]``, in the type of ``x``."""
+    """Compute ``alpha * upsample(x) + beta * noise`` in x's dtype for ``x [B, c, h, w]``, ``noise [B, c, 2h, 2w]``."""
     return alpha * F.interpolate(x, scale_factor=2, mode="nearest") + beta * noise.to(x)
 
 
@@ -75,49 +75,52 @@ def upsample_renoise(x: Tensor, noise: Tensor, alpha: float, beta: float) -> Ten
 
 
 def signed(images: Tensor) -> Tensor:
-    """uint8 as float32 in [-1, 1], ``x / 127.5 - 1``; float32 as it is."""
+    """Convert uint8 to float32 in [-1, 1] by ``x / 127.5 - 1``; return float32 unchanged."""
     if images.dtype != torch.uint8:
         return images
-    # By a tensor: dividing by a number, torch multiplies by its reciprocal on CUDA, which rounds twice.
+    # Divide by a tensor: for a Python number, torch on CUDA multiplies by the reciprocal, which rounds twice.
     return images.float() / torch.full((1,), 127.5, device=images.device) - 1
 
 
 def halve(x: Tensor) -> Tensor:
-    """Means of 2x2 blocks of ``[..., h, w]``: of neighbouring columns first, then of rows.
+    """Average 2x2 blocks of ``[..., h, w]``: neighbouring columns first, then rows.
 
-    Bilinear halving without antialiasing, with the roundings that CUDA's has. On a CPU torch's own order of the four
-    depends on sizes and channels, so it is spelled out.
+    This is bilinear downsampling without antialiasing, with the roundings of torch's CUDA kernel. It is written out
+    because on a CPU the order in which torch adds the four values depends on sizes and channels.
     """
     x = x[..., 0::2] * 0.5 + x[..., 1::2] * 0.5
     return x[..., 0::2, :] * 0.5 + x[..., 1::2, :] * 0.5
 
 
 def up(x: Tensor) -> Tensor:
-    """Nearest-neighbour doubling of ``[..., h, w]``."""
+    """Upsample ``[..., h, w]`` by a factor of 2, nearest neighbour."""
     return x.repeat_interleave(2, -2).repeat_interleave(2, -1)
 
 
 def patchify(images: Tensor, p: int) -> Tensor:
-    """``[n, c, h, w] -> [n * N, c * p * p]``: row-major patches, each in (channel, row, column) order."""
+    """Rearrange ``[n, c, h, w] -> [n * N, c * p * p]``: row-major patches, each in (channel, row, column) order."""
     n, channels, height, width = images.shape
     grid = images.reshape(n, channels, height // p, p, width // p, p)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * p * p)
 
 
 def unpatchify(tokens: Tensor, shape: Shape, p: int) -> Tensor:
-    """``[n * N, c * p * p] -> [n, c, h, w]``, the inverse of :func:`patchify`."""
+    """Rearrange ``[n * N, c * p * p] -> [n, c, h, w]``, the inverse of :func:`patchify`."""
     channels, height, width = shape
     grid = tokens.reshape(-1, height // p, width // p, channels, p, p)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, *shape)
 
 
 def rest(v: Tensor) -> Tensor:
-    """``1 - v`` in the type of ``v``, then float32."""
+    """Compute ``1 - v`` in the dtype of ``v``, then convert to float32."""
     return (1 - v).float()
 
 
 def pair(images: Tensor, halvings: int, span: Tensor, tau: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and targets ``[n, c, h, w]`` of a stage: ``images [n, c, 2^d h, 2^d w]``, ``span`` its start and end."""
+    """Compute inputs and targets ``[n, c, h, w]`` of one stage.
+
+    ``images`` is ``[n, c, 2^d h, 2^d w]`` with ``d = halvings``; ``span`` holds the stage's start and end.
+    """
     sharp = images
     for _ in range(halvings):
         sharp = halve(sharp)
@@ -139,11 +142,11 @@ def training_pairs(
     noise: Tensor | None,
     patch_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets ``[T, c * p * p]`` float32 of all samples, one after the other (see ``op.training_pairs``)."""
+    """Compute packed inputs and targets ``[T, c * p * p]`` float32 of all samples (see ``op.training_pairs``)."""
     p, (_, channels, height, width) = patch_size, images.shape
     tokens = torch.empty(int(cu_seqlens[-1]), channels * p * p, device=images.device)
     targets = torch.empty_like(tokens)
-    # All samples of a stage at once: those with a 4^d-th of the tokens.
+    # Samples of one stage are processed together: those with 1 / 4^d of the full number of tokens.
     lengths, whole = cu_seqlens.diff(), (height // p) * (width // p)
     members = {d: (lengths == whole >> 2 * d).nonzero().flatten() for d in range(len(spans))}
     members = {d: chosen for d, chosen in members.items() if len(chosen) > 0}

@@ -1,4 +1,4 @@
-"""What the ahead-of-time report compiles of the cascade: each kernel at the published widths and stages."""
+"""Specimens of the cascade for the ahead-of-time report: each kernel at the published widths and stages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDTHS = {"fp32": ("w64", "w32"), "bf16": ("w64",), "fp16": ("w64",), "fp64": ("
 
 
 def specimens(arch: int) -> Iterator[Specimen]:
-    """Every kernel and type; given noise and drawn; one stage and four."""
+    """Yield every kernel and dtype, with given and with drawn noise, and training pairs of one and of four stages."""
     for dtype, classes in WIDTHS.items():
         for shape_class in classes:
             yield _renoise(dtype, shape_class, arch, given=True)
@@ -27,10 +27,10 @@ def specimens(arch: int) -> Iterator[Specimen]:
 
 
 def keeps_apart(arch: int) -> bool:
-    """Whether the compiler at hand leaves products and sums apart when it is told to.
+    """Return whether the installed compiler keeps products and sums separate when fusion is disabled.
 
-    Triton 3.6 brings ptxas 12.9.86 for sm_100, which fuses packed ones (mul.rn.f32x2, add.rn.f32x2) in spite of its
-    own --fmad=false: level A does not hold there. The 13.1.80 of Triton 3.7 does not.
+    Triton 3.6 ships ptxas 12.9.86 for sm_100, which fuses packed operations (mul.rn.f32x2, add.rn.f32x2) despite its
+    own --fmad=false, so level A does not hold there. ptxas 13.1.80 of Triton 3.7 does not fuse them.
     """
     import triton
 
@@ -38,10 +38,10 @@ def keeps_apart(arch: int) -> bool:
 
 
 def refinements(pairs: int) -> int:
-    """Fused multiply-adds of so many correctly rounded divisions and roots: nothing else may fuse.
+    """Number of fused multiply-adds in ``pairs`` correctly rounded divisions and as many square roots.
 
-    Seven for a division and a root each, and fifteen in the two routines for the numbers that are out of their range.
-    Drawing two normals takes one of each.
+    Nothing else may fuse. A division and a root take seven together; the two routines for out-of-range numbers take
+    fifteen in total. Drawing two normals takes one division and one root.
     """
     return 15 + 7 * pairs
 
@@ -50,7 +50,7 @@ def _renoise(dtype: str, shape_class: str, arch: int, *, given: bool) -> Specime
     from . import kernels
 
     config = launch_config("cascade.renoise", shape_class, arch)
-    blocks = config["BLOCK_R"] * config["BLOCK_C"] // (32 * config["num_warps"])  # a thread's
+    blocks = config["BLOCK_R"] * config["BLOCK_C"] // (32 * config["num_warps"])  # per thread
     size = SIZES[dtype]
     state = blocks * size // 16
     types = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "alpha": "fp64", "beta": "fp64"}
@@ -104,7 +104,7 @@ def _pairs(images: str, tokens: str, stages: int, arch: int, *, given: bool) -> 
     types |= {"noise_ptr": "*fp32"} if given else {"seeds_ptr": "*i64"}
     numbers = ("stride_image", "stride_channel", "stride_row", "num_images", "height", "width", "tiles")
     threads = 32 * config["num_warps"]
-    # Cells of a thread in each branch; where there are fewer cells than threads, several do the same.
+    # Cells per thread in each branch; if there are fewer cells than threads, several threads compute the same cell.
     cells = [max(config["BLOCK"] // 4 ** (d + 1) // threads, 1) for d in range(stages)]
     return Specimen(
         name=f"cascade.{'pairs_given' if given else 'pairs'}/{images}-{tokens}/s{stages}",

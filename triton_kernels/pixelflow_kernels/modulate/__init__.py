@@ -1,4 +1,4 @@
-"""The norms of a block with their per-image modulation, and the gated residual before them, in one pass each."""
+"""Norms of a transformer block fused with per-image modulation and the preceding gated residual, in one pass each."""
 
 from .op import (
     add_gated_layer_norm_modulate,

@@ -1,18 +1,18 @@
-"""Gradients of the gated residual, norm and modulation of ``forward.py``.
+"""Kernels for the gradients of the gated residual, norm and modulation of ``forward.py``.
 
-With u the unit token, g the output's gradient and k = weight (1 + scale):
+With u the unit token (normalised, before the weight), g the output's gradient and k = weight (1 + scale):
 
     du = g k      dr = (du - mean(du) - u mean(du u)) / std + (r's own gradient)      (RMSNorm: without mean(du))
     dx = dr      dy = gate dr      dgate = sum dr y      dshift = sum g      dscale = weight sum g u
 
-The sums run over an image's tokens and have two passes. In the first, each program takes up to TOKENS neighbouring
-tokens of one image, keeps that image's rows in registers and leaves one row of partial sums for each gradient; the
-second adds an image's partial rows. Nothing is added atomically, and the tokens' turns are counted from their image's
-first: a row's gradient has the same bits in every run and beside any other images. The weight's gradient follows from
-the images': ``dweight = sum over images of (1 + scale) sum g u``.
+The sums run over an image's tokens and are computed in two passes. In the first, each program handles up to TOKENS
+consecutive tokens of one image, keeps the image's rows in registers and writes one row of partial sums per gradient.
+The second adds the partial rows of each image. There are no atomics, and the division into runs starts at the image's
+first token, so a row's gradient has the same bits in every run and next to any other images. The weight's gradient
+follows from the per-image sums: ``dweight = sum over images of (1 + scale) sum g u``.
 
-The statistics are computed again from r: one more reduction of a token that is in registers anyway, where saving them
-would cost the forward pass two more outputs.
+The statistics are recomputed from r. This takes one more reduction over a token that is in registers anyway, whereas
+saving them would add two outputs to the forward pass.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -32,7 +32,10 @@ from .forward import load_high, parts_of, shape_class, stride
 
 @triton.jit
 def _fold(main, tail):
-    """Main added onto tail, so that a sum over both crosses the lanes once; the compiler chooses what meets what."""
+    """Add the main part onto the tail, so that a sum over both needs one cross-lane reduction.
+
+    The compiler chooses which channels are added to which.
+    """
     if main.numel != tail.numel:
         main = tl.sum(tl.reshape(main, [main.numel // tail.numel, tail.numel], can_reorder=True), 0)
     return main + tail
@@ -50,9 +53,10 @@ def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
 
 @triton.jit
 def _image_of_slot(cu_seqlens_ptr, slot, num_images, TOKENS: tl.constexpr):
-    """The last image whose first slot, ``cu_seqlens[i] // TOKENS + i``, is not behind ``slot``.
+    """Return the last image whose first slot, ``cu_seqlens[i] // TOKENS + i``, is at or before ``slot``.
 
-    An image of N tokens has at least ceil(N / TOKENS) slots before the next one's first; what is left over stays empty.
+    An image of N tokens has at least ceil(N / TOKENS) slots before the next image's first one; the remaining slots
+    stay empty.
     """
     image = 0
     for start in range(0, num_images, 128):
@@ -75,7 +79,7 @@ def _factors(weight_ptr, scale_ptr, channels, WIDTH: tl.constexpr, high: tl.cons
 
 @triton.jit
 def _finish(grad_x, grad_residual_ptr, grad_x_ptr, channels, WIDTH: tl.constexpr):
-    """One part of dr: add the residual's own gradient, store, return in the high type."""
+    """One part of dr: add the residual's own gradient, store the result, and return it in the high dtype."""
     if grad_residual_ptr is not None:
         grad_x += load_high(grad_residual_ptr, channels, WIDTH, grad_x.dtype)
     tl.store(grad_x_ptr + channels, grad_x.to(grad_x_ptr.dtype.element_ty), mask=channels < WIDTH)
@@ -84,7 +88,7 @@ def _finish(grad_x, grad_residual_ptr, grad_x_ptr, channels, WIDTH: tl.constexpr
 
 @triton.jit
 def _through_gate(grad_x, gate, y_ptr, grad_y_ptr, channels, WIDTH: tl.constexpr):
-    """One part of dy, stored, and of the gate's gradient, returned."""
+    """Store one part of dy and return the same part of the token's contribution to the gate's gradient."""
     tl.store(grad_y_ptr + channels, (gate * grad_x).to(grad_y_ptr.dtype.element_ty), mask=channels < WIDTH)
     return grad_x * load_high(y_ptr, channels, WIDTH, grad_x.dtype)
 
@@ -119,7 +123,7 @@ def _modulate_backward_kernel(
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """One program per slot: up to TOKENS tokens of one image. RMSNorm where there is a weight, else LayerNorm."""
+    """One program per slot: up to TOKENS tokens of one image. RMSNorm if there is a weight, else LayerNorm."""
     high: tl.constexpr = partial_unit_ptr.dtype.element_ty
     main, tail = tl.arange(0, MAIN), MAIN + tl.arange(0, TAIL)
     slot = tl.program_id(0)
@@ -149,7 +153,7 @@ def _modulate_backward_kernel(
             mean = tl.sum(_fold(x_main, x_tail)) * (1 / WIDTH)
             x_main = tl.where(main < WIDTH, x_main - mean, 0.0)
             x_tail = tl.where(tail < WIDTH, x_tail - mean, 0.0)
-            # As in the forward pass, what is left in the differences is taken away: from the variance, from the
+            # As in the forward pass, the remaining mean of the differences is removed: from the variance, from the
             # product with du, and from the token.
             rest, square, mean_du, product = tl.reduce(
                 (
@@ -216,7 +220,7 @@ def _sum_kernel(
     BLOCK_SLOTS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """One program per image, block of channels and gradient: the sum of the image's partial rows."""
+    """Sum each image's partial rows; one program per image, block of channels and gradient."""
     image, block, gradient = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     channels = block * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     begin, end = tl.load(cu_seqlens_ptr + image), tl.load(cu_seqlens_ptr + image + 1)
@@ -247,10 +251,10 @@ def launch_backward(
     config: Mapping[str, int] | None = None,
     sum_config: Mapping[str, int] | None = None,
 ) -> None:
-    """Fill ``grad_x``, ``grad_y`` where there is a gate, and ``rows``.
+    """Fill ``grad_x``, ``rows`` and, with a gate, ``grad_y``.
 
-    Tokens are ``[T, C]``. ``rows`` is ``[K, n, C]``, contiguous: each image's sums of g u; of g where there is a scale;
-    of dr y where there is a gate.
+    Tokens are ``[T, C]``. ``rows`` is ``[K, n, C]``, contiguous: per-image sums of g u; with a scale, of g; with a
+    gate, of dr y.
     """
     (tokens, width), (gradients, images, _) = residual.shape, rows.shape
     if images == 0:

@@ -1,13 +1,13 @@
-"""Gated residual, norm and modulation in one pass over the tokens.
+"""Kernel for gated residual, norm and modulation in one pass over the tokens.
 
     r = x + gate y      u = LN(r) or weight RMS(r)      z = u (1 + scale) + shift
 
 Source: arXiv 2504.07963, section 3.3. Shapes: ``T`` tokens of ``n`` images, ``C`` channels; ``gate``, ``shift`` and
-``scale`` have a row per image. An operand that a variant lacks is None: Triton compiles a kernel for each set of them.
+``scale`` have one row per image. Operands that a variant lacks are None; Triton compiles a kernel per set of operands.
 
-A program holds one whole token in registers, cut in MAIN + TAIL channels (1024 + 128 of 1152), since a tile's edge is a
-power of two. r, u and z are each rounded to the tensor's type, as separate operations round them. Multiply-adds are
-not fused, so r has the bits of eager PyTorch.
+A program holds one whole token in registers, split into MAIN + TAIL channels (1024 + 128 for 1152) because tile sizes
+are powers of two. The product with the gate, r, u and z are each rounded to the tensor's dtype, as separate operations
+would do. Multiply-adds are not fused, so r has the bits of eager PyTorch.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -27,13 +27,13 @@ LIMITS = (320, 640, 1280, 2560, 5120)  # channels; the launch configurations' sh
 
 @triton.jit
 def load_high(pointer, channels, WIDTH: tl.constexpr, high: tl.constexpr):
-    """One part of a token (or of a weight or a row), in the type that is computed in."""
+    """Load one part of a token (or of a weight or a row), converted to the compute dtype."""
     return tl.load(pointer + channels, mask=channels < WIDTH, other=0.0).to(high)
 
 
 @triton.jit
 def _residual(x_ptr, y_ptr, gate_ptr, channels, WIDTH: tl.constexpr, high: tl.constexpr):
-    """One part of ``x + gate y``: the product, then the sum, rounded to the tensor's type."""
+    """One part of ``x + gate y``; the product and the sum are each rounded to the tensor's dtype."""
     low: tl.constexpr = x_ptr.dtype.element_ty
     x = load_high(x_ptr, channels, WIDTH, high)
     if y_ptr is not None:
@@ -46,7 +46,7 @@ def _residual(x_ptr, y_ptr, gate_ptr, channels, WIDTH: tl.constexpr, high: tl.co
 
 @triton.jit
 def _modulated(unit, weight_ptr, shift_ptr, scale_ptr, channels, WIDTH: tl.constexpr, low: tl.constexpr):
-    """One part of the output from one of the unit token; the norm is rounded to the tensor's type in between."""
+    """One part of the output from the same part of the unit token; the norm is rounded to the tensor's dtype first."""
     high: tl.constexpr = unit.dtype
     if weight_ptr is not None:
         unit *= load_high(weight_ptr, channels, WIDTH, high)
@@ -80,7 +80,7 @@ def _modulate_forward_kernel(
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """One program per token. RMSNorm where there is a weight, else LayerNorm."""
+    """One program per token. RMSNorm if there is a weight, else LayerNorm."""
     low: tl.constexpr = x_ptr.dtype.element_ty
     high: tl.constexpr = tl.float64 if low == tl.float64 else tl.float32
     token = tl.program_id(0).to(tl.int64)
@@ -104,8 +104,8 @@ def _modulate_forward_kernel(
         mean = (tl.sum(x_main) + tl.sum(x_tail)) * (1 / WIDTH)
         x_main = tl.where(main < WIDTH, x_main - mean, 0.0)
         x_tail = tl.where(tail < WIDTH, x_tail - mean, 0.0)
-        # The mean's own rounding error is what the differences' mean is: where the mean is much larger than the
-        # spread, it would otherwise shift the whole token.
+        # The mean of the differences is the rounding error of the mean. Without this correction it would shift the
+        # whole token if the mean is much larger than the spread.
         rest = (tl.sum(x_main) + tl.sum(x_tail)) * (1 / WIDTH)
         square = (tl.sum(x_main * x_main) + tl.sum(x_tail * x_tail)) * (1 / WIDTH)
         reciprocal = tl.rsqrt(square - rest * rest + EPS)
@@ -122,13 +122,13 @@ def _modulate_forward_kernel(
 
 
 def parts_of(width: int) -> dict[str, int]:
-    """How a token is cut: MAIN is the largest power of two below ``width``, TAIL covers the rest."""
+    """Split ``width`` channels: MAIN is the largest power of two below ``width``, TAIL covers the rest."""
     main = 1 << (width - 1).bit_length() - 1
     return {"MAIN": main, "TAIL": triton.next_power_of_2(width - main)}
 
 
 def shape_class(width: int, dtype: torch.dtype) -> str:
-    """Name of a launch configuration: the tokens' type, and how many channels at most."""
+    """Name of the launch configuration's shape class, e.g. ``"half-c1280"``: the tokens' dtype and largest width."""
     kind = {2: "half", 4: "fp32", 8: "fp64"}[dtype.itemsize]
     return f"{kind}-c{next((limit for limit in LIMITS if width <= limit), 'more')}"
 
@@ -146,9 +146,10 @@ def launch_forward(
     eps: float,
     config: Mapping[str, int] | None = None,
 ) -> None:
-    """Fill ``out``, and ``residual`` where there is a ``y``.
+    """Fill ``out`` and, if ``y`` is given, ``residual``.
 
-    Tokens are ``[T, C]`` and rows ``[n, C]``, with dense channels and any stride; ``shift`` comes with ``scale``.
+    Tokens are ``[T, C]`` and rows ``[n, C]``, with dense channels and any stride between tokens or rows. ``shift`` and
+    ``scale`` are given together or not at all.
     """
     tokens, width = x.shape
     if tokens == 0:
@@ -182,5 +183,5 @@ def launch_forward(
 
 
 def stride(x: Tensor | None) -> int:
-    """From one row to the next; 0 for an operand that is not there."""
+    """Stride from one row to the next; 0 for an absent operand."""
     return 0 if x is None else x.stride(0)

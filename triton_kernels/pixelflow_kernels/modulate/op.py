@@ -1,8 +1,8 @@
-"""The public functions: what they accept, which implementation runs, how gradients flow.
+"""Public functions: validation, registration of the implementations, and autograd.
 
 Each call is one custom operation with a CPU implementation (``reference``) and a CUDA one (``forward``, ``backward``,
-imported when they first run: Triton is not installed everywhere). The variants with a residual share one operation: an
-operand that a variant lacks is None.
+imported on first use because Triton is not installed everywhere). The variants with a residual share one operation, in
+which operands that a variant lacks are None.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from . import reference
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout, *, eps: float = 1e-6) -> Tensor:
-    """``LN(x) (1 + scale) + shift``, where each token takes its image's rows: before a model's first self-attention.
+    """Compute ``LN(x) (1 + scale) + shift`` with the rows of each token's image: before a model's first self-attention.
 
-    LayerNorm has no weight of its own. It is computed in float32 (float64 for float64 tokens) and rounded to the type
-    of ``x``; the modulation is computed in the rows' type and rounded again. Differentiable in x, shift and scale.
+    LayerNorm has no affine parameters. It is computed in float32 (float64 for float64 tokens) and rounded to the dtype
+    of ``x``; the modulation is computed in the rows' dtype and rounded again. Differentiable in x, shift and scale.
 
     Args:
-        x: ``[T, C]`` bf16, fp16, fp32 or fp64, C a multiple of 8; a token's channels are dense, tokens may be any
-            distance apart.
-        shift, scale: ``[n, C]`` fp32 (fp64 with fp64 tokens); a row's channels are dense, rows may be any distance
-            apart: slices of one product ``[n, 6C]`` are read in place.
-        layout: which of the ``n`` images each of the ``T`` tokens belongs to.
+        x: ``[T, C]`` bf16, fp16, fp32 or fp64, C a multiple of 8; a token's channels are dense, the token stride is
+            arbitrary.
+        shift, scale: ``[n, C]`` fp32 (fp64 with fp64 tokens); a row's channels are dense and the row stride is
+            arbitrary, so slices of one product ``[n, 6C]`` are read in place.
+        layout: the image, out of ``n``, of each of the ``T`` tokens.
         eps: added to the variance.
 
     Returns:
-        ``[T, C]`` in the type of ``x``, contiguous.
+        ``[T, C]`` in the dtype of ``x``, contiguous.
 
     Raises:
-        ValueError: a shape, type, device or stride is not as said; the message names it.
+        ValueError: a shape, dtype, device or stride does not meet the requirements above; the message names it.
 
     Source: arXiv 2504.07963, section 3.3.
     """
@@ -52,23 +52,23 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, layout: PackedL
 def add_gated_layer_norm_modulate(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout, *, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """``r = x + gate y`` and ``LN(r) (1 + scale) + shift``: after an MLP, for the next block's attention or the head.
+    """Compute ``r = x + gate y`` and ``LN(r) (1 + scale) + shift``: from an MLP to the next self-attention or the head.
 
-    ``gate y`` is computed in the gate's type and rounded to that of ``y`` before it is added. On one device r has the
-    bits of eager PyTorch. Norm and modulation as in :func:`layer_norm_modulate`. Differentiable in every tensor.
+    ``gate y`` is computed in the gate's dtype and rounded to that of ``y`` before it is added. r has the bits of eager
+    PyTorch on the same device. Norm and modulation as in :func:`layer_norm_modulate`. Differentiable in every tensor.
 
     Args:
         x: ``[T, C]``, as in :func:`layer_norm_modulate`.
-        y: ``[T, C]`` in the type of ``x``, with dense channels: what the branch beside the residual computed.
-        gate, shift, scale: ``[n, C]``, as in :func:`layer_norm_modulate`; of one product or of several.
-        layout: which of the ``n`` images each of the ``T`` tokens belongs to.
+        y: ``[T, C]`` in the dtype of ``x``, with dense channels: the output of the residual branch.
+        gate, shift, scale: ``[n, C]``, as in :func:`layer_norm_modulate`; slices of the same or of different products.
+        layout: the image, out of ``n``, of each of the ``T`` tokens.
         eps: added to the variance.
 
     Returns:
-        r and the modulated norm, ``[T, C]`` in the type of ``x``, contiguous.
+        r and the modulated norm, both ``[T, C]`` in the dtype of ``x``, contiguous.
 
     Raises:
-        ValueError: a shape, type, device or stride is not as said; the message names it.
+        ValueError: a shape, dtype, device or stride does not meet the requirements above; the message names it.
 
     Source: arXiv 2504.07963, section 3.3.
     """
@@ -89,10 +89,10 @@ def add_gated_rms_norm_modulate(
     *,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """``r = x + gate y`` and ``RMS(r) weight (1 + scale) + shift``: after a self-attention, for the MLP.
+    """Compute ``r = x + gate y`` and ``RMS(r) weight (1 + scale) + shift``: from a self-attention to the MLP.
 
     ``RMS(r) = r / sqrt(mean(r^2) + eps)``. Arguments, rounding and results are those of
-    :func:`add_gated_layer_norm_modulate`, but for ``weight``: ``[C]``, any of the four types.
+    :func:`add_gated_layer_norm_modulate`, plus ``weight``: ``[C]`` in any of the four dtypes.
     """
     _check_tokens(x, layout, eps)
     _check_beside(x, y)
@@ -104,9 +104,9 @@ def add_gated_rms_norm_modulate(
 def add_gated_rms_norm(
     x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, layout: PackedLayout, *, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """``r = x + gate y`` and ``RMS(r) weight``: after a self-attention, for the cross-attention that follows it.
+    """Compute ``r = x + gate y`` and ``RMS(r) weight``: from a self-attention to the cross-attention that follows it.
 
-    As :func:`add_gated_rms_norm_modulate`, without the modulation.
+    Like :func:`add_gated_rms_norm_modulate`, without the modulation.
     """
     _check_tokens(x, layout, eps)
     _check_beside(x, y)
@@ -125,9 +125,9 @@ def add_rms_norm_modulate(
     *,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """``r = x + y`` and ``RMS(r) weight (1 + scale) + shift``: after a cross-attention, for the MLP.
+    """Compute ``r = x + y`` and ``RMS(r) weight (1 + scale) + shift``: from a cross-attention to the MLP.
 
-    As :func:`add_gated_rms_norm_modulate`, without the gate.
+    Like :func:`add_gated_rms_norm_modulate`, without the gate.
     """
     _check_tokens(x, layout, eps)
     _check_beside(x, y)
@@ -277,7 +277,7 @@ def _fake_add_norm_modulate(
 def _save_add_norm_modulate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, y, gate, weight, _, scale, image_index, cu_seqlens, ctx.eps = inputs
     ctx.save_for_backward(output[0], None if gate is None else y, gate, weight, scale, image_index, cu_seqlens)
-    ctx.set_materialize_grads(False)  # the last residual of a model goes nowhere: no zeros are read for it
+    ctx.set_materialize_grads(False)  # a model's last residual is unused, so no zero gradient is read for it
 
 
 def _add_norm_modulate_gradients(
@@ -317,7 +317,7 @@ def _backward(
     cu_seqlens: Tensor,
     eps: float,
 ) -> list[Tensor]:
-    """Per-image sums ``[K, n, C]`` (of g u; of g with a scale; of dr y with a gate), dx, and dy with a gate."""
+    """Compute per-image sums ``[K, n, C]`` (of g u; with a scale, g; with a gate, dr y), dx and, with a gate, dy."""
     images = cu_seqlens.shape[0] - 1
     return reference.backward(grad, grad_residual, residual, y, gate, weight, scale, image_index, images, eps)
 
@@ -379,5 +379,5 @@ def _empty_gradients(residual: Tensor, gate: Tensor | None, scale: Tensor | None
 
 
 def _dense(x: Tensor) -> Tensor:
-    """``x [T, C]`` itself where its channels are dense, else a copy: a gradient may come expanded or transposed."""
+    """Return ``x [T, C]`` if its channels are dense, else a dense copy: gradients may be expanded or transposed."""
     return x if x.stride(1) == 1 else x.contiguous()

@@ -1,7 +1,7 @@
-"""Norms with per-image modulation and the gated residual before them: the meaning, in plain PyTorch.
+"""Reference implementation in plain PyTorch: norms with per-image modulation and the preceding gated residual.
 
-Shapes: ``x``, ``y [T, C]``, ``weight [C]``, rows ``gate``, ``shift``, ``scale [n, C]``, ``image_index [T]``. The rows'
-type is what is computed in: float32, or float64 for float64 tokens. Source: arXiv 2504.07963, section 3.3.
+Shapes: ``x``, ``y [T, C]``, ``weight [C]``, per-image rows ``gate``, ``shift``, ``scale [n, C]``, ``image_index [T]``.
+Computed in the rows' dtype: float32, or float64 for float64 tokens. Source: arXiv 2504.07963, section 3.3.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from torch import Tensor
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None, image_index: Tensor) -> Tensor:
-    """``x + gate * y``: the product is rounded to the type of ``y``, then added. Without a gate, ``x + y``."""
+    """Compute ``x + gate * y``, with the product rounded to the dtype of ``y``; without a gate, ``x + y``."""
     return x + y if gate is None else x + (gate[image_index] * y.to(gate.dtype)).to(y.dtype)
 
 
 def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm with ``weight``, or LayerNorm without affine parameters; computed high, in the type of ``x``."""
+    """Apply RMSNorm with ``weight``, or LayerNorm without affine parameters if it is None; result in x's dtype.
+
+    Computed in at least float32.
+    """
     if weight is None:
         return F.layer_norm(x, x.shape[-1:], eps=eps)
     high = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -25,20 +28,21 @@ def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, image_index: Tensor) -> Tensor:
-    """``x * (1 + scale) + shift`` in the type of the rows, cast back."""
+    """Compute ``x * (1 + scale) + shift`` in the dtype of the rows, rounded to the dtype of ``x``."""
     return (x.to(scale.dtype) * (1 + scale[image_index]) + shift[image_index]).to(x.dtype)
 
 
 def norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor | None, image_index: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """For the gradient of the modulated norm: that of ``x``, and the unit tokens times ``grad``; both in the high type.
+    """From the gradient of the modulated norm, compute that of ``x`` and the product ``grad * u`` in the high dtype.
 
-    With u the normed token before the weight: dx = (du - mean(du) - u mean(du u)) / std, for RMSNorm without mean(du).
+    u is the normalised token before the weight: dx = (du - mean(du) - u mean(du u)) / std, without mean(du) for
+    RMSNorm. The high dtype is float32, or float64 for float64 tokens.
     """
     high_type = torch.promote_types(x.dtype, torch.float32)
     high, grad = x.to(high_type), grad.to(high_type)
-    if weight is None:  # the second difference takes away what rounding left in the first mean
+    if weight is None:  # the second subtraction removes the rounding error of the first mean
         high = high - high.mean(-1, keepdim=True)
         high = high - high.mean(-1, keepdim=True)
     reciprocal = torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps)
@@ -52,7 +56,7 @@ def norm_backward(
 
 
 def per_image(x: Tensor, image_index: Tensor, num_images: int) -> Tensor:
-    """Sums of ``x [T, C]`` over each image's tokens: ``[n, C]``."""
+    """Sum ``x [T, C]`` over each image's tokens: ``[n, C]``."""
     return x.new_zeros(num_images, x.shape[-1]).index_add_(0, image_index, x)
 
 
@@ -68,7 +72,12 @@ def backward(
     num_images: int,
     eps: float,
 ) -> list[Tensor]:
-    """Per-image sums ``[K, n, C]`` (of g u; of g with a scale; of dr y with a gate), dx, and dy with a gate."""
+    """Compute the tokens' gradients, and the per-image sums that give those of rows and weight.
+
+    Returns:
+        Per-image sums ``[K, n, C]`` (of g u; with a scale, of g; with a gate, of dr y), then dx, and with a gate dy.
+        g is the output's gradient, u the normalised token before the weight, and r the residual.
+    """
     grad_x, grad_unit = norm_backward(grad, residual, weight, scale, image_index, eps)
     grad_x = grad_x if grad_residual is None else grad_x + grad_residual
     sums, tokens = [grad_unit], [grad_x.to(residual.dtype)]

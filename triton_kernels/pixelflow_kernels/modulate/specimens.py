@@ -1,4 +1,4 @@
-"""What the ahead-of-time report compiles of modulate: each variant at the published widths and the small model's."""
+"""Specimens of modulate for the ahead-of-time report: each variant at the published widths and the bundled model's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pixelflow_kernels.machine_code import Promises, Specimen
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = {1152: ("bf16", "fp16", "fp32"), 1024: ("bf16", "fp32"), 144: ("bf16", "fp32")}
 
-# The operands that a variant lacks: of the forward kernel, of the backward kernel.
+# The operands that a variant lacks in the forward kernel and in the backward kernel.
 VARIANTS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "layer_norm_modulate": (
         ("y_ptr", "gate_ptr", "weight_ptr", "residual_ptr"),
@@ -31,7 +31,7 @@ _LOADED = {
 
 
 def specimens(arch: int) -> Iterator[Specimen]:
-    """Every kernel, variant, type and width."""
+    """Yield every kernel, variant, dtype and width."""
     for width, types in WIDTHS.items():
         for dtype in types:
             for variant, without in VARIANTS.items():
@@ -48,11 +48,11 @@ def _specimen(direction: str, variant: str, without: tuple[str, ...], dtype: str
     types = {n: t for n in kernel.arg_names if n not in without and (t := _type(n, dtype))}
     constants, options = _split(f"modulate.{direction}", forward.shape_class(width, TYPES[dtype]), arch)
     parts = forward.parts_of(width)
-    # Whole rounds of 16 bytes a lane: the last 128 of 1152 channels in two-byte types take fewer.
+    # Only portions that fill all lanes with 16 bytes each: the last 128 of 1152 channels take fewer in two-byte dtypes.
     lanes = 32 * options["num_warps"]
     loads = [4 if t == "*fp32" else 2 for n, t in types.items() if n in _LOADED[direction]]
     wide = sum(part * size // 16 // lanes for size in loads for part in parts.values())
-    whole_warps = is_forward and width >= 1024  # of the backward pass, lanes of a few warps take one of the last 128
+    whole_warps = is_forward and width >= 1024  # in the backward pass, a lane may hold 1 of the last 128
     return Specimen(
         name=f"modulate.{direction}.{variant}/{dtype}/c{width}",
         kernel=kernel,
@@ -62,8 +62,8 @@ def _specimen(direction: str, variant: str, without: tuple[str, ...], dtype: str
         promises=Promises(
             wide_loads=wide,
             narrow=0 if whole_warps else None,
-            # The residual is level A. In two-byte types its product is rounded before it is added; what Triton 3.6.0
-            # fuses on sm_100, against the option, is the modulation.
+            # The residual is level A. In two-byte dtypes its product is rounded before the addition; what Triton 3.6.0
+            # fuses on sm_100 despite the option is the modulation.
             ffma=0 if is_forward and dtype == "fp32" else None,
             shared=0 if is_forward else None,
             registers=96 if is_forward else 128,
@@ -88,7 +88,7 @@ def _sum(width: int, arch: int) -> Specimen:
 
 
 def _split(kernel: str, shape_class: str, arch: int) -> tuple[dict[str, int], dict[str, int]]:
-    """A launch configuration as constexpr arguments and options."""
+    """Split a launch configuration into constexpr arguments and compiler options."""
     config = launch_config(kernel, shape_class, arch)
     return {n: v for n, v in config.items() if n.isupper()}, {n: v for n, v in config.items() if not n.isupper()}
 

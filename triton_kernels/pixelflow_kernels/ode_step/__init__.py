@@ -1,4 +1,4 @@
-"""Steps of an ODE solver: guidance and Euler, Runge-Kutta stages, error norms, step-size control on the device."""
+"""ODE solver steps: Euler with guidance, Runge-Kutta stages, error norms and step-size control on the device."""
 
 from .control import begin_attempt_, end_attempt_, take_accepted_
 from .norms import error_norm_, first_slope_, slope_change

@@ -1,7 +1,7 @@
-"""What the kernels over states share: a program's block of one image, the velocity in it, and their arguments.
+"""Shared parts of the kernels over states: a program's block of one image, its velocity, and launch arguments.
 
-A program works on one block of one image; where an image ends, its last block is masked, so no block has two images and
-an image's bits do not depend on the others.
+A program works on one block of one image. The last block of an image is masked, so no block spans two images and an
+image's bits do not depend on the others.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -17,15 +17,15 @@ from torch import Tensor
 from pixelflow_kernels.configs import arch_of, launch_config
 from pixelflow_kernels.rounding import apart
 
-SMALL_IMAGE = 16384  # values; smaller images have blocks of their own size, so that there are enough of them
+SMALL_IMAGE = 16384  # values; images up to this size have a shape class with its own block size, for enough blocks
 
 
-# --- in kernels --------------------------------------------------------------------------------------------
+# --- device functions --------------------------------------------------------------------------------------
 
 
 @triton.jit
 def block_of(blocks, stride_image, BLOCK: tl.constexpr):
-    """This program's image, its places within the image, which of them there are, and where the image begins."""
+    """Return this program's image, its positions in the image, the mask of valid ones, and the image's offset."""
     image = tl.program_id(0) // blocks
     places = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     return image, places, places < stride_image, image.to(tl.int64) * stride_image
@@ -47,11 +47,11 @@ def guided_velocity(
     APART: tl.constexpr,
     high: tl.constexpr,
 ):
-    """The block's velocity, both halves read once and combined where there are two."""
+    """Load the block's velocity; with guidance, read both halves once and combine them."""
     if WIDTH == 0:  # contiguous
         velocity_ptr += image.to(tl.int64) * stride_image
         inside = places
-    else:  # rows of WIDTH values, further apart than that; an image has whole rows
+    else:  # rows of WIDTH values with a larger stride; every image consists of whole rows
         velocity_ptr += image.to(tl.int64) * (stride_image // WIDTH) * stride_velocity_row
         inside = (places // WIDTH).to(tl.int64) * stride_velocity_row + places % WIDTH
     null = tl.load(velocity_ptr + inside, mask=mask, other=0.0).to(high)
@@ -71,9 +71,9 @@ def guided_velocity(
 def launch_arguments(
     kernel: str, x: Tensor, images: int, config: Mapping[str, int] | None
 ) -> tuple[tuple[int], dict[str, int]]:
-    """The grid; and the values of an image, the blocks that they take, and the configuration.
+    """Return the grid, and as kernel arguments the values per image, the blocks per image and the configuration.
 
-    The shape class depends on the image alone: the size of its blocks decides the bits of its norm.
+    The shape class depends only on the image's size, because the block size determines the bits of its norm.
     """
     values = x.numel() // images
     if config is None:
@@ -84,7 +84,7 @@ def launch_arguments(
 
 
 def velocity_arguments(velocity: Tensor | None, guidance: Tensor | None, device: torch.device) -> dict[str, object]:
-    """What :func:`guided_velocity` takes; the velocity is contiguous, or rows ``[R, W]`` of dense channels, or None."""
+    """Arguments of :func:`guided_velocity`; ``velocity`` is contiguous, rows ``[R, W]`` of dense channels, or None."""
     guided = guidance is not None
     arguments: dict[str, object] = {
         "velocity_ptr": velocity,
@@ -109,5 +109,5 @@ def velocity_arguments(velocity: Tensor | None, guidance: Tensor | None, device:
 
 
 def first_nonzero(weights: Sequence[float]) -> int:
-    """Index of the first weight that counts: there a sum begins."""
+    """Index of the first non-zero weight, where a sum starts."""
     return next(i for i, w in enumerate(weights) if w != 0.0)

@@ -1,4 +1,4 @@
-"""What the operations accept, in one place: every refusal names the argument, what came and what was expected."""
+"""Argument checks of the ODE operations. Every error names the argument, what was given and what was expected."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 STATE_TYPES = (torch.float32, torch.float64)
 VELOCITY_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-LARGEST_IMAGE = 2**30  # values; places within an image are 32-bit integers
+LARGEST_IMAGE = 2**30  # values; positions within an image are 32-bit integers
 
 
 def check_state(x: Tensor, name: str = "x") -> None:
-    """A contiguous float32 or float64 tensor."""
+    """Require a contiguous float32 or float64 tensor that does not require grad."""
     if x.dtype not in STATE_TYPES:
         raise ValueError(f"{name}: got {x.dtype}, expected float32 or float64")
     check_contiguous(name, x)
@@ -21,7 +21,7 @@ def check_state(x: Tensor, name: str = "x") -> None:
 
 
 def check_like(name: str, y: Tensor, x: Tensor, shape: Sequence[int] | None = None) -> None:
-    """A contiguous tensor of the type and device of the state, and of its shape or the one given."""
+    """Require a contiguous tensor with the dtype and device of the state, and with its shape or ``shape``."""
     expected = tuple(x.shape if shape is None else shape)
     if tuple(y.shape) != expected:
         raise ValueError(f"{name}: got shape {tuple(y.shape)}, expected {expected}")
@@ -33,14 +33,14 @@ def check_like(name: str, y: Tensor, x: Tensor, shape: Sequence[int] | None = No
 
 
 def check_slopes(slopes: Tensor, x: Tensor, at_least: int) -> None:
-    """``[S, *x.shape]`` with S at least as said."""
+    """Require ``[S, *x.shape]`` with ``S >= at_least``."""
     if slopes.ndim != x.ndim + 1 or slopes.shape[0] < at_least:
         raise ValueError(f"slopes: got shape {tuple(slopes.shape)}, expected {at_least} or more of {tuple(x.shape)}")
     check_like("slopes", slopes, x, (slopes.shape[0], *x.shape))
 
 
 def check_velocity(velocity: Tensor, x: Tensor, images: int, guidance: Tensor | None) -> None:
-    """As many values as the state, or twice as many with guidance; contiguous, or rows of dense channels."""
+    """Require as many values as the state, twice as many with guidance; contiguous, or rows of dense channels."""
     check_no_grad("velocity", velocity)
     if velocity.dtype not in VELOCITY_TYPES or torch.promote_types(velocity.dtype, x.dtype) != x.dtype:
         wanted = "bfloat16, float16 or float32" + (", or float64" if x.dtype == torch.float64 else "")
@@ -67,7 +67,7 @@ def check_velocity(velocity: Tensor, x: Tensor, images: int, guidance: Tensor | 
 
 
 def check_images(x: Tensor, images: int, name: str) -> None:
-    """The state divides into so many images of at least one value."""
+    """Require that the state divides into ``images`` images of at least one value."""
     if images == 0 and x.numel() == 0:
         return
     if images <= 0 or x.numel() % images != 0:
@@ -79,7 +79,7 @@ def check_images(x: Tensor, images: int, name: str) -> None:
 
 
 def check_numbers(name: str, numbers: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> None:
-    """One-dimensional, contiguous, of one of these types."""
+    """Require one dimension, contiguous, with one of ``dtypes``."""
     if numbers.ndim != 1:
         raise ValueError(f"{name}: got shape {tuple(numbers.shape)}, expected one dimension")
     if numbers.dtype not in dtypes:
@@ -90,14 +90,14 @@ def check_numbers(name: str, numbers: Tensor, dtypes: Sequence[torch.dtype], dev
 
 
 def check_per_image(name: str, numbers: Tensor, dtype: torch.dtype, images: int, device: torch.device) -> None:
-    """``[B]`` of this type."""
+    """Require ``[B]`` with this dtype."""
     check_numbers(name, numbers, (dtype,), device)
     if numbers.shape[0] != images:
         raise ValueError(f"{name}: got {numbers.shape[0]} entries, expected one for each of {images} images")
 
 
 def check_guidance(guidance: Tensor | float | None, images: int, device: torch.device) -> Tensor | None:
-    """As a tensor with one entry or one per image."""
+    """Validate ``guidance`` and return it as a tensor with one entry or one per image; None stays None."""
     if guidance is None:
         return None
     if not isinstance(guidance, Tensor):
@@ -109,7 +109,7 @@ def check_guidance(guidance: Tensor | float | None, images: int, device: torch.d
 
 
 def check_weights(name: str, weights: Sequence[float], at_most: int) -> list[float]:
-    """Some weights, not all of them 0."""
+    """Require 1 to ``at_most`` weights, not all 0; return them as floats."""
     if not 0 < len(weights) <= at_most:
         raise ValueError(f"{name}: got {len(weights)} weights, expected 1 to {at_most}")
     if not any(weights):
@@ -118,24 +118,24 @@ def check_weights(name: str, weights: Sequence[float], at_most: int) -> list[flo
 
 
 def check_tolerance(tolerance: Tensor, device: torch.device) -> None:
-    """``(rtol, atol)`` in float64."""
+    """Require ``(rtol, atol)`` as ``[2]`` float64."""
     check_per_image("tolerance", tolerance, torch.float64, 2, device)
 
 
 def check_device(name: str, x: Tensor, device: torch.device) -> None:
-    """On this device."""
+    """Require ``x`` to be on ``device``."""
     if x.device != device:
         raise ValueError(f"{name}: got device {x.device}, expected {device}")
 
 
 def check_contiguous(name: str, x: Tensor) -> None:
-    """Without gaps."""
+    """Require a contiguous tensor."""
     if not x.is_contiguous():
         raise ValueError(f"{name}: got strides {x.stride()}, expected a contiguous tensor")
 
 
 def check_no_grad(name: str, x: Tensor) -> None:
-    """Nothing here is differentiable, so a tensor that asks for a gradient is a mistake."""
+    """Refuse a tensor that requires grad while gradients are enabled, because no operation here is differentiable."""
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError(
             f"{name}: got a tensor that requires grad, expected one that does not: the updates are for sampling and "

@@ -1,7 +1,7 @@
-"""An attempt of an adaptive Runge-Kutta step: its step size and times, the verdict, and what is taken over.
+"""Control of an adaptive Runge-Kutta attempt: step size and times, acceptance or rejection, update of the state.
 
-Each call is one custom operation with a plain implementation (``reference``) and a kernel (``control_kernels``; what
-moves whole states is in ``kernels``). None waits for the device.
+Each call is one custom operation with a CPU implementation (``reference``) and a kernel (``control_kernels``, or
+``kernels`` for the update of whole states). None synchronises with the device.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from . import checks, reference
 
 
 def begin_attempt_(h: Tensor, times: Tensor, tau: Tensor, step: Tensor, status: Tensor, nodes: Sequence[float]) -> None:
-    """The step that each image will try, cut to end at 1, and the times at which its slopes are taken. Level A.
+    """Compute the step that each image tries, clipped to end at 1, and the times of its slopes. Level A.
 
-    An image that has arrived or failed gets ``h = 0`` and stands still in the batch.
+    An image that has arrived or failed gets ``h = 0`` and stays unchanged in the batch.
 
     Args:
         h: ``[B]`` float64, filled.
-        times: ``[S, B]`` float64, filled; where ``h`` reaches the end, the times of nodes 1 are exactly 1.
-        tau: where each image is, ``[B]`` float64.
-        step: the step proposed, ``[B]`` float64.
-        status: ``[B]`` int32; only those RUNNING are moved.
-        nodes: of the tableau, ``S``, the last one 1.
+        times: ``[S, B]`` float64, filled; if the step reaches the end, the times of nodes equal to 1 are exactly 1.
+        tau: current time of each image, ``[B]`` float64.
+        step: proposed step, ``[B]`` float64.
+        status: ``[B]`` int32; only images that are RUNNING move.
+        nodes: the ``S`` nodes of the tableau, two or more; the last is 1.
 
     Raises:
-        ValueError: a shape, type or device is not as said; the message names it.
+        ValueError: a shape, dtype, device or number does not meet the requirements above; the message names it.
     """
     images, device = tau.shape[0], tau.device
     for name, y in (("tau", tau), ("h", h), ("step", step)):
@@ -57,24 +57,24 @@ def end_attempt_(
     order: int,
     max_attempts: int,
 ) -> None:
-    """Accept or reject the attempt of each image that is under way, count it, and choose the next step.
+    """Accept or reject the attempt of each running image, count it, and choose the next step size.
 
-    Accepted where ``ratio <= 1``. The next step is ``h clamp(0.9 ratio^(-1/order), 0.2, 10)``, never less than ``h``
-    where ``ratio < 1``. An image stops with the status ARRIVED (``tau = 1``), MAX_ATTEMPTS, UNDERFLOW (``tau + h`` is
-    ``tau``) or NONFINITE (so is the ratio); the attempts that found the latter two are not counted.
+    An attempt is accepted if ``ratio <= 1``. The next step is ``h clamp(0.9 ratio^(-1/order), 0.2, 10)``, and at least
+    ``h`` if ``ratio < 1``. An image stops with the status ARRIVED (``tau = 1``), MAX_ATTEMPTS, UNDERFLOW (``tau + h``
+    equals ``tau``) or NONFINITE (the ratio is not finite); attempts that end in one of the latter two are not counted.
 
     Args:
         tau, step: ``[B]`` float64, updated.
         status: ``[B]`` int32, updated.
         accepted, rejected: ``[B]`` int64, updated.
-        accept: ``[B]`` bool, filled: this attempt was accepted.
+        accept: ``[B]`` bool, filled: whether this attempt was accepted.
         h, times: as filled by :func:`begin_attempt_`.
-        ratio: the error's norm, ``[B]`` float64.
-        order: of the solution.
-        max_attempts: accepted and rejected ones together.
+        ratio: the error norm, ``[B]`` float64.
+        order: order of the solution.
+        max_attempts: maximum number of attempts, accepted and rejected ones together.
 
     Raises:
-        ValueError: a shape, type or device is not as said; the message names it.
+        ValueError: a shape, dtype, device or number does not meet the requirements above; the message names it.
 
     Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, equation II.4.13.
     """
@@ -94,7 +94,7 @@ def end_attempt_(
 
 
 def take_accepted_(x: Tensor, slopes: Tensor, solution: Tensor, accept: Tensor) -> None:
-    """Where ``accept``, the solution becomes the state, and the last slope the first (FSAL); bits are copied.
+    """For accepted images, copy the solution to the state, and the last slope to the first (FSAL), bit for bit.
 
     Args:
         x: ``B`` images in float32 or float64, contiguous, of any shape; updated.
@@ -103,7 +103,8 @@ def take_accepted_(x: Tensor, slopes: Tensor, solution: Tensor, accept: Tensor) 
         accept: ``[B]`` bool.
 
     Raises:
-        ValueError: a shape, type, device or stride is not as said; the message names it.
+        ValueError: a shape, dtype, device or stride does not meet the requirements above, or a tensor requires grad
+            while gradients are enabled; the message names it.
     """
     checks.check_state(x)
     checks.check_slopes(slopes, x, 1)

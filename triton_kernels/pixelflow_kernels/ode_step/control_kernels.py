@@ -1,7 +1,8 @@
-"""The step-size controller on the device: which step to try, whether it was good, and which to try next.
+"""Kernels of the step-size controller: the step to try, its acceptance, and the next step size.
 
-All of it is float64 arithmetic on a few numbers per image, written as the plain PyTorch solver writes it; only the root
-is ``exp(log)``. Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4.
+Everything is float64 arithmetic on a few numbers per image, in the same order as in the plain PyTorch solver; only the
+root is computed as ``exp(log)``. Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section
+II.4.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from pixelflow_kernels.configs import arch_of, launch_config
 
-# What ``status`` says of an image; the values are those of the plain implementation, and a test compares them.
+# Values of ``status``, equal to those of the reference implementation; a test compares them.
 RUNNING = tl.constexpr(0)
 ARRIVED = tl.constexpr(1)
 MAX_ATTEMPTS = tl.constexpr(2)
@@ -36,18 +37,18 @@ def _begin_kernel(
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``h = min(step, 1 - tau)``, 0 for an image that stands still, and the times ``[S, B]`` of the slopes."""
+    """Compute ``h = min(step, 1 - tau)``, 0 for a stopped image, and the times ``[S, B]`` of the slopes."""
     image = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = image < images
     tau = tl.load(tau_ptr + image, mask=mask, other=1.0)
     step = tl.load(step_ptr + image, mask=mask, other=0.0)
     active = (tau < 1.0) & (tl.load(status_ptr + image, mask=mask, other=0) == RUNNING)
     remaining = 1.0 - tau
-    # A step that is NaN stays NaN, as in torch.minimum; the norm of its error says so later.
+    # A NaN step stays NaN, as in torch.minimum; the error norm reports it later.
     h = tl.where(active, tl.minimum(step, remaining, propagate_nan=tl.PropagateNan.ALL), 0.0)
     tl.store(h_ptr + image, h, mask=mask)
     for i in tl.static_range(COUNT):
-        # Node 1 is exactly on the end of the stage.
+        # Node 1 lies exactly at the end of the stage.
         time = tl.where(active & (step >= remaining), 1.0, tau + h) if NODES[i] == 1.0 else tau + NODES[i] * h
         tl.store(times_ptr + i * tl.cast(images, tl.int64) + image, time, mask=mask)
 
@@ -84,8 +85,8 @@ def _end_kernel(
     ratio = tl.load(ratio_ptr + image, mask=mask, other=1.0)
 
     active = (tau < 1.0) & (status == RUNNING)
-    finite = ratio < float("inf")  # false of NaN; a norm is not negative
-    stuck = active & finite & (after <= tau)  # h vanishes beside tau
+    finite = ratio < float("inf")  # false for NaN; a norm is not negative
+    stuck = active & finite & (after <= tau)  # h is too small to change tau
     tried = active & finite & (after > tau)
     accept = tried & (ratio <= 1.0)
     accepted += accept.to(tl.int64)
@@ -93,7 +94,7 @@ def _end_kernel(
 
     positive = tl.where(finite & (ratio > 0.0), ratio, 1.0)  # the logarithm's argument
     factor = SAFETY * tl.exp(EXPONENT * tl.log(positive))
-    # As arguments of a function numbers would be rounded to float32 first; as operands they are not.
+    # Python numbers passed to a function would be rounded to float32 first; as operands they are not.
     one = tl.full([BLOCK], 1.0, tl.float64)
     factor = tl.minimum(tl.maximum(factor, tl.where(ratio < 1.0, one, one * SMALLEST)), one * LARGEST)
     factor = tl.where(ratio == 0.0, one * LARGEST, factor)
@@ -155,7 +156,7 @@ def launch_end(
     factors: tuple[float, float, float],
     config: Mapping[str, int] | None = None,
 ) -> None:
-    """Update everything before ``h``, all ``[B]``; ``factors`` are safety, smallest and largest."""
+    """Update the tensors before ``h`` in place, all ``[B]``; ``factors`` are safety, smallest and largest factor."""
     images = tau.shape[0]
     if images == 0:
         return

@@ -1,12 +1,12 @@
-"""Updates of the state by its velocity, each in one pass over memory.
+"""Kernels that update the state by its velocity, each in one pass over memory.
 
     v = v_null + w (v_cond - v_null)        x1 = x + h v        y = x + sum_i (h w_i) k_i
 
 Source: arXiv 2504.07963, section 3.4; Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section
 II.1.
 
-All of it is level A: without fused multiply-add every product and sum rounds by itself, and ``h w_i`` is a float64
-product rounded once, as in eager PyTorch. One block of one image per program (``blocks``).
+Everything is level A: without fused multiply-adds every product and sum rounds separately, and ``h w_i`` is a float64
+product rounded once, as in eager PyTorch. Each program handles one block of one image (``blocks``).
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -42,7 +42,7 @@ def _euler_kernel(
     APART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``out = x + step v``; ``out`` may be ``x``."""
+    """Compute ``out = x + step v``; ``out`` may be ``x``."""
     high: tl.constexpr = x_ptr.dtype.element_ty
     image, places, mask, start = block_of(blocks, stride_image, BLOCK)
     velocity = guided_velocity(
@@ -81,7 +81,7 @@ def _stage_kernel(
     APART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``out = x + sum_i (step w_i) k_i`` over COUNT slopes; the last is the velocity, and stored, where it is FRESH."""
+    """Compute ``out = x + sum_i (step w_i) k_i`` over COUNT slopes; if FRESH, store the velocity as the last slope."""
     high: tl.constexpr = x_ptr.dtype.element_ty
     image, places, mask, start = block_of(blocks, stride_image, BLOCK)
     step = tl.load(step_ptr + image * STEP_PER_IMAGE)
@@ -119,7 +119,7 @@ def _accept_kernel(
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of the accepted images: the solution becomes the state, the LAST slope the first."""
+    """For accepted images, copy the solution to the state and the LAST slope to the first."""
     image, places, mask, start = block_of(blocks, stride_image, BLOCK)
     mask = mask & (tl.load(accept_ptr + image) != 0)
     solution = tl.load(solution_ptr + start + places, mask=mask, other=0.0)
@@ -137,7 +137,7 @@ def launch_euler(
     images: int,
     config: Mapping[str, int] | None = None,
 ) -> None:
-    """Fill ``out``, which may be ``x``; ``step`` and ``guidance`` have one entry or ``images``."""
+    """Fill ``out``, which may be ``x``; ``step`` and ``guidance`` have one entry, or one per image."""
     if x.numel() == 0:
         return
     grid, arguments = launch_arguments("euler", x, images, config)
@@ -164,7 +164,7 @@ def launch_stage(
     images: int,
     config: Mapping[str, int] | None = None,
 ) -> None:
-    """Fill ``out`` from the first slopes; of these the last is filled from ``velocity`` where that is given."""
+    """Fill ``out`` from the first ``len(weights)`` slopes; if ``velocity`` is given, fill the last of them from it."""
     if x.numel() == 0:
         return
     grid, arguments = launch_arguments("stage", x, images, config)
@@ -189,7 +189,7 @@ def launch_stage(
 def launch_accept(
     x: Tensor, slopes: Tensor, solution: Tensor, accept: Tensor, config: Mapping[str, int] | None = None
 ) -> None:
-    """Update ``x`` and the first of the slopes where ``accept [B]`` (bool) says so."""
+    """Update ``x`` and the first slope for images with ``accept [B]`` (bool)."""
     if x.numel() == 0:
         return
     grid, arguments = launch_arguments("accept", x, accept.shape[0], config)

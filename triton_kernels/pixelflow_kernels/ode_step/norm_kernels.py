@@ -1,13 +1,13 @@
-"""Norms that control the step size, each in one pass over memory: of the error, and of what a first step needs.
+"""Kernels for the norms of step-size control, each in one pass over memory: error norm, and norms of the first step.
 
     ratio = sqrt(mean((sum_i (h e_i) k_i / (atol + rtol max(|x|, |x1|)))^2))        x1 = x + sum_i (h a_i) k_i
 
 Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4.
 
-A norm takes two passes: every program leaves the sum of its block (``blocks``), a second kernel adds an image's sums in
-the order of the blocks. Which values meet when depends on the number of values per image, and on the velocity's type
-and strides (a thread's share of a block follows the widest load), not on the batch. Slopes that are stored on the way
-are level A, as in ``kernels``.
+A norm takes two launches: every program writes the sum of its block (``blocks``), and a second kernel adds an image's
+sums in the order of the blocks. The order of summation depends on the number of values per image and on the velocity's
+dtype and strides (the widest load determines which values of a block a thread holds), not on the batch. Slopes stored
+in the same pass are level A, as in ``kernels``.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -28,7 +28,7 @@ from .blocks import block_of, first_nonzero, guided_velocity, launch_arguments, 
 
 @triton.jit
 def _sum_of_squares(error, scale, mask):
-    """Of ``error / scale``, float64. Outside of the image the scale may be 0, so its quotient is thrown away."""
+    """Sum the squares of ``error / scale`` as float64, without those outside the image, where the scale may be 0."""
     ratio = error / scale
     return tl.sum(tl.where(mask, ratio * ratio, 0.0)).to(tl.float64)
 
@@ -59,9 +59,9 @@ def _error_kernel(
     APART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One sum of squares per block.
+    """Compute one sum of squares per block.
 
-    The solution is summed up once more rather than read: its slopes are at hand.
+    The solution is recomputed rather than read, because its slopes are loaded anyway.
     """
     high: tl.constexpr = x_ptr.dtype.element_ty
     image, places, mask, start = block_of(blocks, stride_image, BLOCK)
@@ -94,7 +94,7 @@ def _error_kernel(
                 error = term
             else:
                 error = error + term
-    # A NaN must reach the norm, or a broken state would pass.
+    # A NaN must propagate to the norm; otherwise a broken state would be accepted.
     largest = tl.maximum(tl.abs(x), tl.abs(x + change), propagate_nan=tl.PropagateNan.ALL)
     tl.store(partial_ptr + tl.program_id(0), _sum_of_squares(error, atol + rtol * largest, mask))
 
@@ -118,7 +118,7 @@ def _start_kernel(
     APART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Store the first slope and measure state and slope; or, of a PROBE, measure its distance from the first slope."""
+    """Store the first slope and measure state and slope; with PROBE, measure the velocity's change from that slope."""
     high: tl.constexpr = x_ptr.dtype.element_ty
     image, places, mask, start = block_of(blocks, stride_image, BLOCK)
     velocity = guided_velocity(
@@ -140,9 +140,9 @@ def _start_kernel(
 
 @triton.jit
 def _finish_kernel(partial_ptr, out_ptr, images, blocks, values, BATCH_WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """``out[r, b] = sqrt(mean)`` from the sums ``partial[r, b, :]``, or from ``partial[r, :, :]`` in every entry.
+    """Compute ``out[r, b] = sqrt(mean)`` from the sums ``partial[r, b, :]``; if BATCH_WIDE, from ``partial[r, :, :]``.
 
-    In the batch-wide case every program adds up the whole batch: they are few, and so they need not wait for another.
+    In the batch-wide case every program sums the whole batch: there are few sums, and no program waits for another.
     """
     count = blocks * images if BATCH_WIDE else blocks
     if BATCH_WIDE:
@@ -170,13 +170,13 @@ def launch_error(
     batch_wide: bool,
     config: Mapping[str, int] | None = None,
 ) -> None:
-    """Fill ``out [B]`` with the error's norm, and the last slope from ``velocity`` where that is given."""
+    """Fill ``out [B]`` with the error norm and, if ``velocity`` is given, the last slope from it."""
     images = step.shape[0]
     if images == 0:
         return
     grid, arguments = launch_arguments("error", x, images, config)
     partial = out.new_empty(1, images, arguments["blocks"])
-    padded = (*solution, *[0.0] * len(error))[: len(error)]  # the last slope, taken at the solution, has no part in it
+    padded = (*solution, *[0.0] * len(error))[: len(error)]  # the last slope, evaluated at it, is not part of it
     with torch.cuda.device_of(x):
         _error_kernel[grid](
             x_ptr=x,
@@ -191,7 +191,7 @@ def launch_error(
             FIRST_OF_SOLUTION=first_nonzero(padded),
             FIRST_OF_ERROR=first_nonzero(error),
             FRESH=velocity is not None,
-            enable_fp_fusion=False,  # the slope that it stores is level A
+            enable_fp_fusion=False,  # the stored slope is level A
             **arguments,
             **velocity_arguments(velocity, guidance, x.device),
         )
@@ -209,7 +209,7 @@ def launch_start(
     batch_wide: bool,
     config: Mapping[str, int] | None = None,
 ) -> None:
-    """Fill ``out``: ``[1, B]`` for a probe, else ``[2, B]``, and ``slope``."""
+    """Fill ``out``: ``[1, B]`` for a probe, else ``[2, B]``; without a probe, fill ``slope`` too."""
     rows, images = out.shape
     if images == 0:
         return
@@ -222,7 +222,7 @@ def launch_start(
             tolerance_ptr=tolerance,
             partial_ptr=partial,
             PROBE=probe,
-            enable_fp_fusion=False,  # the slope that it stores is level A
+            enable_fp_fusion=False,  # the stored slope is level A
             **arguments,
             **velocity_arguments(velocity, guidance, x.device),
         )
@@ -232,7 +232,7 @@ def launch_start(
 def launch_finish(
     partial: Tensor, values: int, out: Tensor, batch_wide: bool, config: Mapping[str, int] | None = None
 ) -> None:
-    """Fill ``out [R, B]`` from the blocks' sums ``partial [R, B, P]``; an image has ``values`` values."""
+    """Fill ``out [R, B]`` from the block sums ``partial [R, B, P]``; an image has ``values`` values."""
     rows, images, blocks = partial.shape
     config = launch_config("ode_step.finish", "any", arch_of(out.device)) if config is None else config
     with torch.cuda.device_of(out):

@@ -1,7 +1,7 @@
-"""Norms of an adaptive Runge-Kutta step: of its error, and of what the first step's size takes.
+"""Norms of an adaptive Runge-Kutta step: the error norm, and the norms that determine the first step size.
 
-As in ``op``: images lie one after another in contiguous tensors, nothing is differentiable, and each call is one custom
-operation with a plain implementation (``reference``) and kernels (``norm_kernels``). None waits for the device.
+As in ``op``, images lie one after another in contiguous tensors, nothing is differentiable, and each call is one custom
+operation with a CPU implementation (``reference``) and kernels (``norm_kernels``). None synchronises with the device.
 """
 
 from __future__ import annotations
@@ -32,28 +32,29 @@ def error_norm_(
     *,
     batch_wide: bool = False,
 ) -> Tensor:
-    """Solution, embedded error and its norm in one pass: ``rms(error / (atol + rtol max(|x|, |x1|)))`` of each image.
+    """Compute each image's error norm ``rms(error / (atol + rtol max(|x|, |x1|)))`` from the slopes in one pass.
 
-    ``x1 = x + sum_i (step a_i) k_i`` and ``error = sum_i (step e_i) k_i`` have the bits of eager PyTorch (level A),
-    their norm is level D. Its sums run in an order that depends on the number of values per image and on the velocity's
-    type and strides alone, so an image's norm has the same bits whatever its batch mates (level C; not so batch-wide).
-    In image and in token layout it is the norm of the same set of values, but summed in another order.
+    ``x1 = x + sum_i (step a_i) k_i`` and ``error = sum_i (step e_i) k_i`` have the bits of eager PyTorch (level A);
+    the norm is level D. The order of summation depends only on the number of values per image and on the velocity's
+    dtype and strides, so an image's norm has the same bits in any batch (level C), unless it is batch-wide. Image and
+    token layouts give the norm of the same values, but summed in a different order.
 
     Args:
-        slopes: ``[S, *x.shape]`` in the type of ``x``, contiguous. With a velocity, the last is filled from it.
+        slopes: ``[S, *x.shape]`` in the dtype of ``x``, contiguous. If a velocity is given, the last is filled from it.
         x: the state before the step: ``B`` images in float32 or float64, contiguous, of any shape.
         step: ``[B]`` float64.
-        solution: weights of the solution: the tableau's last row; the last slope's, which is 0, may be left out.
-        error: weights ``[S]`` of the difference to the companion of lower order.
+        solution: weights ``a`` of the solution, the tableau's last row; the last slope's weight, 0, may be omitted.
+        error: weights ``e``, ``[S]``, of the difference to the embedded solution of lower order.
         tolerance: ``(rtol, atol)``, ``[2]`` float64.
         velocity, guidance: the newest slope, as in ``euler_step``.
-        batch_wide: the norm of the whole batch, for every image.
+        batch_wide: whether every image gets the norm of the whole batch.
 
     Returns:
         ``[B]`` float64.
 
     Raises:
-        ValueError: a shape, type, device or stride is not as said, or a gradient is asked for; the message names it.
+        ValueError: a shape, dtype, device or stride does not meet the requirements above, or a tensor requires grad
+            while gradients are enabled; the message names it.
 
     Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, equation II.4.11.
     """
@@ -88,18 +89,19 @@ def first_slope_(
     """Store the guided first slope, and measure state and slope relative to ``atol + rtol |x|``.
 
     Args:
-        slope: like ``x``.
+        slope: like ``x``; filled.
         x: ``B`` images in float32 or float64, contiguous, of any shape.
         velocity, guidance: as in ``euler_step``.
         tolerance: ``(rtol, atol)``, ``[2]`` float64.
         images: ``B``.
-        batch_wide: norms of the whole batch, for every image.
+        batch_wide: whether every image gets the norms of the whole batch.
 
     Returns:
-        ``[2, B]`` float64: root mean squares of ``x`` and of the slope.
+        ``[2, B]`` float64: relative root mean squares of ``x`` and of the slope.
 
     Raises:
-        ValueError: a shape, type, device or stride is not as said, or a gradient is asked for; the message names it.
+        ValueError: a shape, dtype, device or stride does not meet the requirements above, or a tensor requires grad
+            while gradients are enabled; the message names it.
 
     Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4, "starting step size".
     """
@@ -117,9 +119,9 @@ def slope_change(
     *,
     batch_wide: bool = False,
 ) -> Tensor:
-    """How far the guided velocity is from ``slope``, relative to ``atol + rtol |x|``: ``[B]`` float64.
+    """Measure the guided velocity's distance from ``slope`` relative to ``atol + rtol |x|``: ``[B]`` float64.
 
-    Arguments and errors as in :func:`first_slope_`; ``slope`` is read.
+    Arguments and errors as in :func:`first_slope_`, except that ``slope`` is read.
     """
     weight = _check_start(slope, x, velocity, tolerance, images, guidance)
     return _slope_change(slope, x, velocity, tolerance, weight, images, batch_wide)

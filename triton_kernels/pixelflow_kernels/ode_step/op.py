@@ -1,13 +1,13 @@
-"""Updates of the state by the velocity: what they accept and which implementation runs.
+"""Updates of the state by the velocity: validation and registration of the implementations.
 
-Each call is one custom operation with a CPU implementation (``reference``) and a CUDA one (``kernels``, imported when
-it first runs: Triton is not installed everywhere). None has a backward: this is sampling.
+Each call is one custom operation with a CPU implementation (``reference``) and a CUDA one (``kernels``, imported on
+first use because Triton is not installed everywhere). None has a backward, because they serve sampling only.
 
-What all of them share. A state ``x`` is a contiguous tensor of ``B`` equal images, image after image; how the values of
-an image are ordered does not matter, as long as state, slopes and velocity agree: ``[B, c, h, w]``, or tokens
-``[B * N, W]`` as the model's head gives them. ``B`` is the length of ``step``; where that is 1, one step and one
-guidance weight hold for all values, whatever images they belong to. Images of different sizes in one pack: let each
-token be an image and repeat its image's numbers, ``step[layout.image]``.
+Conventions: a state ``x`` is a contiguous tensor of ``B`` images of equal size, image after image. The order of values
+within an image is arbitrary, as long as state, slopes and velocity agree: ``[B, c, h, w]``, or tokens ``[B * N, W]`` as
+returned by the model's head. ``B`` is the larger length of ``step`` and ``guidance``; if both have one entry, they
+apply to all values, whatever images these belong to. For images of different sizes in one pack, treat each token as an
+image and repeat its image's numbers: ``step[layout.image_index]``.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ from . import checks, reference
 
 
 def euler_step(x: Tensor, velocity: Tensor, step: Tensor | float, guidance: Tensor | float | None = None) -> Tensor:
-    """``x + step (v_null + w (v_cond - v_null))`` in one pass, each half of the velocity read once.
+    """Compute ``x + step (v_null + w (v_cond - v_null))`` in one pass, reading each half of the velocity once.
 
-    The velocity is converted to the type of ``x`` first, as the engine does for a float32 state; the published code
-    combines bfloat16 halves in bfloat16 and then keeps a bfloat16 state, which costs it accuracy. The bits are those of
-    eager PyTorch (level A): ``n, c = velocity.to(x.dtype).chunk(2); x + step * (n + w * (c - n))``, every operation
-    rounding by itself, ``step`` and ``w`` rounded to the type of ``x``.
+    The velocity is first converted to the dtype of ``x``, as the engine does for a float32 state. (The published code
+    combines bfloat16 halves in bfloat16 and keeps a bfloat16 state, which is less accurate.) The result has the bits of
+    eager PyTorch (level A): ``n, c = velocity.to(x.dtype).chunk(2); x + step * (n + w * (c - n))``, where every
+    operation rounds separately and ``step`` and ``w`` are rounded to the dtype of ``x``.
 
     Args:
         x: ``B`` images in float32 or float64, contiguous, of any shape.
         velocity: as many values in bf16, fp16, fp32, or fp64 for a float64 state; with guidance twice as many, the null
-            half first. Contiguous, or rows ``[R, W]`` of dense channels any distance apart.
-        step: ``[B]`` or ``[1]`` float32 or float64, or a number. (A number, also for ``guidance``, is put on the device
-            by a launch of its own; a loop had better have a tensor.)
-        guidance: ``w`` as ``[B]`` or ``[1]`` float32 or float64, or a number; None where the velocity has no null half.
+            half first. Contiguous, or rows ``[R, W]`` of dense channels with a row stride of at least ``W``.
+        step: ``[B]`` or ``[1]`` float32 or float64, or a number. A number, also for ``guidance``, takes an additional
+            launch that writes it to the device, so loops should pass a tensor.
+        guidance: ``w`` as ``[B]`` or ``[1]`` float32 or float64, or a number; None if the velocity has no null half.
 
     Returns:
-        the new state, like ``x``.
+        The new state, like ``x``.
 
     Raises:
-        ValueError: a shape, type, device or stride is not as said, or a gradient is asked for; the message names it.
+        ValueError: a shape, dtype, device or stride does not meet the requirements above, or a tensor requires grad
+            while gradients are enabled; the message names it.
 
     Source: arXiv 2504.07963, section 3.4.
     """
@@ -54,7 +55,7 @@ def euler_step(x: Tensor, velocity: Tensor, step: Tensor | float, guidance: Tens
 
 
 def euler_step_(x: Tensor, velocity: Tensor, step: Tensor | float, guidance: Tensor | float | None = None) -> None:
-    """:func:`euler_step` in place."""
+    """In-place version of :func:`euler_step`: updates ``x``."""
     step, weight, images = _check_euler(x, velocity, step, guidance)
     _euler_step_in_place(x, velocity, step, weight, images)
 
@@ -68,23 +69,24 @@ def stage_state_(
     velocity: Tensor | None = None,
     guidance: Tensor | float | None = None,
 ) -> None:
-    """``out = x + sum_i (step w_i) k_i``: the state at which a Runge-Kutta method takes its next slope.
+    """Compute ``out = x + sum_i (step w_i) k_i``, the state at which a Runge-Kutta method evaluates its next slope.
 
-    With a velocity, the last of the ``len(weights)`` slopes is that velocity, its halves combined as in
-    :func:`euler_step`; it is stored in ``slopes`` on the way. Otherwise all slopes are read from there. Level A:
-    ``step w_i`` is a float64 product rounded to the type of ``x``, terms are added left to right, zero weights skipped,
-    and the sum is added to ``x``.
+    If a velocity is given, it is the last of the ``len(weights)`` slopes: its halves are combined as in
+    :func:`euler_step` and stored in ``slopes`` in the same pass. Otherwise all slopes are read from ``slopes``. Level
+    A: ``step w_i`` is a float64 product rounded to the dtype of ``x``, terms are added from left to right, skipping
+    zero weights, and the sum is added to ``x``.
 
     Args:
-        out: like ``x``.
-        slopes: ``[S, *x.shape]`` in the type of ``x``, contiguous.
+        out: like ``x``; filled.
+        slopes: ``[S, *x.shape]`` in the dtype of ``x``, contiguous.
         x: the state before the step: ``B`` images in float32 or float64, contiguous, of any shape.
         step: ``[B]`` or ``[1]`` float64.
-        weights: a row of the tableau, at most ``S``, not all 0.
+        weights: a row of the tableau: 1 to ``S`` numbers, not all 0.
         velocity, guidance: as in :func:`euler_step`.
 
     Raises:
-        ValueError: a shape, type, device or stride is not as said, or a gradient is asked for; the message names it.
+        ValueError: a shape, dtype, device or stride does not meet the requirements above, or a tensor requires grad
+            while gradients are enabled; the message names it.
 
     Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.1.
     """
@@ -101,7 +103,7 @@ def stage_state_(
 
 
 def _images(x: Tensor, step: Tensor, guidance: Tensor | float | None) -> int:
-    """As many as the longer of step and guidance has entries."""
+    """Determine ``B``, the number of entries of the longer of ``step`` and ``guidance``."""
     images = step.shape[0]
     if images == 1 and isinstance(guidance, Tensor) and guidance.ndim == 1:
         images = guidance.shape[0]
@@ -187,7 +189,7 @@ def _stage_state(
 
 
 def store_slope(slope: Tensor, velocity: Tensor | None, guidance: Tensor | None, images: int) -> None:
-    """Fill ``slope`` with the guided velocity, if there is one: for CPU implementations."""
+    """Fill ``slope`` with the guided velocity if one is given; used by the CPU implementations."""
     if velocity is not None and slope.numel() > 0:
         slope.copy_(reference.guided(velocity, guidance, images, slope.dtype).view(slope.shape))
 

@@ -1,4 +1,4 @@
-"""What the ahead-of-time report compiles of ode_step: each kernel as the sampler runs it, and the odd layouts."""
+"""Specimens of ode_step for the ahead-of-time report: each kernel as the sampler runs it, and unusual layouts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from pixelflow_kernels.configs import launch_config
 from pixelflow_kernels.machine_code import Promises, Specimen
 
-TYPES = ("bf16", "fp16", "fp32")  # of the velocity; the state is fp32
-TOKEN = 48  # values of a token in the published model's output: 3 channels, patches of 4 x 4
+TYPES = ("bf16", "fp16", "fp32")  # dtypes of the velocity; the state is fp32
+TOKEN = 48  # values per token in the published model's output: 3 channels, patches of 4 x 4
 NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 STAGES = (
     (1 / 5,),
@@ -28,7 +28,7 @@ ERROR = (
     11 / 84 - 649 / 6300,
     -1 / 60,
 )
-"""Dormand and Prince's pair, whose weights belong to the engine; here it stands for any."""
+"""The Dormand-Prince pair, as an example of a tableau; the tableau used for sampling is defined in the engine."""
 
 _SCALARS = {
     "step_ptr": "*fp64",
@@ -40,7 +40,7 @@ _SCALARS = {
 
 
 def specimens(arch: int) -> Iterator[Specimen]:
-    """Euler, all stages, norms and the controller; with and without guidance, from a slice of a wider output too."""
+    """Yield Euler, all stages, norms and the controller, with and without guidance, and with velocities in a slice."""
     for dtype in TYPES:
         for guided in (True, False):
             yield _euler(arch, dtype, guided, 0)
@@ -111,7 +111,7 @@ def _pointwise(
     constants: dict[str, Any],
     reads: int,
 ) -> Specimen:
-    """``reads`` fp32 tensors and the velocity, all of which are read 16 bytes at a time."""
+    """Specimen of a kernel that reads ``reads`` fp32 tensors and the velocity, all of them 16 bytes at a time."""
     config = launch_config(f"ode_step.{config_name}", "large", arch)
     # Upper-case names are the kernel's constants, the others are the compiler's options.
     options = {key: config.pop(key) for key in list(config) if not key.isupper()}
@@ -164,7 +164,10 @@ def _accept(arch: int) -> Specimen:
 
 
 def _small(arch: int) -> Iterator[Specimen]:
-    """Kernels over a few numbers per image: nothing is promised but that they do not spill."""
+    """Yield the kernels over a few numbers per image.
+
+    All promise not to spill; the controller also uses no shared memory, and its first kernel fuses no multiply-add.
+    """
     from .control_kernels import _begin_kernel, _end_kernel
     from .norm_kernels import _finish_kernel
 

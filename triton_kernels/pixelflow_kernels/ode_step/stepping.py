@@ -1,9 +1,9 @@
-"""One attempt of an adaptive integration as a fixed list of launches over tensors that stay where they are.
+"""One attempt of an adaptive integration as a fixed sequence of launches on tensors with fixed addresses.
 
-Nothing here waits for the device or depends on what it computes, so an attempt can be captured into a CUDA graph and
-replayed; the caller asks ``status`` now and then whether all images have stopped, and may ask late: images that have
-stopped stand still. The slopes' own field is the caller's. Source: arXiv 2504.07963, section 3.4; Hairer, Norsett and
-Wanner, Solving Ordinary Differential Equations I, section II.4.
+Nothing here synchronises with the device or depends on its results on the host, so an attempt can be captured into a
+CUDA graph and replayed. The caller reads ``status`` from time to time to see whether all images have stopped; it may do
+so late, because stopped images no longer change. The velocity field is supplied by the caller. Source: arXiv
+2504.07963, section 3.4; Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .norms import error_norm_, first_slope_, slope_change
 from .op import stage_state_
 
 Field = Callable[[Tensor, Tensor], Tensor]
-"""``(state like x, tau [B] float64) -> velocity``; with guidance both halves, the null half first."""
+"""Velocity field ``(state like x, tau [B] float64) -> velocity``; with guidance both halves, the null half first."""
 
 
 class EmbeddedPair(Protocol):
-    """A Butcher tableau whose last slope is taken at the solution and is the next step's first (FSAL).
+    """A Butcher tableau whose last slope is evaluated at the solution and is the first slope of the next step (FSAL).
 
     ``nodes``: times of the slopes as fractions of the step, from 0 to 1. ``coupling``: row i holds the weights of
-    slopes 0..i-1 in the state at which slope i is taken; the last row is the solution. ``error``: weights of the slopes
-    in the difference between the solution and its companion. ``order``: of the solution.
+    slopes 0..i-1 in the state at which slope i is evaluated; the last row is the solution. ``error``: weights of the
+    slopes in the difference between the solution and the embedded one. ``order``: order of the solution.
     """
 
     @property
@@ -44,18 +44,18 @@ class EmbeddedPair(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Adaptive:
-    """An adaptive integration from tau = 0 to 1 of ``B`` images, all of it on the device.
+    """State of an adaptive integration of ``B`` images from tau = 0 to 1, entirely on the device.
 
     Attributes:
         x: the state, float32 or float64, contiguous, image after image, of any shape.
-        stage: like ``x``: where the next slope is taken; at the end of an attempt, the solution proposed.
+        stage: like ``x``: the state at which the next slope is evaluated; at the end of an attempt, the new solution.
         slopes: ``[S, *x.shape]``; the first is the velocity at ``x``.
-        tau: where each image is, ``[B]`` float64.
-        step: the step that it will try next, ``[B]`` float64.
-        h: the step that it tries now, ``[B]`` float64.
-        times: of the slopes of this attempt, ``[S, B]`` float64.
+        tau: current time of each image, ``[B]`` float64.
+        step: step size to try next, ``[B]`` float64.
+        h: step size of the current attempt, ``[B]`` float64.
+        times: times of the slopes of the current attempt, ``[S, B]`` float64.
         status: ``[B]`` int32: RUNNING, ARRIVED, MAX_ATTEMPTS, UNDERFLOW or NONFINITE.
-        accepted, rejected: attempts so far, ``[B]`` int64.
+        accepted, rejected: number of attempts so far, ``[B]`` int64.
         accept: whether the last attempt was accepted, ``[B]`` bool.
         tolerance: ``(rtol, atol)``, ``[2]`` float64.
     """
@@ -75,13 +75,13 @@ class Adaptive:
 
     @classmethod
     def around(cls, x: Tensor, images: int, slopes: int, *, rtol: float = 1e-3, atol: float = 1e-6) -> Adaptive:
-        """Memory for an integration of ``x``, which is worked on in place.
+        """Allocate the tensors for an integration of ``x``, which is updated in place.
 
         Args:
             x: ``images`` images in float32 or float64, contiguous, of any shape.
             images: ``B``.
-            slopes: ``S``, as many as the tableau has nodes.
-            rtol, atol: a step is accepted when the root mean square of ``error / (atol + rtol max(|x0|, |x1|))`` is at
+            slopes: ``S``, the number of nodes of the tableau.
+            rtol, atol: a step is accepted if the root mean square of ``error / (atol + rtol max(|x0|, |x1|))`` is at
                 most 1.
 
         Raises:
@@ -109,7 +109,7 @@ class Adaptive:
         )
 
     def tensors(self) -> Sequence[Tensor]:
-        """All of them, as for a graph's static inputs."""
+        """Return all tensors, e.g. as the static inputs of a CUDA graph."""
         return [getattr(self, name) for name in self.__slots__]
 
 
@@ -121,17 +121,17 @@ def start_(
     *,
     batch_wide: bool = False,
 ) -> None:
-    """Set out from ``state.x`` at tau = 0: first slope and first step size, two calls of the field.
+    """Start from ``state.x`` at tau = 0: compute the first slope and the first step size, with two calls of the field.
 
     Args:
-        state: everything but ``x`` and ``tolerance`` is set.
+        state: ``x`` and ``tolerance`` are read; everything else that an attempt reads is initialised.
         pair: the tableau.
-        field: gives the velocities.
-        guidance: ``w`` as ``[B]`` or ``[1]``, or a number, where the field gives both halves; None where it gives one.
-        batch_wide: one norm, and so one step size, for the whole batch.
+        field: the velocity field.
+        guidance: ``w`` as ``[B]`` or ``[1]``, or a number, if the field returns both halves; None if it returns one.
+        batch_wide: whether the whole batch shares one norm, and therefore one step size.
 
     Raises:
-        ValueError: what the field gives, or a part of the state, is not as it must be; the message names it.
+        ValueError: a result of the field, or a part of the state, is invalid; the message names it.
 
     Source: Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, section II.4, "starting step size".
     """
@@ -157,15 +157,15 @@ def attempt_(
     max_attempts: int = 1000,
     batch_wide: bool = False,
 ) -> None:
-    """Try one step of every image that is RUNNING; S - 1 calls of the field. The launches are the same every time.
+    """Try one step of every image that is RUNNING, with S - 1 calls of the field and the same launches every time.
 
     Args:
-        state: as :func:`start_` or an earlier attempt left it; updated.
+        state: as left by :func:`start_` or an earlier attempt; updated.
         pair, field, guidance, batch_wide: as in :func:`start_`.
-        max_attempts: an image that needs more gets the status MAX_ATTEMPTS.
+        max_attempts: an image that needs more attempts gets the status MAX_ATTEMPTS.
 
     Raises:
-        ValueError: what the field gives, or a part of the state, is not as it must be; the message names it.
+        ValueError: a result of the field, or a part of the state, is invalid; the message names it.
     """
     x, slopes, h = state.x, state.slopes, state.h
     begin_attempt_(h, state.times, state.tau, state.step, state.status, pair.nodes)

@@ -1,9 +1,9 @@
-"""Gradients of norm and rotation (``forward``) of query and key, the weights' among them.
+"""Gradients of norm and rotation (``forward``) with respect to query, key and both weights.
 
-    dy = dz turned back    dn = w dy    dx = (dn - n mean(dn n)) / sqrt(mean(x^2) + eps)    dw = sum over tokens of n dy
+    dy = dz rotated back   dn = w dy    dx = (dn - n mean(dn n)) / sqrt(mean(x^2) + eps)    dw = sum over tokens of n dy
 
-A program works on a run of tokens and leaves one row of partial sums of dw; the rows are added in a second pass.
-Nothing is added atomically, so the sums have the same bits in every run.
+Each program handles consecutive tokens and writes one row of partial sums of dw; a second pass adds the rows.
+There are no atomics, so the sums have the same bits in every run.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .rotation import load_high, load_table, tile_and_config, turn
 
-MAX_PARTIALS = 1024  # rows of partial weight gradients that one backward may leave to be added up
+MAX_PARTIALS = 1024  # rows of partial weight gradients per backward, for q and k together (plus one if both are ragged)
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _norm_tokens_backward(
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """Gradient of the ``part``-th run of tokens of one tensor, and that run's share of the weight's gradient."""
+    """Compute gradients for the ``part``-th run of tokens of one tensor, and their contribution to the weight's."""
     high: tl.constexpr = table_ptr.dtype.element_ty
     low: tl.constexpr = grad_x_ptr.dtype.element_ty
     main, tail = tl.arange(0, MAIN), MAIN + tl.arange(0, TAIL)
@@ -110,7 +110,7 @@ def _rope2d_backward_kernel(
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """The first ``num_q_parts`` programs work on q, the others on k."""
+    """One program per run of tokens: the first ``num_q_parts`` programs work on q, the others on k."""
     part = tl.program_id(0)
     if part < num_q_parts:
         _norm_tokens_backward(
@@ -143,10 +143,10 @@ def launch_backward(
     rotate_k: bool,
     config: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fill ``grad_q`` and ``grad_k`` and return the weights' gradients ``[C]`` in the table's type.
+    """Fill ``grad_q`` and ``grad_k``, and return the weights' gradients ``[C]`` in the table's dtype.
 
-    Each program leaves one row of partial sums; the rows are added in a second pass. How the tokens are shared out
-    depends on their number alone, so the sums have the same bits in every run.
+    Each program writes one row of partial sums; a second pass adds the rows. The assignment of tokens to programs
+    depends only on their number, so the sums have the same bits in every run.
     """
     per_program = max(triton.cdiv(q.shape[0] + k.shape[0], MAX_PARTIALS), 1)
     q_parts, k_parts = triton.cdiv(q.shape[0], per_program), triton.cdiv(k.shape[0], per_program)

@@ -2,8 +2,8 @@
 
     n = x / sqrt(mean(x^2) + eps)    y = w n    z = (y_0 cos - y_1 sin, y_1 cos + y_0 sin) for every pair of y
 
-Source: arXiv 2504.07963, section 3.3. Shapes: ``T`` tokens, ``C = H * D`` channels; how a token is cut is told in
-``rotation``.
+Source: arXiv 2504.07963, section 3.3. Shapes: ``T`` tokens, ``C = H * D`` channels. ``rotation`` describes how a token
+is split into MAIN and TAIL channels.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -37,7 +37,7 @@ def _norm_token(
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """Norm, and where ROTATE turn, one token of one tensor."""
+    """Normalise one token of one tensor and, with ROTATE, rotate it."""
     high: tl.constexpr = table_ptr.dtype.element_ty
     low: tl.constexpr = out_ptr.dtype.element_ty
     main, tail = tl.arange(0, MAIN), MAIN + tl.arange(0, TAIL)
@@ -46,7 +46,7 @@ def _norm_token(
     x_main = load_high(x_ptr, main, WIDTH, high)
     x_tail = load_high(x_ptr, tail, WIDTH, high)
     scale = tl.rsqrt((tl.sum(x_main * x_main) + tl.sum(x_tail * x_tail)) / WIDTH + EPS)
-    # Rounded to the tensor's type as the separate norm does, whether it is turned afterwards or not.
+    # Rounded to the tensor's dtype as a separate norm would do, whether or not a rotation follows.
     y_main = (load_high(weight_ptr, main, WIDTH, high) * (x_main * scale)).to(low)
     y_tail = (load_high(weight_ptr, tail, WIDTH, high) * (x_tail * scale)).to(low)
     if ROTATE:
@@ -82,7 +82,7 @@ def _rope2d_forward_kernel(
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """One program per token: first those of q, then those of k."""
+    """One program per token: first the tokens of q, then those of k."""
     token = tl.program_id(0)
     if token < num_q_tokens:
         _norm_token(
@@ -111,7 +111,7 @@ def launch_forward(
     rotate_k: bool,
     config: Mapping[str, int] | None = None,
 ) -> None:
-    """Fill ``q_out`` and ``k_out``; every ``[T, C]`` tensor has dense channels and a token stride of its own."""
+    """Fill ``q_out`` and ``k_out``; every ``[T, C]`` tensor has dense channels and its own token stride."""
     programs = q.shape[0] + k.shape[0]
     if programs == 0:
         return

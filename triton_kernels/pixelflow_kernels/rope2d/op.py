@@ -1,7 +1,7 @@
-"""The public functions: what they accept, which implementation runs, how gradients flow.
+"""Public functions: validation, registration of the implementations, and autograd.
 
 Each call is one custom operation with a CPU implementation (``reference``) and a CUDA one (``rotation``, ``forward``,
-``backward``, imported when they first run: Triton is not installed everywhere).
+``backward``, imported on first use because Triton is not installed everywhere).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from . import reference
 
 
 def rotation_table(layout: PackedLayout, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Cosine and sine of every angle that a layout's tokens are turned by, side by side.
+    """Tabulate the cosine and sine of every rotation angle of a layout, side by side.
 
     Args:
-        layout: the pack; as many rows are made as its largest grid has positions.
+        layout: the pack; the table has ``P = layout.max_position`` rows.
         head_dim: ``D``, a multiple of 8.
-        dtype: what the rotation is computed in: float32, or float64 for float64 tokens.
+        dtype: dtype in which the rotation is computed: float32, or float64 for float64 tokens.
 
     Returns:
         ``[P, D / 2]``; row p holds ``cos(p theta_0), sin(p theta_0), cos(p theta_1), ...`` with
@@ -47,20 +47,20 @@ def rotation_table(layout: PackedLayout, head_dim: int, dtype: torch.dtype = tor
 
 
 def rope2d(x: Tensor, layout: PackedLayout, *, table: Tensor | None = None) -> Tensor:
-    """Turn each head's channel pairs by its token's place: first half by the column, second half by the row.
+    """Rotate each head's channel pairs by the token's position: the first half by column, the second half by row.
 
-    The bits are those of eager PyTorch (every product and sum rounds by itself).
+    The result has the bits of eager PyTorch: every product and sum rounds separately (level A).
 
     Args:
-        x: ``[T, H, D]`` bf16, fp16, fp32 or fp64; a token's channels are dense, tokens may be any distance apart.
-        layout: places of the ``T`` tokens.
-        table: ``rotation_table(layout, D)``, which is made anew where it is not given.
+        x: ``[T, H, D]`` bf16, fp16, fp32 or fp64; a token's channels are dense, the token stride is arbitrary.
+        layout: positions of the ``T`` tokens.
+        table: ``rotation_table(layout, D)`` in float32 (float64 for float64 tokens); computed if not given.
 
     Returns:
-        ``[T, H, D]`` in the type of ``x``, contiguous.
+        ``[T, H, D]`` in the dtype of ``x``, contiguous.
 
     Raises:
-        ValueError: a shape, type, device or stride is not as said; the message names it.
+        ValueError: a shape, dtype, device or stride does not meet the requirements above; the message names it.
 
     Source: arXiv 2504.07963, section 3.3.
     """
@@ -85,25 +85,25 @@ def qk_norm_rope2d(
     eps: float = 1e-6,
     table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of q and of k over all heads together, then 2-D RoPE of both: what self-attention takes.
+    """Apply RMSNorm to q and to k over all heads together, then 2-D RoPE to both, for self-attention.
 
     ``rms(x) = weight * x / sqrt(mean(x^2) + eps)`` is computed in float32 (float64 for float64 tokens) and rounded to
-    the type of ``x``; so is the rotation. Differentiable once in q, k and both weights.
+    the dtype of ``x``; so is the rotation. Differentiable once in q, k and both weights.
 
     Args:
-        q, k: ``[T, C]`` bf16, fp16, fp32 or fp64, of one type. A token's channels are dense, tokens may be any distance
-            apart: slices of a fused ``[T, 3C]`` projection are read in place.
-        q_weight, k_weight: ``[C]``, any of these types.
-        layout: places of the ``T`` tokens.
+        q, k: ``[T, C]`` bf16, fp16, fp32 or fp64, of the same dtype. A token's channels are dense and the token stride
+            is arbitrary, so slices of a fused ``[T, 3C]`` projection are read in place.
+        q_weight, k_weight: ``[C]``, any of these dtypes.
+        layout: positions of the ``T`` tokens.
         num_heads: ``H``; ``D = C / H`` must be a multiple of 8.
         eps: added to the mean square.
-        table: ``rotation_table(layout, D)``, which is made anew where it is not given.
+        table: ``rotation_table(layout, D)`` in float32 (float64 for float64 tokens); computed if not given.
 
     Returns:
         q and k as ``[T, H, D]``, contiguous.
 
     Raises:
-        ValueError: a shape, type, device or stride is not as said; the message names it.
+        ValueError: a shape, dtype, device or stride does not meet the requirements above; the message names it.
 
     Source: arXiv 2504.07963, section 3.3.
     """
@@ -125,9 +125,10 @@ def norm_rope2d_q_norm_k(
     eps: float = 1e-6,
     table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of q and of k over all heads together, then 2-D RoPE of q alone: what cross-attention takes.
+    """Apply RMSNorm to q and to k over all heads together, then 2-D RoPE to q only, for cross-attention.
 
-    As :func:`qk_norm_rope2d`, but ``k [L, C]`` belongs to text: it has its own number of tokens and no place.
+    Like :func:`qk_norm_rope2d`, except that ``k [L, C]`` holds text tokens, whose number ``L`` is independent of ``T``
+    and which have no position.
     """
     head_dim = _check_norm(q, k, q_weight, k_weight, num_heads, eps)
     table = _check_tokens("q", q, layout, head_dim, table)
@@ -164,7 +165,7 @@ def _check_norm(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, num_he
 
 
 def _check_tokens(name: str, x: Tensor, layout: PackedLayout, head_dim: int, table: Tensor | None) -> Tensor:
-    """Check ``x`` against the layout; return the rotation table, made where it is not given."""
+    """Validate ``x`` against the layout and return the rotation table, which is computed if not given."""
     _check_head_dim(head_dim)
     check_dense(name, x)
     check_num_tokens(name, x, layout)
@@ -209,7 +210,7 @@ def _save_rope2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _rope2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # A rotation's transpose is the rotation by the negative angle.
+    # The transpose of a rotation is the rotation by the negative angle.
     return _rope2d(grad, *ctx.saved_tensors, not ctx.conjugate), None, None, None, None
 
 
@@ -353,7 +354,7 @@ def _fake_norm_rope2d_backward(
 
 
 def _dense(x: Tensor) -> Tensor:
-    """``x [T, C]`` itself where its channels are dense, else a copy: a gradient may come expanded or transposed."""
+    """Return ``x [T, C]`` if its channels are dense, else a dense copy: gradients may be expanded or transposed."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 

@@ -1,16 +1,17 @@
-"""2-D RoPE: the rotation alone, and what it shares with norm and rotation (``forward``, ``backward``).
+"""Kernel for the 2-D RoPE rotation alone, and device functions shared with norm and rotation in one pass.
 
     z = (x_0 cos - x_1 sin, x_1 cos + x_0 sin) for every pair of x
 
 Source: arXiv 2504.07963, section 3.3. Shapes: ``T`` tokens, ``C = H * D`` channels.
 
-A warp holds one whole token in registers. As a tile's edge is a power of two and C (1152) seldom is, a token is cut in
-two parts, MAIN + TAIL channels (1024 + 128), where one padded part (2048) would leave 44% of the lanes idle. Tiles are
-one-dimensional: with several tokens to a tile the two parts get different layouts, and the scale that they share drags
-the larger one through hundreds of shuffles.
+A program, at the published width usually a single warp, holds one whole token in registers. Tile sizes are powers of
+two and C (1152) seldom is, so a token is split into two parts of MAIN + TAIL channels (1024 + 128); a single padded
+part (2048) would leave 44% of the lanes idle. Tiles are one-dimensional: with several tokens per tile, the two parts
+get different register layouts, and sharing the norm's scale between them takes the larger one through hundreds of
+shuffles.
 
-The table holds cosine and sine of a pair side by side, so a tile of it has exactly the shape of a tile of channels:
-both are loaded 16 bytes at a time into one register layout, and pairs are taken apart in registers.
+The table stores cosine and sine of a pair side by side, so a tile of the table has exactly the shape of a tile of
+channels. Both are loaded 16 bytes at a time into the same register layout, and pairs are separated in registers.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -33,28 +34,28 @@ LIMITS = (1280, 2560, 5120)  # channels; the launch configurations' shape classe
 
 @triton.jit
 def load_high(pointer, channels, WIDTH: tl.constexpr, high: tl.constexpr):
-    """One part of a token (or of a weight), in the type that is computed in."""
+    """Load one part of a token (or of a weight), converted to the compute dtype."""
     return tl.load(pointer + channels, mask=channels < WIDTH, other=0.0).to(high)
 
 
 @triton.jit
 def load_table(table_ptr, row, column, channels, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Cosines and sines of one part of a token at ``row`` and ``column``; of a head, first by column, then by row."""
+    """Load cosines and sines for one part of a token; half a head rotates by ``column``, the other half by ``row``."""
     HALF: tl.constexpr = HEAD_DIM // 2
     inside = channels % HEAD_DIM
     place = tl.where(inside < HALF, column, row) * HALF + inside % HALF
-    # HALF is a multiple of 4, so four neighbours that start at a multiple of 4 share their half of a head. The hint
-    # must be in the function that computes the sum: on the result of a call it is lost.
+    # HALF is a multiple of 4, so four neighbours that start at a multiple of 4 lie in the same half of a head. The hint
+    # must be applied in the function that computes the sum: on the result of a call it is lost.
     place = tl.max_contiguous(tl.multiple_of(place, 4), 4)
     return tl.load(table_ptr + place, mask=channels < WIDTH, other=0.0)
 
 
 @triton.jit
 def turn(x, table, CONJUGATE: tl.constexpr):
-    """Rotate neighbouring pairs; written so that without fused multiply-add every step rounds as PyTorch's does."""
+    """Rotate neighbouring pairs; without fused multiply-adds, every operation rounds as in eager PyTorch."""
     a, b = tl.split(tl.reshape(x, [x.numel // 2, 2]))
     cos, sin = tl.split(tl.reshape(table, [x.numel // 2, 2]))
-    # Not by `-sin`, which Triton computes as 0 - sin: that is +0 where sin is +0, and a zero's sign would be lost.
+    # Not with `-sin`: Triton computes it as 0 - sin, which is +0 where sin is +0, so the sign of zero would be lost.
     if CONJUGATE:
         first, second = a * cos + b * sin, b * cos - a * sin
     else:
@@ -63,19 +64,19 @@ def turn(x, table, CONJUGATE: tl.constexpr):
 
 
 def tile_of(width: int) -> dict[str, int]:
-    """How a token is cut: MAIN is the largest power of two below ``width``, TAIL covers the rest."""
+    """Split ``width`` channels: MAIN is the largest power of two below ``width``, TAIL covers the rest."""
     main = max(1 << (width - 1).bit_length() - 1, 1)
     return {"MAIN": main, "TAIL": triton.next_power_of_2(width - main)}
 
 
 def shape_class(width: int, dtype: torch.dtype) -> str:
-    """Name of a launch configuration: the tokens' type, and how many channels at most."""
+    """Name of the launch configuration's shape class, e.g. ``"half-c1280"``: the tokens' dtype and largest width."""
     kind = {2: "half", 4: "fp32", 8: "fp64"}[dtype.itemsize]
     return f"{kind}-{next((f'c{limit}' for limit in LIMITS if width <= limit), 'wide')}"
 
 
 def tile_and_config(kernel: str, x: Tensor, config: Mapping[str, int] | None) -> dict[str, int]:
-    """Of tokens ``x [T, C]``: how one is cut, and the launch configuration, if it is not given."""
+    """Return the split of tokens ``x [T, C]`` and ``config``, which defaults to the frozen launch configuration."""
     if config is None:
         config = launch_config(f"rope2d.{kernel}", shape_class(x.shape[1], x.dtype), arch_of(x.device))
     return {**tile_of(x.shape[1]), **config}
@@ -125,7 +126,7 @@ def launch_rotate(
     conjugate: bool,
     config: Mapping[str, int] | None = None,
 ) -> None:
-    """``out = rotate(x)``, both ``[T, C]`` with dense channels."""
+    """Launch ``out = rotate(x)``; both are ``[T, C]`` with dense channels."""
     tokens, width = x.shape
     if tokens == 0:
         return
@@ -141,6 +142,6 @@ def launch_rotate(
             CONJUGATE=conjugate,
             WIDTH=width,
             HEAD_DIM=head_dim,
-            enable_fp_fusion=False,  # level A: every product and sum rounds by itself, as in eager PyTorch
+            enable_fp_fusion=False,  # level A: every product and sum rounds separately, as in eager PyTorch
             **tile_and_config("rotate", x, config),
         )

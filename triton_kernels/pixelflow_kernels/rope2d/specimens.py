@@ -1,4 +1,4 @@
-"""What the ahead-of-time report compiles of rope2d: each kernel at the published widths and the small model's."""
+"""Specimens of rope2d for the ahead-of-time report: each kernel at the published widths and at a small one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pixelflow_kernels.configs import launch_config
 from pixelflow_kernels.machine_code import Promises, Specimen
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-SHAPES = ((1152, 72), (1024, 64), (2048, 128), (64, 16))  # channels, head dim; the last is the bundled model's
+SHAPES = ((1152, 72), (1024, 64), (2048, 128), (64, 16))  # channels, head dim; the last is a small model's
 
 
 def specimens(arch: int) -> Iterator[Specimen]:
-    """Every kernel; every type at the published width, the usual two at the others."""
+    """Yield every kernel with every dtype at the published width, and with bf16 and fp32 at the other widths."""
     from .backward import _rope2d_backward_kernel as backward
     from .forward import _rope2d_forward_kernel as forward
     from .rotation import _rotate_kernel as rotate
@@ -38,8 +38,8 @@ def _specimen(
 
     tile = tile_of(width)
     config = launch_config(f"rope2d.{name}", shape_class(width, TYPES[dtype]), arch)
-    # Of each part of each token only whole rounds of the threads, 16 bytes each, are promised wide: the last 128 of
-    # 1152 channels are 8 bytes a lane in a two-byte type, and the small model's 32 are less.
+    # Wide loads are promised only for those portions of each part of a token that fill all threads with 16 bytes each:
+    # the last 128 of 1152 channels are 8 bytes per lane in a two-byte dtype, and a small model's 32 are fewer.
     round_of_threads = 16 * 32 * config["num_warps"]
     wide = sum(part * TYPES[dtype].itemsize // round_of_threads for part in tile.values())
     tokens = {"rotate": 1, "forward": 2, "backward": 4}[name]

@@ -1,4 +1,4 @@
-"""Softmax attention inside the members of a pack: self- and cross-attention, forward and backward."""
+"""Variable-length softmax attention within the members (sequences) of a pack: self and cross, forward and backward."""
 
 from pixelflow_kernels.errors import BackendUnavailableError
 

@@ -1,4 +1,4 @@
-"""Which implementation a call takes, and why one cannot be had."""
+"""Choice of the attention backend, and the reasons why a backend cannot run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NAMES = ("triton", "flash", "torch")
 
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot take tensors of this device and type; None where it can.
+    """Return why this backend cannot take tensors of this device and dtype, or None if it can.
 
     Args:
         name: ``triton``, ``flash`` or ``torch``.
-        device: of the tensors.
-        dtype: of the tensors.
+        device: device of the tensors.
+        dtype: dtype of the tensors.
     """
     if name == "torch":
         return None
@@ -39,11 +39,11 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def choose(name: str, x: Tensor) -> str:
-    """The backend of that name; ``auto`` is ``triton`` on CUDA (``torch`` for float64) and ``torch`` elsewhere.
+    """Resolve a backend name; ``auto`` is ``triton`` on CUDA (``torch`` for float64) and ``torch`` elsewhere.
 
     Raises:
-        ValueError: no such backend.
-        BackendUnavailableError: it cannot run here; nothing else is taken in its place.
+        ValueError: there is no such backend.
+        BackendUnavailableError: the backend cannot run here; there is no fallback.
     """
     if name == "auto":
         return "torch" if x.device.type != "cuda" or x.dtype == torch.float64 else "triton"

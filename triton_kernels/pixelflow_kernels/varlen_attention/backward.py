@@ -1,12 +1,12 @@
-"""Softmax attention inside the members of a pack, backward.
+"""Backward kernels of softmax attention within the members of a pack.
 
     P_ij = exp(s_ij - lse_i)    dP_ij = dO_i . v_j    dS_ij = P_ij (dP_ij - delta_i)    delta_i = dO_i . o_i - dlse_i
     dV_j = sum_i P_ij dO_i      dK_j = scale sum_i dS_ij q_i      dQ_i = scale sum_j dS_ij k_j
 
-Three passes: delta; then dK and dV, a program per tile of keys walking over the queries; then dQ, a program per tile
-of queries walking over the keys. Each sum is made by one program in one order, without atomics, so every run has the
-same bits; the price is that S and dP are computed twice. The pass over keys works on transposed tiles (keys are
-rows): what it multiplies from the left, P^T and dS^T, then stays in registers.
+Three passes: delta; then dK and dV, with a program per tile of keys that loops over the queries; then dQ, with a
+program per tile of queries that loops over the keys. Each sum is computed by one program in a fixed order, without
+atomics, so every run has the same bits; the price is that S and dP are computed twice. The pass for dK and dV works on
+transposed tiles (keys are rows), so that its left operands, P^T and dS^T, stay in registers.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -54,7 +54,7 @@ def _delta_kernel(
     TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """One program per tile of tokens, whatever member they are of, and head."""
+    """One program per tile of tokens, regardless of their members, and head."""
     high: tl.constexpr = delta_ptr.dtype.element_ty
     unit = tl.full([], UNIT, dtype=tl.int64)
     head = tl.program_id(1)
@@ -102,7 +102,7 @@ def _turn_over_queries(
     TAIL: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add one tile of queries, of which the first ``limit`` exist, to dK and dV of a tile of keys."""
+    """Add the contribution of a tile of queries, of which the first ``limit`` are valid, to a key tile's dK and dV."""
     high: tl.constexpr = dk_main.dtype
     q_main, q_tail = load_rows(q_ptr, q_offsets, rows, limit, HEAD_DIM, MAIN, TAIL, MASKED)
     g_main, g_tail = load_rows(grad_ptr, grad_offsets, rows, limit, HEAD_DIM, MAIN, TAIL, MASKED)
@@ -146,7 +146,7 @@ def _backward_keys_kernel(
     BLOCK_N: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """One program per tile of keys (as many as the longest member has, of every member) and head."""
+    """One program per member, head and tile of keys; every member has as many tiles as the longest one."""
     high: tl.constexpr = lse_ptr.dtype.element_ty
     tile, head, q_start, q_len, k_start, k_len = member_of(tl.program_id(0), cu_q_ptr, cu_k_ptr, num_tiles, NUM_HEADS)
     first = tile * BLOCK_N
@@ -180,7 +180,7 @@ def _backward_keys_kernel(
         )  # fmt: skip
         q_ptr += BLOCK_M * stride_q
         grad_ptr += BLOCK_M * stride_grad
-    if not ALIGNED:  # noqa: SIM102 (this one is decided when compiling)
+    if not ALIGNED:  # noqa: SIM102 (decided at compile time)
         if whole < q_len:
             dk_main, dk_tail, dv_main, dv_tail = _turn_over_queries(
                 k_main, k_tail, v_main, v_tail, dk_main, dk_tail, dv_main, dv_tail, q_ptr, grad_ptr,
@@ -218,13 +218,13 @@ def _turn_over_keys(
     TAIL: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add one tile of keys, of which the first ``limit`` exist, to dQ of a tile of queries."""
+    """Add the contribution of a tile of keys, of which the first ``limit`` are valid, to a query tile's dQ."""
     high: tl.constexpr = dq_main.dtype
     k_main, k_tail = load_rows(k_ptr, k_offsets, keys, limit, HEAD_DIM, MAIN, TAIL, MASKED)
     v_main, v_tail = load_rows(v_ptr, v_offsets, keys, limit, HEAD_DIM, MAIN, TAIL, MASKED)
     s = products(q_main, q_tail, k_main, k_tail, TAIL, high)
     if MASKED:
-        # A key that does not exist reads as 0, but exp(0 - lse) may be infinite.
+        # An invalid key reads as 0, but exp(0 - lse) may be infinite.
         s = tl.where((keys < limit)[None, :], s, float("-inf"))
     p = tl.math.exp2(s * (SCALE * LOG2_E) - lse[:, None])
     dp = products(g_main, g_tail, v_main, v_tail, TAIL, high)
@@ -260,7 +260,7 @@ def _backward_queries_kernel(
     BLOCK_N: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """One program per tile of queries (as many as the longest member has, of every member) and head."""
+    """One program per member, head and tile of queries; every member has as many tiles as the longest one."""
     high: tl.constexpr = lse_ptr.dtype.element_ty
     tile, head, q_start, q_len, k_start, k_len = member_of(tl.program_id(0), cu_q_ptr, cu_k_ptr, num_tiles, NUM_HEADS)
     first = tile * BLOCK_M
@@ -294,7 +294,7 @@ def _backward_queries_kernel(
         )  # fmt: skip
         k_ptr += BLOCK_N * stride_k
         v_ptr += BLOCK_N * stride_v
-    if not ALIGNED:  # noqa: SIM102 (this one is decided when compiling)
+    if not ALIGNED:  # noqa: SIM102 (decided at compile time)
         if whole < k_len:
             dq_main, dq_tail = _turn_over_keys(
                 q_main, q_tail, g_main, g_tail, lse, delta, dq_main, dq_tail, k_ptr, v_ptr, k_offsets, v_offsets,
@@ -325,13 +325,13 @@ def launch_backward(
     multiple_of: int = 1,
     configs: Mapping[str, Mapping[str, int]] | None = None,
 ) -> None:
-    """Fill ``dq [T, H, D]``, ``dk`` and ``dv [L, H, D]``; of every tensor but lse the heads of a token are dense.
+    """Fill ``dq [T, H, D]``, ``dk`` and ``dv [L, H, D]``; in every tensor but the lses the heads of a token are dense.
 
     Args:
-        grad: of ``out``.
-        grad_lse: ``[H, T]`` with dense tokens, or None for zero.
+        grad: gradient of ``out``.
+        grad_lse: gradient of ``lse``, ``[H, T]`` with dense tokens; None for zero.
         multiple_of: divides every length of queries and of keys.
-        configs: of ``delta``, ``keys`` and ``queries``, instead of the frozen ones.
+        configs: launch configurations of ``delta``, ``keys`` and ``queries`` to use instead of the frozen ones.
     """
     heads, head_dim = q.shape[1:]
     members = cu_seqlens_q.shape[0] - 1
@@ -342,7 +342,7 @@ def launch_backward(
         configuration(f"backward_{part}", q, name, None if configs is None else configs[part])
         for part in ("delta", "keys", "queries")
     )
-    delta = torch.empty_strided(lse.shape, lse.stride(), dtype=lse.dtype, device=lse.device)  # one stride for both
+    delta = torch.empty_strided(lse.shape, lse.stride(), dtype=lse.dtype, device=lse.device)  # same strides
     lanes = Lanes.of(head_dim)
     sizes = {"HEAD_DIM": head_dim, "MAIN": lanes.main, "TAIL": lanes.tail, "enable_fp_fusion": True}
     common = sizes | {

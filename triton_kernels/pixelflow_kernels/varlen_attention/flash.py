@@ -1,4 +1,4 @@
-"""FlashAttention's varlen call: the package ``flash_attn`` where it has one, else PyTorch's own."""
+"""FlashAttention's varlen function: from the package ``flash_attn`` if available, else PyTorch's own copy."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ PLACES = (("flash_attn", "flash_attn_varlen_func"), ("torch.nn.attention.varlen"
 
 @cache
 def _function() -> tuple[str, Callable[..., Any]] | None:
-    """Module and function. The function itself is looked for: other packages own the name ``flash_attn`` too, and
-    the module may be there without the binary part.
+    """Find the module and its function; None if there is none.
+
+    It is not enough that the module imports: other packages use the name ``flash_attn`` too, and the module may be
+    installed without its binary part.
     """
     for module, name in PLACES:
         try:
@@ -31,7 +33,7 @@ def _function() -> tuple[str, Callable[..., Any]] | None:
 
 
 def why_not(dtype: torch.dtype) -> str | None:
-    """Why FlashAttention cannot take CUDA tensors of this type; None where it can."""
+    """Return why FlashAttention cannot take CUDA tensors of this dtype, or None if it can."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {dtype}"
     if _function() is None:
@@ -49,15 +51,15 @@ def attention(
     max_seqlen_k: int,
     softmax_scale: float,
 ) -> Tensor:
-    """Output ``[T, H, D]``, differentiable by the library's own backward.
+    """Compute the output ``[T, H, D]``, differentiable by the library's own backward.
 
     Raises:
-        RuntimeError: this version of PyTorch's function has no scale but its own.
+        RuntimeError: this version of PyTorch's function accepts no scale, and ``softmax_scale`` is not its default.
     """
     found = _function()
     assert found is not None, "why_not has been asked"
     module, function = found
-    # The names of the first seven changed between versions; their order did not.
+    # The names of the first seven arguments changed between versions; their order did not.
     arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     name = "softmax_scale" if module == "flash_attn" else "scale"
     if name in inspect.signature(function).parameters:

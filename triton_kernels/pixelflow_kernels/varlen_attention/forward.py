@@ -1,19 +1,20 @@
-"""Softmax attention inside the members of a pack, forward.
+"""Forward kernel of softmax attention within the members of a pack.
 
     s_ij = scale q_i . k_j    o_i = sum_j exp(s_ij - lse_i) v_j    lse_i = log sum_j exp(s_ij)
 
 Source: arXiv 2504.07963, section 3.3 (attention never crosses an image); tiled with a running maximum and sum. A
-program has one tile of a member's queries and one head, and walks over that member's keys. Exponentials are taken to
-base 2, of logits scaled by log2(e) in the same multiply-add that subtracts the maximum.
+program handles one tile of a member's queries and one head, and loops over the keys of that member. Exponentials are
+taken to base 2 of logits scaled by log2(e), in the same multiply-add that subtracts the maximum.
 
-At head dim 72 exponentials and their surroundings cost about as much as the products, so instructions count:
+At head dim 72, the exponentials and the operations around them cost about as much as the products, so the number of
+instructions matters:
 
-- The sum of a row costs nothing: the dead lanes of V are read from a constant one, so the product P V leaves the row
-  sum in its first dead lane. (The weights are summed as they are multiplied, rounded to the type of V.)
-- Long members (``FIXED_MAX_TILES`` tiles of keys or more) use the maximum of the first tile for all of them: any value
-  not far from the maximum will do, and no search, no rescaling is left in the loop. Later logits may be larger; should
-  a sum outgrow ``GROWTH``, the tile is computed again with a running maximum. Nothing underflows that would not
-  anyway: the value subtracted is some key's logit, so the sum is at least 1.
+- Row sums are free: the dead lanes of V are read from a constant one, so the product P V leaves the row sum in the
+  first dead lane. (The weights are summed as they are multiplied, that is, rounded to the dtype of V.)
+- Long members (``FIXED_MAX_TILES`` tiles of keys or more) subtract the maximum of their first tile throughout. Any
+  value near the maximum serves, and this removes the maximum and the rescaling from the loop. Later logits may be
+  larger; if a sum exceeds ``GROWTH``, the tile is recomputed with a running maximum. No additional underflow arises:
+  the value subtracted is the logit of one of the row's keys, so the sum is at least 1.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -42,8 +43,8 @@ from .tiles import (
     zeros,
 )
 
-# How far the sum of a row may outgrow its first tile before the tile is computed again: far from where weights in the
-# type of V, or their products with it, overflow.
+# Limit of a row sum, relative to the maximum of its first tile, beyond which the tile is recomputed. It is far below
+# where weights in the dtype of V, or their products with V, overflow.
 GROWTH = {torch.float16: 2.0**15, torch.bfloat16: 2.0**64, torch.float32: 2.0**64, torch.float64: 2.0**64}
 MAX_DEAD_LANES = 128
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -55,8 +56,10 @@ _ones: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 def _load_values_part(
     v_ptr, one_ptr, offsets, lanes, rows, limit, HEAD_DIM: tl.constexpr, MASK_ROWS: tl.constexpr, DEAD: tl.constexpr
 ):
-    """One part of a tile of V, its dead lanes one. As the ones are loaded like the rest, all of it can be copied to
-    shared memory in the background; put in afterwards they would cost a round trip and a barrier.
+    """Load one part of a tile of V, with ones in its dead lanes.
+
+    The ones are loaded from memory like the rest, so the whole tile can be copied to shared memory asynchronously.
+    Inserting them afterwards would cost a round trip through registers and a barrier.
     """
     if DEAD:
         place = v_ptr + offsets[:, None] + lanes[None, :]
@@ -92,7 +95,7 @@ def _turn(
     MASKED: tl.constexpr,
     FIXED_MAX: tl.constexpr,
 ):
-    """Take in one tile of keys, of which the first ``limit`` exist."""
+    """Process one tile of keys, of which the first ``limit`` are valid."""
     high: tl.constexpr = row_max.dtype
     scale_log2: tl.constexpr = SCALE * LOG2_E
     k_main, k_tail = load_rows(k_ptr, k_offsets, rows, limit, HEAD_DIM, MAIN, TAIL, MASKED)
@@ -100,7 +103,7 @@ def _turn(
     if MASKED:
         s = tl.where((rows < limit)[None, :], s, float("-inf"))
     if not FIXED_MAX:
-        # Every tile has a key that exists, so the new maximum is finite and no infinities are subtracted.
+        # Every tile has a valid key, so the new maximum is finite and no two infinities are subtracted.
         new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)
         shrink = tl.math.exp2(row_max - new_max)
         row_max = new_max
@@ -143,7 +146,7 @@ def _walk(
     ALIGNED: tl.constexpr,
     FIXED_MAX: tl.constexpr,
 ):
-    """All keys of a member: whole tiles without any mask, then the rest (which has a running maximum always)."""
+    """Loop over all keys of a member: whole tiles without masks, then the rest, always with a running maximum."""
     high: tl.constexpr = row_max.dtype
     acc_main, acc_tail = zeros(BLOCK_M, MAIN, TAIL, high)
     row_sum = tl.zeros([BLOCK_M], dtype=high)
@@ -157,7 +160,7 @@ def _walk(
         )  # fmt: skip
         k_ptr += BLOCK_N * stride_k
         v_ptr += BLOCK_N * stride_v
-    if not ALIGNED:  # noqa: SIM102 (this one is decided when compiling)
+    if not ALIGNED:  # noqa: SIM102 (decided at compile time)
         if whole < k_len:
             acc_main, acc_tail, row_max, row_sum = _turn(
                 q_main, q_tail, acc_main, acc_tail, row_max, row_sum, k_ptr, v_ptr, one_ptr, k_offsets, v_offsets,
@@ -198,7 +201,7 @@ def _attention_forward_kernel(
     ALIGNED: tl.constexpr,
     FIXED_MAX_TILES: tl.constexpr,
 ):
-    """One program per tile of queries (as many as the longest member has, of every member) and head."""
+    """One program per member, head and tile of queries; every member has as many tiles as the longest one."""
     high: tl.constexpr = lse_ptr.dtype.element_ty
     tile, head, q_start, q_len, k_start, k_len = member_of(tl.program_id(0), cu_q_ptr, cu_k_ptr, num_tiles, NUM_HEADS)
     first = tile * BLOCK_M
@@ -232,14 +235,14 @@ def _attention_forward_kernel(
                 q_main, q_tail, row_max, k_ptr, v_ptr, one_ptr, stride_k, stride_v, k_len,
                 SCALE, HEAD_DIM, MAIN, TAIL, BLOCK_M, BLOCK_N, ALIGNED, True,
             )  # fmt: skip
-        # Not computed yet, or outgrown; written so that NaN counts as outgrown.
+        # Not computed yet, or beyond the limit; NaN counts as beyond.
         if tl.max(tl.where(row_sum < GROWTH, 0, 1), 0) > 0:
             acc_main, acc_tail, row_max, row_sum = _walk(
                 q_main, q_tail, nothing, k_ptr, v_ptr, one_ptr, stride_k, stride_v, k_len,
                 SCALE, HEAD_DIM, MAIN, TAIL, BLOCK_M, BLOCK_N, ALIGNED, False,
             )  # fmt: skip
 
-    # A member without keys has sum 0 and maximum minus infinity: its output is 0, its lse minus infinity.
+    # A member without keys has sum 0 and maximum minus infinity, so its output is 0 and its lse minus infinity.
     row_sum = tl.where(row_sum == 0, 1.0, row_sum)
     share = (1.0 / row_sum)[:, None]
     offsets = rows * (stride_out_token * unit)
@@ -264,11 +267,11 @@ def launch_forward(
     multiple_of: int = 1,
     config: Mapping[str, int] | None = None,
 ) -> None:
-    """Fill ``out [T, H, D]`` and ``lse [H, T]``; of every tensor but lse the heads of a token are dense.
+    """Fill ``out [T, H, D]`` and ``lse [H, T]``; in every tensor except ``lse`` the heads of a token are dense.
 
     Args:
         multiple_of: divides every length of queries and of keys.
-        config: instead of the frozen one.
+        config: launch configuration to use instead of the frozen one.
     """
     tokens, heads, head_dim = q.shape
     members = cu_seqlens_q.shape[0] - 1
@@ -304,13 +307,13 @@ def launch_forward(
 
 
 def _one(x: Tensor) -> Tensor:
-    """Ones of the type of ``x`` on its device, made once."""
+    """Return ones in the dtype and on the device of ``x``; they are created once and cached."""
     found = _ones.get((x.device, x.dtype))
     if found is None:
         found = torch.ones(MAX_DEAD_LANES, dtype=x.dtype, device=x.device)
         if x.is_cuda:
             if torch.cuda.is_current_stream_capturing():
-                return found  # its memory belongs to the graph
-            torch.cuda.current_stream(x.device).synchronize()  # once: from now on any stream may read it
+                return found  # not cached, because its memory belongs to the graph
+            torch.cuda.current_stream(x.device).synchronize()  # once, so that any stream may read it afterwards
         _ones[x.device, x.dtype] = found
     return found

@@ -1,8 +1,8 @@
-"""The public function: what it accepts, which implementation runs, how gradients flow.
+"""Public function: validation, registration of the implementations, and autograd.
 
 ``backend="triton"`` is a custom operation with a CUDA implementation (``forward``, ``backward``) and a CPU one
-(``reference``); ``backend="torch"`` is another, since it reads the members' lengths on the host and yet must be one
-node of a compiled graph.
+(``reference``). ``backend="torch"`` is a separate custom operation, because it reads the members' lengths on the host
+and must nevertheless be a single node of a compiled graph.
 """
 
 from __future__ import annotations
@@ -38,37 +38,38 @@ def varlen_attention(
     backend: str = "auto",
     multiple_of: int = 1,
 ) -> Tensor:
-    """Softmax attention of each member's queries to the same member's keys; nothing crosses members.
+    """Compute softmax attention of each member's queries to the keys of the same member.
 
-    For self-attention ``cu_seqlens_q`` and ``cu_seqlens_k`` are the same; for cross-attention the keys have lengths
-    of their own. Differentiable in q, k and v, with the same bits in every run. A member without keys has output 0
-    and passes no gradient on. On CUDA nothing is read back to the host, but by ``backend="torch"``.
+    A member is one sequence of the pack; attention never crosses members. For self-attention ``cu_seqlens_q`` and
+    ``cu_seqlens_k`` are the same; for cross-attention the keys have their own lengths. Differentiable in q, k and v,
+    with the same bits in every run (for ``backend="flash"``, if the library guarantees it). A member without keys has
+    output 0 and passes on no gradient. On CUDA nothing is read back to the host, except by ``backend="torch"``.
 
     Args:
-        q: ``[T, H, D]`` bf16, fp16, fp32 or fp64. The heads of a token are dense (strides D and 1), tokens may be any
-            distance apart: slices of a fused projection are read in place. D is a multiple of 8, at most 256; with
-            ``backend="torch"`` any number.
-        k, v: ``[L, H, D]``, likewise, in the type of q.
-        cu_seqlens_q: ``[n + 1]`` int32: queries of member i are those from ``cu_seqlens_q[i]`` up to
-            ``cu_seqlens_q[i + 1]``; from 0, never falling, to T.
-        cu_seqlens_k: ``[n + 1]`` int32, the same for the keys, to L.
-        max_seqlen_q, max_seqlen_k: at least the longest member's queries and keys.
-        softmax_scale: factor of the logits, positive; ``1 / sqrt(D)`` where it is not given.
+        q: ``[T, H, D]`` bf16, fp16, fp32 or fp64. The heads of a token are dense (strides D and 1) and the token stride
+            is arbitrary, so slices of a fused projection are read in place. D is a multiple of 8, at most 256; any
+            number with ``backend="torch"``.
+        k, v: ``[L, H, D]``, likewise, in the dtype of q.
+        cu_seqlens_q: ``[n + 1]`` int32, non-decreasing from 0 to T: member i has the queries ``cu_seqlens_q[i]`` up to,
+            but not including, ``cu_seqlens_q[i + 1]``.
+        cu_seqlens_k: ``[n + 1]`` int32, the same for the keys, up to L.
+        max_seqlen_q, max_seqlen_k: upper bounds of the members' numbers of queries and keys.
+        softmax_scale: factor of the logits, positive; default ``1 / sqrt(D)``.
         backend: ``triton``, ``flash`` (FlashAttention: the package, else PyTorch's copy) or ``torch`` (PyTorch's
-            attention for each member). ``auto`` is ``triton`` on CUDA and ``torch`` on a CPU.
-        multiple_of: a promise that every length of queries and of keys is a multiple of this number, as
-            ``PackedLayout.multiple_of`` tells it without looking at a device; tiles that it fills need no masks.
+            attention for each member). ``auto`` is ``triton`` on CUDA, and ``torch`` on a CPU or for float64.
+        multiple_of: a promise that every length of queries and of keys is a multiple of this number, so that tiles that
+            divide it need no masks. ``PackedLayout.multiple_of`` provides it without reading from a device.
 
-    The values of ``cu_seqlens_q`` and ``cu_seqlens_k`` and the promises about them are checked on a CPU only; on CUDA
-    that would stall the host. Wrong ones there give wrong results or leave them unwritten, and may read and write
-    outside the tensors.
+    The values of ``cu_seqlens_q`` and ``cu_seqlens_k`` and the promises about them are validated only where they are
+    read on the host: on a CPU, and with ``backend="torch"``. Elsewhere this would stall the host; invalid values then
+    give wrong results, leave results unwritten, or cause reads and writes outside the tensors.
 
     Returns:
-        ``[T, H, D]`` in the type of q, contiguous (with ``backend="flash"`` as the library returns it).
+        ``[T, H, D]`` in the dtype of q, contiguous (with ``backend="flash"``, as the library returns it).
 
     Raises:
-        ValueError: a shape, type, device, stride or number is not as said; the message names it.
-        BackendUnavailableError: the backend named cannot run here; the message says why.
+        ValueError: a shape, dtype, device, stride or number does not meet the requirements above; the message names it.
+        BackendUnavailableError: the named backend cannot run here; the message says why.
 
     Source: arXiv 2504.07963, section 3.3.
     """
@@ -130,7 +131,7 @@ def _check_members(name: str, cu_seqlens: Tensor, max_name: str, max_seqlen: int
 
 
 def _check_values(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int, multiple_of: int) -> None:
-    """What can be seen only by looking at the values."""
+    """Validate the values of ``cu_seqlens``; on CUDA this would synchronise with the device."""
     lengths = cu_seqlens.diff()
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != tokens or bool((lengths < 0).any()):
@@ -251,7 +252,7 @@ def _launch_varlen_attention_backward(
     from .backward import launch_backward
 
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    # A gradient may come expanded or transposed.
+    # Gradients may be expanded or transposed.
     dense = grad.stride(2) == 1 and (grad.shape[1] == 1 or grad.stride(1) == grad.shape[2])
     grad = grad if dense else grad.contiguous()
     if grad_lse is not None and grad_lse.stride(1) != 1:
@@ -303,7 +304,7 @@ def _new_lse(q: Tensor) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.numbers = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
-    ctx.set_materialize_grads(False)  # the log-sum-exp seldom has a gradient
+    ctx.set_materialize_grads(False)  # the log-sum-exp rarely has a gradient
 
 
 def _gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:

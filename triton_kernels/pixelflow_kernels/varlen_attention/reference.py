@@ -1,8 +1,8 @@
-"""Softmax attention inside the members of a pack: the meaning, in plain PyTorch.
+"""Reference implementation in plain PyTorch: softmax attention within the members of a pack.
 
-Shapes: ``q [T, H, D]``, ``k`` and ``v [L, H, D]``; member ``i`` has the queries ``cu_seqlens_q[i]`` up to
-``cu_seqlens_q[i + 1]`` and the keys ``cu_seqlens_k[i]`` up to ``cu_seqlens_k[i + 1]``. Computed in at least float32.
-Source: arXiv 2504.07963, section 3.3.
+Shapes: ``q [T, H, D]``, ``k`` and ``v [L, H, D]``. Member ``i`` has queries ``cu_seqlens_q[i]`` up to, but not
+including, ``cu_seqlens_q[i + 1]``, and keys likewise by ``cu_seqlens_k``. Computed in at least float32. Source: arXiv
+2504.07963, section 3.3.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def members(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Queries and keys of each member that has both."""
+    """Yield the queries and keys of each member that has both, as slices."""
     q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for i in range(len(q) - 1):
         if q[i] < q[i + 1] and k[i] < k[i + 1]:
@@ -22,7 +22,7 @@ def members(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice,
 
 
 def logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """``scale q_i . k_j``, ``[H, queries, keys]``, in at least float32."""
+    """Compute ``scale q_i . k_j`` as ``[H, queries, keys]``, in at least float32."""
     high = torch.promote_types(q.dtype, torch.float32)
     return torch.einsum("qhd,khd->hqk", q.to(high), k.to(high)) * scale
 
@@ -30,7 +30,7 @@ def logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[T, H, D]`` and log-sum-exp of the logits ``[H, T]``; without keys they are 0 and minus infinity."""
+    """Compute the output ``[T, H, D]`` and the logits' log-sum-exp ``[H, T]``; 0 and minus infinity without keys."""
     out = q.new_zeros(q.shape)
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     for rows, keys in members(cu_seqlens_q, cu_seqlens_k):
@@ -50,7 +50,7 @@ def attention_backward(
     cu_seqlens_k: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v for those of the output and of the log-sum-exp."""
+    """Compute the gradients of q, k and v from those of the output and, optionally, of the log-sum-exp."""
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     for rows, keys in members(cu_seqlens_q, cu_seqlens_k):
         p = logits(q[rows], k[keys], scale).softmax(-1)

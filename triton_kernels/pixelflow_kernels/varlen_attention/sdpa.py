@@ -1,4 +1,4 @@
-"""PyTorch's own attention, member by member (``backend="torch"``)."""
+"""PyTorch's scaled dot-product attention, applied member by member (``backend="torch"``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, scale: float) -> Tensor:
-    """Output ``[T, H, D]``; neighbouring members with equal numbers of queries and keys are one batch."""
+    """Compute the output ``[T, H, D]``; consecutive members of equal query and key lengths form one batch."""
     parts = []
     row, key = 0, 0
     lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""What the ahead-of-time report compiles of varlen_attention: every pass at the published and the small head dims."""
+"""Specimens of varlen_attention for the ahead-of-time report: every pass at the published and other head dims."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pixelflow_kernels.machine_code import Promises, Specimen
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD_DIMS = (72, 64, 24, 80, 96, 128, 256)
-PER_SCORE = 7.0  # instructions, forward, on sm_90, of a head dim with dead lanes
+PER_SCORE = 7.0  # instructions per score of the forward pass on sm_90, for a head dim with dead lanes
 
 
 def specimens(arch: int) -> Iterator[Specimen]:
-    """All passes, tile-aligned and ragged (which takes more registers); less usual types and head dims ragged only."""
+    """Yield all passes, tile-aligned and ragged (more registers); less common dtypes and head dims only ragged."""
     for dtype in TYPES:
         for head_dim in HEAD_DIMS:
             main = dtype == "bf16" and head_dim in (64, 72)
@@ -27,8 +27,8 @@ def specimens(arch: int) -> Iterator[Specimen]:
                 yield _specimen("backward_queries", dtype, head_dim, arch, aligned)
             if main:
                 yield _specimen("forward", dtype, head_dim, arch, False, 64)
-                # The loop without the fixed maximum; what the row sum from dead lanes saves shows against head dim 80,
-                # which has the lanes of 72 and none of them dead.
+                # The loop without the fixed maximum. The savings of row sums from dead lanes show in comparison with
+                # head dim 80, which has as many lanes as 72 but no dead ones.
                 yield _specimen("forward", dtype, head_dim, arch, True, 4096, "-running", {"FIXED_MAX_TILES": 0})
             yield _specimen("backward_delta", dtype, head_dim, arch)
 
@@ -68,7 +68,7 @@ def _specimen(
         "HAS_GRAD_LSE": False,
     } | {key: value for key, value in config.items() if key.isupper()}
     products = name != "backward_delta"
-    # Products of fp32 take three passes over operands in registers, and so do the wide heads of sm_80: they spill.
+    # fp32 products take three passes with operands in registers, and spill; so do head dims of 128 and more on sm_80.
     half = dtype != "fp32"
     types = {argument: found for argument in kernel.arg_names if (found := _type(argument, dtype))}
     dead = lanes.main + lanes.tail > head_dim
@@ -82,7 +82,7 @@ def _specimen(
         promises=Promises(
             spills=0 if half and (head_dim < 128 or arch != 80) else None,
             narrow=0,
-            wide_loads=4 if head_dim >= 64 else 1,  # rows of fewer lanes are shared out in 8 bytes
+            wide_loads=4 if head_dim >= 64 else 1,  # shorter rows are partly loaded 8 bytes at a time
             matrix=products,
             per_score=PER_SCORE if (name, arch, aligned, dead, variant) == ("forward", 90, True, True, "") else None,
         ),
