@@ -16,6 +16,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -444,6 +445,43 @@ def test_pt_a_record_counted_twice(public: Path) -> None:
         archive._didModify = True  # type: ignore[attr-defined]  # writes the directory again on closing
     assert len(zipfile.ZipFile(path).infolist()) == len(entries) + 3
     refused(public, path, "its records claim .* bytes, more than the file has")
+
+
+def test_pt_two_archives_in_a_row(public: Path) -> None:
+    """``zipfile`` reads the second one, torch's reader the first one, which nobody would have checked."""
+    path = public / "model.pt"
+    good, other = path.read_bytes(), torch_bytes({name: torch.zeros_like(x) for name, x in some_weights().items()})
+    assert len(good) == len(other)
+    path.write_bytes(other + good)
+    assert zipfile.ZipFile(path).testzip() is None
+    refused(public, path, "its 64-bit end record is not at")
+
+    rewrite(path, lambda name, data: data)  # without 64-bit records
+    path.write_bytes(other[:100] + path.read_bytes())
+    assert zipfile.ZipFile(path).testzip() is None
+    refused(public, path, "its directory of .* bytes is not at .*: not one whole archive")
+
+
+@pytest.mark.parametrize(
+    ("from_end", "why"),
+    [(42 - 8, "its 64-bit end record is not at"), (98 - 32, "its directory has .* entries, the file says")],
+    ids=["locator", "entries"],
+)
+def test_pt_end_records(public: Path, from_end: int, why: str) -> None:
+    """``zipfile`` does not look at these fields, torch's reader does."""
+    path = public / "model.pt"
+    changed = bytearray(path.read_bytes())
+    changed[-from_end] ^= 1
+    path.write_bytes(changed)
+    assert zipfile.ZipFile(path).testzip() is None
+    refused(public, path, why)
+
+
+def torch_bytes(content: Any) -> bytes:
+    """What ``torch.save`` writes to a file called model.pt."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(content, Path(folder) / "model.pt")
+        return (Path(folder) / "model.pt").read_bytes()
 
 
 def numel(pickled: bytes, count: int, to: bytes) -> bytes:

@@ -16,6 +16,7 @@ from typing import Any
 
 from pixelflow_engine.errors import CheckpointError
 
+from .directory import check_directory
 from .problems import about, listed
 from .text import check_is_file
 
@@ -65,7 +66,8 @@ def check_archive(path: Path) -> None:
                 raise CheckpointError(f"{path}: not a file that torch.save wrote (since torch 1.6)")
     # Exception: zipfile raises RuntimeError for encrypted entries, NotImplementedError for unknown compression methods,
     # and errors of struct and codecs for broken directories; a broken pickle can raise as many kinds.
-    with about(path, Exception), zipfile.ZipFile(path) as archive:
+    with about(path, Exception), path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        check_directory(file, len(archive.infolist()), path)
         records = _check_records(archive, path)
         name = _pickle_name(archive, records, path)
         storages = _StateDictPickle(path).run(archive.read(name))
@@ -79,9 +81,8 @@ def _check_records(archive: zipfile.ZipFile, path: Path) -> dict[str, int]:
     """Sizes of the records by name, after checking that each has the same size on disk as in memory."""
     entries = archive.infolist()
     records = {entry.filename: entry.file_size for entry in entries}
-    # torch's reader ignores case, and in a file with several central directories it may use another one than zipfile.
-    if len({name.lower() for name in records}) < len(entries) or archive.comment:
-        raise CheckpointError(f"{path}: a record occurs twice, or the archive has a comment")
+    if len({name.lower() for name in records}) < len(entries):  # torch's reader ignores case
+        raise CheckpointError(f"{path}: a record occurs twice")
     if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
         raise CheckpointError(f"{path}: holds compressed records, which torch.save does not write")
     if sum(records.values()) > path.stat().st_size:
