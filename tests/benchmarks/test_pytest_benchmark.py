@@ -26,10 +26,12 @@ def run(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str]
     out = folder / "out.json"
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", f"--benchmark-json={out}"]
     roots = os.pathsep.join([str(folder), *filter(None, sys.path)])
+    # pytest-benchmark times nothing in a process of pytest-xdist, for which it would take this one.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     found = subprocess.run(
         [*command, "-p", "no:cacheprovider", "-o", "addopts=-ra", *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": roots, "CUDA_VISIBLE_DEVICES": ""},
+        env=env | {"PYTHONPATH": roots, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,
