@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -359,6 +360,20 @@ def test_a_table_follows_tensors_that_move() -> None:
     moved = found.following([x, y])
     assert moved.pointers.tolist() == [[t.data_ptr() for t in tensors] for tensors in (x, y)]
     assert moved.chunks is found.chunks
+
+
+def test_a_table_that_a_graph_reads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step outside of the graph, with gradients elsewhere, must not free the addresses that replays read."""
+    optimizer, static = FusedAdamW([torch.ones(5)]), [torch.ones(5)]
+    optimizer.update(static)
+    pointers: list[weakref.ref[Tensor]] = []
+    for recording in (True, False):
+        monkeypatch.setattr("pixelflow_kernels.adamw.optimizer.capturing", lambda _, now=recording: now)
+        optimizer.update(static if recording else [torch.ones(5)])
+        assert optimizer._table is not None
+        pointers.append(weakref.ref(optimizer._table.pointers))
+    optimizer.update([torch.ones(5)])
+    assert [kept() is not None for kept in pointers] == [True, False]
 
 
 # --- what is refused -----------------------------------------------------------------------------------------

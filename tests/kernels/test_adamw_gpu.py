@@ -103,3 +103,20 @@ def test_gradients_that_move_are_refused_while_a_graph_is_captured() -> None:
         first.zero_()  # an empty graph would be warned of
         with pytest.raises(ValueError, match="while a CUDA graph is captured"):
             optimizer.update([other])
+
+
+def test_a_graph_goes_on_with_its_own_gradients_after_a_step_with_others() -> None:
+    """Whose table of addresses would be freed otherwise, and its memory be somebody else's."""
+    optimizers = [FusedAdamW([torch.ones(64, device="cuda")]) for _ in range(2)]
+    static = torch.ones(64, device="cuda")
+    optimizers[0].update([static])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizers[0].update([static])
+    optimizers[0].update([torch.full((64,), 2.0, device="cuda")])
+    junk = [torch.zeros(count, dtype=torch.int64, device="cuda") for count in range(1, 64)]
+    graph.replay()
+    for value in (1.0, 2.0, 1.0):
+        optimizers[1].update([torch.full((64,), value, device="cuda")])
+    assert_same_bits(optimizers[0].parameters[0], optimizers[1].parameters[0])
+    assert not any(bool(x.any()) for x in junk)

@@ -97,9 +97,9 @@ def test_specimens_are_of_their_operation_and_differ_in_name(op: str) -> None:
         assert len({*names}) == len(names)
 
 
-def report(**opcodes: int) -> Report:
+def report(*, flushes: int = 0, **opcodes: int) -> Report:
     names = Counter({name.replace("_", "."): n for name, n in opcodes.items()})
-    return Report(registers=40, stack=0, shared=1024, opcodes=names, main_loop=None, cubin=b"")
+    return Report(registers=40, stack=0, shared=1024, opcodes=names, main_loop=None, cubin=b"", flushes=flushes)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,7 @@ def report(**opcodes: int) -> Report:
     [
         (Promises(), {"LDL_64": 1, "STL": 2}, "spills: got 3, promised at most 0"),
         (Promises(ffma=0), {"FFMA_FTZ": 1, "FFMA2": 1, "DFMA": 1}, "ffma: got 3, promised at most 0"),
+        (Promises(flushes=0), {"flushes": 2}, "flushes: got 2, promised at most 0"),
         (Promises(wide_loads=4), {"LDG_E_128": 1, "LDG_E_64": 9, "LDG_E_ENL2_256": 1}, "wide_loads: got 3, promised"),
         (Promises(wide_loads=2), {"LDGSTS_E_BYPASS_128": 1, "STG_E_128": 9, "LDS_128": 9}, "wide_loads: got 1"),
         (Promises(narrow=0), {"LDG_E_U16_CONSTANT": 1, "STG_E_U8": 1, "LDS_U16": 7}, "narrow: got 2"),
@@ -212,6 +213,14 @@ def test_alignment_decides_how_wide_loads_are() -> None:
     assert aligned.narrow == 0
     assert unaligned.narrow > 0
     assert unaligned.wide_loads < aligned.wide_loads
+
+
+@compiles
+def test_what_takes_denormals_for_nothing_is_counted() -> None:
+    """RMSNorm's reciprocal root is approximate, for q and for k; the rotation alone is level A."""
+    found = {s.name: s for s in aot.specimens_of("rope2d", 90)}
+    assert compile_specimen(found["rope2d.forward/fp32/c64-d16"], 90).flushes == 2
+    assert compile_specimen(found[TINY], 90).flushes == 0
 
 
 @compiles

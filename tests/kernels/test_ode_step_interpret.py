@@ -284,6 +284,14 @@ def test_partial_sums_are_all_added(blocks: int, batch_wide: bool) -> None:
     torch.testing.assert_close(out, expected[..., 0].sqrt(), rtol=1e-15, atol=0)
 
 
+def test_the_mean_of_a_batch_of_more_values_than_32_bits_count() -> None:
+    from pixelflow_kernels.ode_step import norm_kernels
+
+    out = torch.empty(1, 8, dtype=F64)
+    norm_kernels.launch_finish(torch.ones(1, 8, 1, dtype=F64), 2**29, out, True)
+    assert_same_bits(out, torch.full_like(out, 2.0**-29).sqrt())
+
+
 def test_zero_tolerances_at_zero_states_and_nan() -> None:
     """Lanes beyond the image divide 0 by 0 when atol is 0, and must not show; a NaN in the solution must."""
     from pixelflow_kernels.ode_step import norm_kernels

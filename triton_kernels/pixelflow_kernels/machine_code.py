@@ -29,6 +29,7 @@ class Promises:
     """Requirements on a specimen's machine code; None means no requirement.
 
     Attributes:
+<<<<<<< HEAD
         spills: maximum number of loads and stores of local memory.
         wide_loads: minimum number of 16-byte loads from global memory (a 32-byte load counts twice).
         narrow: maximum number of loads and stores of global memory of 2 bytes or fewer, a sign of lost alignment.
@@ -37,6 +38,17 @@ class Promises:
         per_score: maximum number of main-loop instructions per attention score.
         registers: maximum number of registers per thread.
         shared: maximum number of bytes of shared memory.
+=======
+        spills: at most this many loads and stores of local memory.
+        wide_loads: at least this many 16-byte loads from global memory (a 32-byte one counts twice).
+        narrow: at most this many loads and stores of global memory of 2 bytes or fewer: a lost alignment shows here.
+        matrix: there are matrix instructions.
+        ffma: at most this many fused multiply-adds; 0 for level A.
+        flushes: at most this many operations that take denormals for 0; 0 for level A.
+        per_score: at most this many instructions of the main loop per attention score.
+        registers: at most this many per thread.
+        shared: at most this many bytes of shared memory.
+>>>>>>> audit-kernels
     """
 
     spills: int | None = 0
@@ -44,6 +56,7 @@ class Promises:
     narrow: int | None = None
     matrix: bool = False
     ffma: int | None = None
+    flushes: int | None = None
     per_score: float | None = None
     registers: int | None = None
     shared: int | None = None
@@ -89,6 +102,8 @@ class Report:
             the one with the most matrix instructions, and among equals the one with the fewest instructions: masked
             and unmasked variants of a loop compute the same products, and most iterations are unmasked.
         cubin: the binary.
+        flushes: operations of the PTX that take denormals for 0. (In machine code many more are named so: roots and
+            quotients to the nearest scale their operands first, and are exact all the same.)
         scores_per_thread: as in the specimen.
     """
 
@@ -98,6 +113,7 @@ class Report:
     opcodes: Counter[str]
     main_loop: Counter[str] | None
     cubin: bytes = field(repr=False)
+    flushes: int = 0
     scores_per_thread: float | None = None
 
     def count(self, *prefixes: str) -> int:
@@ -153,6 +169,7 @@ class Report:
             "spills": self.spills,
             "narrow": self.narrow,
             "ffma": self.ffma,
+            "flushes": self.flushes,
             "per_score": self.per_score,
             "registers": self.registers,
             "shared": self.shared,
@@ -225,6 +242,7 @@ def compile_specimen(specimen: Specimen, arch: int) -> Report:
         opcodes=Counter(i.name for i in instructions),
         main_loop=main_loop(instructions),
         cubin=cubin,
+        flushes=len(re.findall(r"\.ftz\b", compiled.asm["ptx"])),
         scores_per_thread=specimen.scores_per_thread,
     )
 

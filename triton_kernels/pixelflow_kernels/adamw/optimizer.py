@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .op import apply_update, check_numbers, check_settings, check_types, measure, named_lists
-from .table import TensorTable, check_apart, check_lists
+from .table import TensorTable, capturing, check_apart, check_lists
 
 
 class FusedAdamW:
@@ -71,6 +71,7 @@ class FusedAdamW:
         check_lists(lists)
         check_apart(lists)
         self._table: TensorTable | None = None
+        self._recorded: list[TensorTable] = []
         self._places: list[int] = []
         with torch.no_grad():
             for copy, parameter in zip(self.copies, self.parameters, strict=False):
@@ -125,6 +126,9 @@ class FusedAdamW:
         elif places != self._places:
             self._table = self._table.following([*lists.values()])
         self._places = places
+        if capturing(self.counters.device) and self._table not in self._recorded:
+            # Replays read it, also once a step outside of the graph has made another table of other gradients.
+            self._recorded.append(self._table)
         return lists, self._table
 
     def _lists(self, gradients: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:

@@ -48,7 +48,7 @@ def _squares(arch: int, dtype: str) -> Specimen:
         types={"pointers_ptr": "*i64", "chunks_ptr": "*i64", "partial_ptr": "*fp64"},
         constants={"TYPE": _type(dtype), **constants},
         options=options,
-        promises=Promises(wide_loads=wide, ffma=0),
+        promises=Promises(wide_loads=wide, ffma=0, flushes=0),
     )
 
 
@@ -73,7 +73,7 @@ def _update(arch: int, dtype: str, copy: str | None, averaged: bool, zeroed: boo
             **constants,
         },
         options=options,
-        promises=Promises(wide_loads=wide, ffma=refinements(values)),
+        promises=Promises(wide_loads=wide, ffma=refinements(values), flushes=0),
     )
 
 

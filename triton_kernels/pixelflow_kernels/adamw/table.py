@@ -112,6 +112,11 @@ def check_apart(lists: Mapping[str, Sequence[Tensor]]) -> None:
             raise ValueError(f"{other}: got memory that is also that of {one}, expected tensors that share none")
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether launches on this device are recorded in a CUDA graph, and not run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _addresses(lists: Sequence[Sequence[Tensor]]) -> Tensor:
     """Return the tensors' addresses as ``[L, n]`` int64 on the host."""
     return torch.tensor([[tensor.data_ptr() for tensor in tensors] for tensors in lists], dtype=torch.int64)
@@ -121,7 +126,7 @@ def _upload(numbers: Tensor, device: torch.device) -> Tensor:
     """Copy to the device; for CUDA from pinned memory, so that the host does not wait."""
     if device.type != "cuda":
         return numbers.clone()
-    if torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         raise ValueError(
             "tensors: got some that are new or have moved while a CUDA graph is captured, expected static ones: keep "
             "the gradients' memory, and make one update before the capture"

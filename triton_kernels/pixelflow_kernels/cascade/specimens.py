@@ -66,6 +66,7 @@ def _renoise(dtype: str, shape_class: str, arch: int, *, given: bool) -> Specime
             wide_loads=state + (blocks if given else 0),
             narrow=0,
             ffma=(0 if given else refinements(2 * blocks)) if keeps_apart(arch) else None,
+            flushes=0,
         ),
     )
 
@@ -82,6 +83,7 @@ def _initial(arch: int) -> Specimen:
         options=_options(config),
         promises=Promises(
             ffma=refinements(2 * config["BLOCK"] // (32 * config["num_warps"])) if keeps_apart(arch) else None,
+            flushes=0,
             shared=0,
         ),
     )
@@ -122,6 +124,7 @@ def _pairs(images: str, tokens: str, stages: int, arch: int, *, given: bool) -> 
         promises=Promises(
             wide_loads=cells[0] if given else None,
             ffma=(0 if given else refinements(2 * sum(cells))) if keeps_apart(arch) else None,
+            flushes=0,
         ),
     )
 

@@ -145,8 +145,9 @@ def _finish_kernel(partial_ptr, out_ptr, images, blocks, values, BATCH_WIDE: tl.
     In the batch-wide case every program sums the whole batch: there are few sums, and no program waits for another.
     """
     count = blocks * images if BATCH_WIDE else blocks
+    values = tl.cast(values, tl.int64)
     if BATCH_WIDE:
-        values *= images
+        values *= images  # a batch may have more values than 32 bits count, an image has not
         partial_ptr += (tl.program_id(0) // images).to(tl.int64) * count
     else:
         partial_ptr += tl.program_id(0).to(tl.int64) * count
@@ -154,7 +155,7 @@ def _finish_kernel(partial_ptr, out_ptr, images, blocks, values, BATCH_WIDE: tl.
     for first in range(0, count, BLOCK):
         places = first + tl.arange(0, BLOCK)
         total += tl.load(partial_ptr + places, mask=places < count, other=0.0)
-    tl.store(out_ptr + tl.program_id(0), tl.sqrt(tl.sum(total) / tl.cast(values, tl.float64)))
+    tl.store(out_ptr + tl.program_id(0), tl.sqrt(tl.sum(total) / values.to(tl.float64)))
 
 
 def launch_error(

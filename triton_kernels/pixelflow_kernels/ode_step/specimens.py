@@ -137,7 +137,7 @@ def _pointwise(
         types={n: _type(n, dtype or "fp32") for n in kernel.arg_names if n not in constants},
         constants=constants,
         options={**options, "enable_fp_fusion": False},
-        promises=Promises(wide_loads=wide, narrow=0, ffma=0, shared=4 * config["BLOCK"]),
+        promises=Promises(wide_loads=wide, narrow=0, ffma=0, flushes=0, shared=4 * config["BLOCK"]),
     )
 
 
@@ -159,7 +159,7 @@ def _accept(arch: int) -> Specimen:
         types={n: _type(n, "fp32") for n in _accept_kernel.arg_names if n not in constants},
         constants=constants,
         options={"num_warps": num_warps, "enable_fp_fusion": False},
-        promises=Promises(wide_loads=2 * config["BLOCK"] // (32 * num_warps) * 4 // 16, ffma=0, shared=0),
+        promises=Promises(wide_loads=2 * config["BLOCK"] // (32 * num_warps) * 4 // 16, ffma=0, flushes=0, shared=0),
     )
 
 

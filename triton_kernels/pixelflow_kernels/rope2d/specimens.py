@@ -53,6 +53,7 @@ def _specimen(
             wide_loads=tokens * wide,
             narrow=0 if width >= 1024 else None,
             ffma=0 if name == "rotate" else None,  # level A
+            flushes=0 if name == "rotate" else None,
             shared=0 if config["num_warps"] == 1 else None,
         ),
     )
