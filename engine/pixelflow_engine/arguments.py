@@ -118,7 +118,7 @@ def labels(value: object, model: ModelConfig) -> Tensor:
         got = _shape(value) if isinstance(value, Tensor) and value.ndim > 1 else repr(value)
         raise ValueError(f"class_labels: got {got}, expected an integer or a non-empty list of integers")
     numbers = [label(f"class_labels[{i}]", v, model) for i, v in enumerate(several)]
-    return torch.tensor(numbers, dtype=torch.int64)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def label(name: str, value: object, model: ModelConfig) -> int:

@@ -319,7 +319,7 @@ def _noise(
         seeds = arguments.per_image_seeds(seed, batch)
         return lambda places: CounterNoise(tuple(seeds[i] for i in places), device), seeds
     stream = arguments.stream_seed(seed)
-    source = PublicNoise(None if stream is None else torch.Generator().manual_seed(stream), device)
+    source = PublicNoise(None if stream is None else torch.Generator("cpu").manual_seed(stream), device)
     return lambda places: source, () if stream is None else (stream,)
 
 

@@ -22,6 +22,7 @@ from .fusion import fuse
 from .graphs import CudaCapture
 from .layers import patchify, unpatchify
 from .model import PackedTransformer
+from .modes import without_autocast
 from .output import Latents, OutputType, to_output
 from .packed_stages import PackedStages, ProgramStore
 from .plain_stages import PlainStages
@@ -134,9 +135,10 @@ class PixelFlowEngine:
             raise ValueError(f"dtype: got {dtype}, expected float32, bfloat16, float16 or float64")
         with torch.device("meta"):
             model = PackedTransformer(checkpoint.config.model)
-        state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in checkpoint.state_dict.items()}
-        model.load_state_dict(state, strict=True, assign=True)
-        return cls(checkpoint.config, model, backend, compile=compile, graphs=graphs, batch_sizes=batch_sizes)
+        with torch.inference_mode(False):  # weights made inside it would have no part in gradients of velocities
+            state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in checkpoint.state_dict.items()}
+            model.load_state_dict(state, strict=True, assign=True)
+            return cls(checkpoint.config, model, backend, compile=compile, graphs=graphs, batch_sizes=batch_sizes)
 
     @property
     def exact(self) -> bool:
@@ -381,7 +383,8 @@ class PixelFlowEngine:
         arguments.mask_values("", text)
         condition = Condition(labels, text).to(self.device, self.dtype)
         layout = PackedLayout.from_grids([(height // p, width // p)] * batch, self.device)
-        tokens = model(patchify(x.to(self.device), p), times, layout, sizes, condition.class_labels, condition.text)
+        with without_autocast(self.device):
+            tokens = model(patchify(x.to(self.device), p), times, layout, sizes, condition.class_labels, condition.text)
         return unpatchify(tokens, (batch, config.out_channels, height, width), p).to(x.dtype)
 
 

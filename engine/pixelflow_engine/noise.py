@@ -117,7 +117,7 @@ class PublicNoise:
 
     def initial(self, shape: Shape) -> Tensor:
         """One draw of everything."""
-        return torch.randn(shape, generator=self.generator).to(self.device)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu").to(self.device)
 
     def block(self, stage: int, shape: Shape) -> Tensor:
         """Draws of four in (image, channel, block row, block column) order, each through the Cholesky factor.
@@ -128,7 +128,7 @@ class PublicNoise:
         batch, channels, height, width = shape
         blocks = (batch, channels, height // 2, width // 2, 4)
         count = math.prod(blocks)
-        z = torch.empty(2 * count)[::2].normal_(generator=self.generator).reshape(-1, 4)
+        z = torch.empty(2 * count, dtype=torch.float32, device="cpu")[::2].normal_(generator=self.generator).reshape(-1, 4)
         return from_blocks(_block_product()(_block_factor(), z).reshape(blocks)).to(self.device)
 
     def enter(self, x: Tensor, stage: Stage) -> Tensor:
@@ -143,7 +143,7 @@ _ROWS = 256
 
 def _block_factor() -> Tensor:
     """The Cholesky factor of a block's covariance, ``[4, 4]`` float32."""
-    identity, ones = torch.eye(4), torch.ones(4, 4)
+    identity, ones = (make(4, 4, dtype=torch.float32, device="cpu") for make in (torch.eye, torch.ones))
     return torch.linalg.cholesky(identity * (1 - GAMMA) + ones * GAMMA + BLOCK_JITTER * identity)
 
 
@@ -159,7 +159,9 @@ def _block_product() -> Callable[[Tensor, Tensor], Tensor]:
     The library multiplies one block fused or not by the processor, and many at once not always in the same way. So
     both ways there are of multiplying many are tried on a few.
     """
-    factor, z = _block_factor(), torch.randn(3 * _ROWS - 7, 4, generator=torch.Generator().manual_seed(0))
+    seeded = torch.Generator("cpu").manual_seed(0)
+    factor = _block_factor()
+    z = torch.randn(3 * _ROWS - 7, 4, generator=seeded, dtype=torch.float32, device="cpu")
     want = _one_by_one(factor, z)
     return next((product for product in (_apart, _in_rows) if torch.equal(product(factor, z), want)), _one_by_one)
 

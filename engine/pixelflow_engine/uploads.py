@@ -23,4 +23,4 @@ def uploaded(values: Tensor, device: torch.device) -> Tensor:
 
 def numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[n]`` numbers of Python's on the device, likewise."""
-    return uploaded(torch.tensor(values, dtype=dtype), device)
+    return uploaded(torch.tensor(values, dtype=dtype, device="cpu"), device)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from pixelflow_engine.config import PixelFlowConfig, parameter_shapes
@@ -71,7 +72,7 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], weights: Weights = "au
     """
     _check_option("weights", weights, Weights)
     path = _located(path_or_name)
-    with about(path, OSError):
+    with about(path, OSError), torch.inference_mode(False), torch.device("cpu"):
         if path.is_dir():
             config, state_dict = _read_folder(path, weights)
         elif path.suffix == ".pt":
