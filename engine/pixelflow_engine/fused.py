@@ -122,7 +122,7 @@ class FusedOperations(PackedAttention):
         """One product after the other: where one is made of them, for sampling, their weights lie side by side."""
         q, k, v = (layer(u) for layer in layers)
         q, k = self.norm_rotate_qk(q, k, q_weight, k_weight, layout, rotation, heads)
-        return q, k, v.unflatten(-1, (heads, -1))
+        return q, k, torch.unflatten(v, -1, (heads, -1))
 
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
         """The activation in the epilogue of the product, where the library has one and no gradient is needed."""

@@ -110,9 +110,9 @@ class KnownPackOperations(PlainOperations):
         width = layers[0].weight.shape[0]
         qk, v = product.split([2 * width, width], dim=-1)
         # Put into memory by `cat`, where vectors are read; an order alone would be followed value by value.
-        norms = torch.cat([_halves_apart(q_weight, heads), _halves_apart(k_weight, heads)]).unflatten(0, (2, -1))
-        q, k = _rotate_halves(rms_norm(qk.unflatten(-1, (2, -1)), norms), rotation, heads).unbind(1)
-        return q, k, v.unflatten(-1, (heads, -1))
+        norms = torch.unflatten(torch.cat([_halves_apart(q_weight, heads), _halves_apart(k_weight, heads)]), 0, (2, -1))
+        q, k = _rotate_halves(rms_norm(torch.unflatten(qk, -1, (2, -1)), norms), rotation, heads).unbind(1)
+        return q, k, torch.unflatten(v, -1, (heads, -1))
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """By oneDNN on a CPU that it is ahead on."""
@@ -126,13 +126,13 @@ class KnownPackOperations(PlainOperations):
 
 def _halves_apart(rows: Tensor, heads: int) -> Tensor:
     """``[C, ...]`` with the even channels of each head before its odd ones."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return torch.unflatten(rows, 0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _rotate_halves(x: Tensor, rotation: Rotation, heads: int) -> Tensor:
     """:func:`layers.rotate` of ``x [T, ..., C]`` whose pairs are in the halves of a head, ``-> [T, ..., H, D]``."""
     cos, sin = (table[:, None, None] for table in rotation)
-    a, b = x.to(cos.dtype).unflatten(-1, (heads, -1)).chunk(2, dim=-1)
+    a, b = torch.unflatten(x.to(cos.dtype), -1, (heads, -1)).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
