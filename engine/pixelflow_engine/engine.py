@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class PixelFlowEngine:
     ) -> None:
         self.backend = backends.choose(backend, model.device, model.dtype, config.model.attention_head_dim)
         self.config = config
-        self.compiled = compile
+        self.compiled = arguments.truth("compile", compile)
         self.graphs = _graphs(graphs, model.device, self.backend.name)
         self.model = model.requires_grad_(False).eval()
         self.model.operations = self.backend.operations(compile)
@@ -283,6 +284,8 @@ class PixelFlowEngine:
         Raises:
             ValueError: as in :meth:`__call__`, before anything runs.
         """
+        for name in options.keys() - {field.name for field in fields(Call)}:
+            raise TypeError(f"stream() got an unexpected keyword argument {name!r}")
         planned = self._plan(Call(class_labels=class_labels, **options))
         if len(planned.runs) > 1:
             raise ValueError(
@@ -298,8 +301,10 @@ class PixelFlowEngine:
             batch_sizes: numbers of images.
             options: what such calls will have: ``solver``, ``height``, ``guidance_scale``, prompts of the same shape.
         """
-        for batch in batch_sizes:
-            number = arguments.positive_integer("batch_sizes", batch)
+        several = arguments.sequence(batch_sizes)
+        if several is None:
+            raise ValueError(f"batch_sizes: got {batch_sizes!r}, expected a list of integers of at least 1")
+        for number in [arguments.positive_integer(f"batch_sizes[{i}]", size) for i, size in enumerate(several)]:
             labels = [0] * number if self.config.model.num_classes > 0 else None
             seed = 0 if options.get("noise") == "public" else list(range(number))
             least: dict[str, Any] = {"num_inference_steps": 2, "seed": seed, "output_type": "pt"}
@@ -308,6 +313,12 @@ class PixelFlowEngine:
     def close(self) -> None:
         """Release captured graphs and their memory. The engine can be used again, and captures anew."""
         self._programs.close()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled: programs and graphs cannot be, and a copy without them would be slow."""
+        raise TypeError(
+            "an engine cannot be copied or pickled: make another with from_pretrained, in the process that uses it"
+        )
 
     def _plan(self, call: Call) -> PlannedCall:
         return plan_call(call, self.config, self.device, self.dtype, not self.exact, self.batch_sizes)

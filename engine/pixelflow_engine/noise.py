@@ -128,7 +128,11 @@ class PublicNoise:
         batch, channels, height, width = shape
         blocks = (batch, channels, height // 2, width // 2, 4)
         count = math.prod(blocks)
-        z = torch.empty(2 * count, dtype=torch.float32, device="cpu")[::2].normal_(generator=self.generator).reshape(-1, 4)
+        z = (
+            torch.empty(2 * count, dtype=torch.float32, device="cpu")[::2]
+            .normal_(generator=self.generator)
+            .reshape(-1, 4)
+        )
         return from_blocks(_block_product()(_block_factor(), z).reshape(blocks)).to(self.device)
 
     def enter(self, x: Tensor, stage: Stage) -> Tensor:
