@@ -52,6 +52,8 @@ def complete(
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     digits = PixelFlowEngine.from_pretrained("digits")
     labels = list(range(10))
     whole = digits(labels, seed=7, output_type="pt").images

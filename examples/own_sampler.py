@@ -43,6 +43,8 @@ def sample(engine: PixelFlowEngine, labels: list[int], side: int) -> torch.Tenso
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     digits = PixelFlowEngine.from_pretrained("digits")
     images = sample(digits, list(range(10)), digits.config.resolution)
     save_png(contact_sheet(pixels(images), columns=10, zoom=2), Path(sys.argv[1]))

@@ -54,6 +54,19 @@ def positive_integer(name: str, value: object) -> int:
     return number
 
 
+def truth(name: str, value: object) -> bool:
+    """True or False, Python's or numpy's; nothing else that happens to be true."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name}: got {value!r}, expected True or False")
+    return bool(value)
+
+
+def callback(name: str, value: object) -> None:
+    """Something to call, or None."""
+    if value is not None and not callable(value):
+        raise ValueError(f"{name}: got {value!r}, expected None or something to call")
+
+
 def batch_sizes(value: object) -> tuple[int, ...]:
     """Validate ``batch_sizes``: positive integers, returned in ascending order without duplicates."""
     several = sequence(value)
@@ -79,15 +92,27 @@ def sequence(value: object) -> list[Any] | None:
     return list(value) if isinstance(value, (list, tuple, range)) else None
 
 
+MAX_STEPS = 1_000_000
+MAX_SIDE = 65536
+"""Beyond these, lists of times and offsets of pixels do not fit anywhere: a slip, which should say so at the door."""
+
+
 def steps(value: object, num_stages: int) -> tuple[int, ...]:
     """Validate ``num_inference_steps``: one number for all stages or one per stage."""
     name = "num_inference_steps"
     several = sequence(value)
     if several is None:
-        return (positive_integer(name, value),) * num_stages
+        return (_step_count(name, value),) * num_stages
     if len(several) != num_stages:
         raise ValueError(f"{name}: got {len(several)} values, expected {num_stages}, one per stage")
-    return tuple(positive_integer(f"{name}[{i}]", v) for i, v in enumerate(several))
+    return tuple(_step_count(f"{name}[{i}]", v) for i, v in enumerate(several))
+
+
+def _step_count(name: str, value: object) -> int:
+    number = positive_integer(name, value)
+    if number > MAX_STEPS:
+        raise ValueError(f"{name}: got {value!r}, expected at most {MAX_STEPS} steps")
+    return number
 
 
 def guidance_weights(scale: object, schedule: object, num_stages: int) -> tuple[float, ...]:
@@ -118,7 +143,7 @@ def labels(value: object, model: ModelConfig) -> Tensor:
         got = _shape(value) if isinstance(value, Tensor) and value.ndim > 1 else repr(value)
         raise ValueError(f"class_labels: got {got}, expected an integer or a non-empty list of integers")
     numbers = [label(f"class_labels[{i}]", v, model) for i, v in enumerate(several)]
-    return torch.tensor(numbers, dtype=torch.int64)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def label(name: str, value: object, model: ModelConfig) -> int:
@@ -228,6 +253,8 @@ def image_size(name: str, value: object, config: PixelFlowConfig) -> int:
     if value is None:
         return config.resolution
     number = integer(value)
+    if number is not None and number > MAX_SIDE:
+        raise ValueError(f"{name}: got {value!r}, expected at most {MAX_SIDE} pixels")
     return check_size(name, value if number is None else number, config)
 
 
@@ -283,7 +310,7 @@ def place(device: torch.device | str) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError, OverflowError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: got {str(device)!r}, expected a device that is there ({reason})") from None
     return found

@@ -182,6 +182,8 @@ def _check_words(call: Call, config: PixelFlowConfig) -> None:
     arguments.choice("on_failure", call.on_failure, ("raise", "report"))
     arguments.choice("error_norm", call.error_norm, ("image", "batch"))
     arguments.choice("noise", call.noise, ("counter", "public"))
+    arguments.callback("callback_on_step_end", call.callback_on_step_end)
+    arguments.callback("callback_on_stage_end", call.callback_on_stage_end)
     if call.output_type == "pil" and config.model.out_channels not in (1, 3):
         raise ValueError(
             f"output_type: got 'pil', expected 'np' or 'pt' for images of {config.model.out_channels} channels"
@@ -319,7 +321,7 @@ def _noise(
         seeds = arguments.per_image_seeds(seed, batch)
         return lambda places: CounterNoise(tuple(seeds[i] for i in places), device), seeds
     stream = arguments.stream_seed(seed)
-    source = PublicNoise(None if stream is None else torch.Generator().manual_seed(stream), device)
+    source = PublicNoise(None if stream is None else torch.Generator("cpu").manual_seed(stream), device)
     return lambda places: source, () if stream is None else (stream,)
 
 

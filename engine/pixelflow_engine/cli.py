@@ -46,7 +46,8 @@ def main() -> None:
         from .errors import BackendUnavailableError, CaptureError, ConvergenceError
 
         ours = (BackendUnavailableError, CaptureError, ConvergenceError)
-        if not isinstance(error, (ValueError, OSError, ImportError, FloatingPointError, *ours)):
+        theirs = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
+        if not isinstance(error, (*theirs, *ours)) and type(error).__name__ != "OutOfMemoryError":  # torch's
             raise
         print("\n".join([f"pixelflow: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         sys.exit(2)

@@ -75,14 +75,14 @@ def euler_step(model: PackedTransformer, images: Sequence[Underway]) -> list[Ten
     told = None if None in labels else torch.tensor(labels, device=device)
     times = [image.t_model for image in pack_images]
     c = model.conditioning(
-        torch.tensor(times[: plan.guided] + times, dtype=torch.float64).to(device, torch.float32),
+        torch.tensor(times[: plan.guided] + times, dtype=torch.float64, device="cpu").to(device, torch.float32),
         pack.latent_size,
         pack.labels(Condition(class_labels=told)),
     )
     velocity = pack.velocity(x, model.modulations(c), model.surroundings(pack.layout, None))
-    sizes = torch.tensor(pack.sizes)
+    sizes = torch.tensor(pack.sizes, device="cpu")
     steps, weights = (
-        torch.tensor(values, dtype=torch.float64).repeat_interleave(sizes).to(device)
+        torch.tensor(values, dtype=torch.float64, device="cpu").repeat_interleave(sizes).to(device)
         for values in ([image.step for image in pack_images], plan.weights)
     )
     guided = pack.guided_tokens  # the update treats every token as an image

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from .fusion import fuse
 from .graphs import CudaCapture
 from .layers import patchify, unpatchify
 from .model import PackedTransformer
+from .modes import without_autocast
 from .output import Latents, OutputType, to_output
 from .packed_stages import PackedStages, ProgramStore
 from .plain_stages import PlainStages
@@ -70,7 +72,7 @@ class PixelFlowEngine:
     ) -> None:
         self.backend = backends.choose(backend, model.device, model.dtype, config.model.attention_head_dim)
         self.config = config
-        self.compiled = compile
+        self.compiled = arguments.truth("compile", compile)
         self.graphs = _graphs(graphs, model.device, self.backend.name)
         self.model = model.requires_grad_(False).eval()
         self.model.operations = self.backend.operations(compile)
@@ -136,9 +138,10 @@ class PixelFlowEngine:
             raise ValueError(f"dtype: got {dtype}, expected float32, bfloat16, float16 or float64")
         with torch.device("meta"):
             model = PackedTransformer(checkpoint.config.model)
-        state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in checkpoint.state_dict.items()}
-        model.load_state_dict(state, strict=True, assign=True)
-        return cls(checkpoint.config, model, backend, compile=compile, graphs=graphs, batch_sizes=batch_sizes)
+        with torch.inference_mode(False):  # weights made inside it would have no part in gradients of velocities
+            state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in checkpoint.state_dict.items()}
+            model.load_state_dict(state, strict=True, assign=True)
+            return cls(checkpoint.config, model, backend, compile=compile, graphs=graphs, batch_sizes=batch_sizes)
 
     @property
     def exact(self) -> bool:
@@ -288,6 +291,8 @@ class PixelFlowEngine:
         Raises:
             ValueError: as in :meth:`__call__`, before anything runs.
         """
+        for name in options.keys() - {field.name for field in fields(Call)}:
+            raise TypeError(f"stream() got an unexpected keyword argument {name!r}")
         planned = self._plan(Call(class_labels=class_labels, **options))
         if len(planned.runs) > 1:
             raise ValueError(
@@ -304,8 +309,10 @@ class PixelFlowEngine:
             options: keyword arguments that the real calls will have: ``solver``, ``height``, ``guidance_scale``,
                 prompts of the same shape.
         """
-        for batch in batch_sizes:
-            number = arguments.positive_integer("batch_sizes", batch)
+        several = arguments.sequence(batch_sizes)
+        if several is None:
+            raise ValueError(f"batch_sizes: got {batch_sizes!r}, expected a list of integers of at least 1")
+        for number in [arguments.positive_integer(f"batch_sizes[{i}]", size) for i, size in enumerate(several)]:
             labels = [0] * number if self.config.model.num_classes > 0 else None
             seed = 0 if options.get("noise") == "public" else list(range(number))
             least: dict[str, Any] = {"num_inference_steps": 2, "seed": seed, "output_type": "pt"}
@@ -314,6 +321,12 @@ class PixelFlowEngine:
     def close(self) -> None:
         """Release captured graphs and their memory. The engine remains usable and captures again when needed."""
         self._programs.close()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled: programs and graphs cannot be, and a copy without them would be slow."""
+        raise TypeError(
+            "an engine cannot be copied or pickled: make another with from_pretrained, in the process that uses it"
+        )
 
     def _plan(self, call: Call) -> PlannedCall:
         return plan_call(call, self.config, self.device, self.dtype, not self.exact, self.batch_sizes)
@@ -389,7 +402,8 @@ class PixelFlowEngine:
         arguments.mask_values("", text)
         condition = Condition(labels, text).to(self.device, self.dtype)
         layout = PackedLayout.from_grids([(height // p, width // p)] * batch, self.device)
-        tokens = model(patchify(x.to(self.device), p), times, layout, sizes, condition.class_labels, condition.text)
+        with without_autocast(self.device):
+            tokens = model(patchify(x.to(self.device), p), times, layout, sizes, condition.class_labels, condition.text)
         return unpatchify(tokens, (batch, config.out_channels, height, width), p).to(x.dtype)
 
 

@@ -124,7 +124,7 @@ class FusedOperations(PackedAttention):
         """Three separate products. For sampling, the weights are concatenated and this method is not used."""
         q, k, v = (layer(u) for layer in layers)
         q, k = self.norm_rotate_qk(q, k, q_weight, k_weight, layout, rotation, heads)
-        return q, k, v.unflatten(-1, (heads, -1))
+        return q, k, torch.unflatten(v, -1, (heads, -1))
 
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
         """GELU in the epilogue of the product, if the library offers it and no gradient is needed."""

@@ -53,7 +53,7 @@ def rotary_tables(layout: PackedLayout, head_dim: int, dtype: torch.dtype) -> tu
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate neighboring pairs of channels of ``x [T, H, D]``: ``(a, b) -> (a cos - b sin, b cos + a sin)``."""
     cos, sin = rotary[0][:, None], rotary[1][:, None]
-    a, b = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = torch.unflatten(x.to(cos.dtype), -1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -94,7 +94,7 @@ def _tokens(x: Tensor, layout: PackedLayout) -> list[Tensor]:
     """Tokens ``[T, ...]`` split by run, ``[count, N, ...]`` each."""
     shapes = _shapes(layout)
     parts = x.split([count * length for count, length in shapes])
-    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+    return [torch.unflatten(part, 0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

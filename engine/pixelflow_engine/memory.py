@@ -56,6 +56,7 @@ def told_what_fits(device: torch.device, images: int, least: int = 0) -> Iterato
 
     Raises:
         torch.cuda.OutOfMemoryError: with the estimate in its message.
+        MemoryError: the host has too little memory; its allocator does not report how much there was.
     """
     before = allocated(device)
     try:
@@ -70,6 +71,11 @@ def told_what_fits(device: torch.device, images: int, least: int = 0) -> Iterato
             advice = f"about {fit} would fit in one batch (batch_sizes=[{fit}] divides larger calls)"
         message = f"out of memory: {images} images at once, about {each / 2**20:.0f} MiB each; {advice}. {error}"
         raise torch.cuda.OutOfMemoryError(message) from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):  # the host's allocator has no type of its own
+            raise
+        message = f"out of memory: {images} images at once; ask for fewer, or for a smaller height and width. {error}"
+        raise MemoryError(message) from error
 
 
 def tried(message: str) -> int:

@@ -197,7 +197,7 @@ class SelfAttention(Attention):
         else:
             q, k, v = ops.linear(u, self.qkv).chunk(3, dim=-1)
             q, k = ops.norm_rotate_qk(q, k, *norms, layout, rotation, self.heads)
-            v = v.unflatten(-1, (self.heads, -1))
+            v = torch.unflatten(v, -1, (self.heads, -1))
         return ops.self_attention(q, k, v, layout).flatten(-2)
 
 
@@ -207,7 +207,7 @@ class CrossAttention(Attention):
     def text_keys(self, text: TextTokens, ops: Operations) -> TextKeys:
         """Keys and values of the prompts, which are the same in every step."""
         k = ops.norm_heads(self.k_proj(text.states), self.k_norm.weight, self.heads)
-        return k, self.v_proj(text.states).unflatten(-1, (self.heads, -1))
+        return k, torch.unflatten(self.v_proj(text.states), -1, (self.heads, -1))
 
     def forward(self, u: Tensor, keys: TextKeys, around: Surroundings, ops: Operations) -> Tensor:
         """``[T, C] -> [T, C]``."""

@@ -118,7 +118,7 @@ class PublicNoise:
 
     def initial(self, shape: Shape) -> Tensor:
         """All values in one draw."""
-        return torch.randn(shape, generator=self.generator).to(self.device)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32, device="cpu").to(self.device)
 
     def block(self, stage: int, shape: Shape) -> Tensor:
         """Draws of four in (image, channel, block row, block column) order, each multiplied by the Cholesky factor.
@@ -130,7 +130,11 @@ class PublicNoise:
         batch, channels, height, width = shape
         blocks = (batch, channels, height // 2, width // 2, 4)
         count = math.prod(blocks)
-        z = torch.empty(2 * count)[::2].normal_(generator=self.generator).reshape(-1, 4)
+        z = (
+            torch.empty(2 * count, dtype=torch.float32, device="cpu")[::2]
+            .normal_(generator=self.generator)
+            .reshape(-1, 4)
+        )
         return from_blocks(_block_product()(_block_factor(), z).reshape(blocks)).to(self.device)
 
     def enter(self, x: Tensor, stage: Stage) -> Tensor:
@@ -145,7 +149,7 @@ _ROWS = 256
 
 def _block_factor() -> Tensor:
     """The Cholesky factor of a block's covariance, ``[4, 4]`` float32."""
-    identity, ones = torch.eye(4), torch.ones(4, 4)
+    identity, ones = (make(4, 4, dtype=torch.float32, device="cpu") for make in (torch.eye, torch.ones))
     return torch.linalg.cholesky(identity * (1 - GAMMA) + ones * GAMMA + BLOCK_JITTER * identity)
 
 
@@ -161,7 +165,9 @@ def _block_product() -> Callable[[Tensor, Tensor], Tensor]:
     Whether the library fuses multiply-adds in the product of a single block depends on the processor, and products of
     many blocks do not always round the same way. So both ways of multiplying many blocks are tested on a few.
     """
-    factor, z = _block_factor(), torch.randn(3 * _ROWS - 7, 4, generator=torch.Generator().manual_seed(0))
+    seeded = torch.Generator("cpu").manual_seed(0)
+    factor = _block_factor()
+    z = torch.randn(3 * _ROWS - 7, 4, generator=seeded, dtype=torch.float32, device="cpu")
     want = _one_by_one(factor, z)
     return next((product for product in (_apart, _in_rows) if torch.equal(product(factor, z), want)), _one_by_one)
 

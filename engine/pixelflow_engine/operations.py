@@ -246,7 +246,7 @@ class PlainOperations:
 
     def norm_heads(self, k: Tensor, weight: Tensor, heads: int) -> Tensor:
         """See :class:`Operations`."""
-        return layers.rms_norm(k, weight).unflatten(-1, (heads, -1))
+        return torch.unflatten(layers.rms_norm(k, weight), -1, (heads, -1))
 
     def self_attention(self, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
         """One batched call per run of images with the same grid."""
@@ -279,7 +279,7 @@ class PlainOperations:
         """Three separate products, because one wider product may round differently."""
         q, k, v = (self.linear(u, layer) for layer in layers)
         q, k = self.norm_rotate_qk(q, k, q_weight, k_weight, layout, rotation, heads)
-        return q, k, v.unflatten(-1, (heads, -1))
+        return q, k, torch.unflatten(v, -1, (heads, -1))
 
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
         """See :class:`Operations`."""

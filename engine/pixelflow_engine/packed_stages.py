@@ -216,7 +216,7 @@ class PackedStages:
         method, _ = methods_of(self.plan.solver)
         if method is not None:  # the first step is taken by its starter
             pairs[first + 1 :] = [two_step_lengths(method, h, before) for before, h in pairwise(lengths[first:])]
-        return torch.tensor(pairs, dtype=torch.float64)
+        return torch.tensor(pairs, dtype=torch.float64, device="cpu")
 
     # --- error control -------------------------------------------------------------------------------------
 
@@ -263,7 +263,9 @@ class Glance:
     def __init__(self, state: Adaptive) -> None:
         on_gpu = state.x.is_cuda
         self.state = state
-        self.seen = [torch.zeros(3, len(state.tau), dtype=torch.float64, pin_memory=on_gpu) for _ in range(2)]
+        self.seen = [
+            torch.zeros(3, len(state.tau), dtype=torch.float64, device="cpu", pin_memory=on_gpu) for _ in range(2)
+        ]
         self.events = [torch.cuda.Event() for _ in range(2)] if on_gpu else []
         self.taken = 0
 

@@ -64,7 +64,7 @@ class PlainStages:
         tau, t_model = step_times(stage.stage, self.config.scheduler, stage.num_steps, self.plan.shift)
         method, tableau = methods_of(self.plan.solver)
         points = [at_slopes(tableau, *ends) for ends in pairwise(t_model.tolist())]
-        times = torch.tensor(points, dtype=torch.float64).to(x.device)  # [steps, slopes]
+        times = torch.tensor(points, dtype=torch.float64, device="cpu").to(x.device)  # of all slopes of all steps
         previous: tuple[Tensor, float] | None = None
 
         def slope(y: Tensor, time: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ def padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Pad prompts ``[L_i, E]`` to ``[B, L, E]``; also returns their mask ``[B, L]``, on the host."""
     longest = max(len(prompt) for prompt in prompts)
     states = torch.stack([F.pad(prompt, (0, 0, 0, longest - len(prompt))) for prompt in prompts])
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    return states, (torch.arange(longest) < lengths[:, None]).float()
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device="cpu")
+    return states, (torch.arange(longest, device="cpu") < lengths[:, None]).float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Lot:
 
     def of(self, condition: Condition) -> Condition:
         """This lot's part of the call's condition, on the condition's device."""
-        at = torch.tensor(self.order)
+        at = torch.tensor(self.order, device="cpu")
         labels, text, null = condition.class_labels, condition.text, condition.null_text
         return Condition(
             class_labels=None if labels is None else labels[at],
@@ -136,7 +136,7 @@ def _by_key(keys: Sequence[K]) -> dict[K, list[int]]:
 
 
 def _rows(text: Text, at: Tensor) -> Text:
-    if torch.equal(at, torch.arange(len(text.states))):
+    if torch.equal(at, torch.arange(len(text.states), device="cpu")):
         return text
     mask = None if text.mask is None else text.mask.index_select(0, uploaded(at, text.mask.device))
     return Text(text.states.index_select(0, uploaded(at, text.states.device)), mask)

@@ -6,6 +6,7 @@ Source: arXiv 2504.07963, section 3.4.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +18,7 @@ from pixelflow_kernels.ode_step import ARRIVED, MAX_ATTEMPTS, NONFINITE, UNDERFL
 from .clocks import Clock
 from .errors import ConvergenceError
 from .events import Callbacks, StageEvent, StageReport, Status, StepEvent
+from .modes import without_autocast
 from .noise import NoiseSource
 from .output import Latents
 from .plan import SamplingPlan, StagePlan
@@ -119,11 +121,11 @@ def sample(
     unread: list[_Passed] = []
     for number, stage in enumerate(plan.stages):
         began = clock.mark()
-        with named("stage", stage.stage.index):
+        with named("stage", stage.stage.index), without_autocast(states[0].device) as as_outside:
             if number > 0:
                 with named("enter"):
                     states = [source.enter(x, stage.stage) for x, source in zip(states, noise, strict=True)]
-            outcome = stages.run(states, stage, _step_callback(plan, stage, callbacks, order))
+            outcome = stages.run(states, stage, _step_callback(plan, stage, callbacks, order, as_outside))
         states = outcome.states
         now = outcome.status.masked_fill(_finite(states).logical_not(), NONFINITE)
         status = torch.where(status == ARRIVED, now, status)
@@ -187,14 +189,19 @@ def _inverse(order: Sequence[int]) -> list[int]:
 
 
 def _step_callback(
-    plan: SamplingPlan, stage: StagePlan, callbacks: Callbacks, order: Sequence[int]
+    plan: SamplingPlan,
+    stage: StagePlan,
+    callbacks: Callbacks,
+    order: Sequence[int],
+    as_outside: Callable[[], AbstractContextManager[object]],
 ) -> Callable[[int, Callable[[], float], Callable[[], States]], States | None]:
     def tell(step: int, tau: Callable[[], float], states: Callable[[], States]) -> States | None:
         if callbacks.on_step_end is None:
             return None
         now = states()
         event = StepEvent(stage=stage.stage.index, step=step, tau=tau(), latents=in_order(now, order))
-        replaced = callbacks.on_step_end(event)
+        with as_outside():
+            replaced = callbacks.on_step_end(event)
         if replaced is not None and plan.solver in REMEMBERING:
             raise ValueError(
                 f"callback_on_step_end: got new latents from it with solver={plan.solver!r}, expected None: "

@@ -114,7 +114,8 @@ class StagePack:
         device = self.model.device
         if len({*weights}) == 1:
             return numbers(weights[:1], torch.float64, device)
-        each, sizes = torch.tensor(weights, dtype=torch.float64), torch.tensor(self.sizes[: self.plan.guided])
+        each = torch.tensor(weights, dtype=torch.float64, device="cpu")
+        sizes = torch.tensor(self.sizes[: self.plan.guided], device="cpu")
         return uploaded(each.repeat_interleave(sizes, output_size=self.guided_tokens), device)
 
     def labels(self, condition: Condition) -> Tensor | None:
@@ -184,7 +185,7 @@ class ModulationTable:
         rows = {key: row for row, key in enumerate(dict.fromkeys(told))}
         firsts = numbers([told.index(key) for key in rows], torch.int64, model.device)
         self.row = numbers([rows[key] for key in told], torch.int64, model.device)
-        times = uploaded(torch.tensor(t_model, dtype=torch.float64).to(torch.float32), model.device)
+        times = uploaded(torch.tensor(t_model, dtype=torch.float64, device="cpu").to(torch.float32), model.device)
         moments = len(times)
         c = model.conditioning(
             times.repeat_interleave(len(rows)),

@@ -113,9 +113,9 @@ class KnownPackOperations(PlainOperations):
         qk, v = product.split([2 * width, width], dim=-1)
         # `cat` materializes the permuted weights, so that vectors are read; a mere permutation would be read value by
         # value.
-        norms = torch.cat([_halves_apart(q_weight, heads), _halves_apart(k_weight, heads)]).unflatten(0, (2, -1))
-        q, k = _rotate_halves(rms_norm(qk.unflatten(-1, (2, -1)), norms), rotation, heads).unbind(1)
-        return q, k, v.unflatten(-1, (heads, -1))
+        norms = torch.unflatten(torch.cat([_halves_apart(q_weight, heads), _halves_apart(k_weight, heads)]), 0, (2, -1))
+        q, k = _rotate_halves(rms_norm(torch.unflatten(qk, -1, (2, -1)), norms), rotation, heads).unbind(1)
+        return q, k, torch.unflatten(v, -1, (heads, -1))
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """A product by oneDNN on CPUs where it is preferred, otherwise the layer itself."""
@@ -129,13 +129,13 @@ class KnownPackOperations(PlainOperations):
 
 def _halves_apart(rows: Tensor, heads: int) -> Tensor:
     """Reorder ``[C, ...]`` so that the even channels of each head precede its odd ones."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return torch.unflatten(rows, 0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _rotate_halves(x: Tensor, rotation: Rotation, heads: int) -> Tensor:
     """:func:`layers.rotate` for pairs split across the halves of a head: ``x [T, ..., C] -> [T, ..., H, D]``."""
     cos, sin = (table[:, None, None] for table in rotation)
-    a, b = x.to(cos.dtype).unflatten(-1, (heads, -1)).chunk(2, dim=-1)
+    a, b = torch.unflatten(x.to(cos.dtype), -1, (heads, -1)).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 

@@ -23,4 +23,4 @@ def uploaded(values: Tensor, device: torch.device) -> Tensor:
 
 def numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Copy Python numbers to a device as a tensor ``[n]``; the host does not wait."""
-    return uploaded(torch.tensor(values, dtype=dtype), device)
+    return uploaded(torch.tensor(values, dtype=dtype, device="cpu"), device)

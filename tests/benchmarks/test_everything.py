@@ -197,6 +197,13 @@ def test_the_command_is_a_module_too() -> None:
     assert "generate" in run.stdout
 
 
+def test_an_output_of_another_kind_is_refused_before_any_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(everything, "run_within", lambda *_: pytest.fail("a suite was begun"))
+    (tmp_path / "picture.png").touch()
+    result = CliRunner().invoke(bench, ["all", "--device", "cpu", "--output", str(tmp_path / "picture.png")])
+    assert "picture.png, expected a folder or a name that ends in .jsonl" in str(result.exception)
+
+
 def test_suites_run_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(everything, "ON_CPU", (Suite(("blocks",), 60, budgeted=False),))
     result = CliRunner().invoke(bench, ["all", "--device", "cpu", "--output", str(tmp_path)])

@@ -82,7 +82,10 @@ def test_the_command(tmp_path: Path) -> None:
 def test_an_unknown_opponent_is_refused() -> None:
     result = CliRunner().invoke(bench, ["images", "--device", "cpu", "--shape", "tiny", "--variant", "fast"])
     assert isinstance(result.exception, ValueError)
-    assert "variant: got 'fast', expected one of" in str(result.exception)
+    said = str(result.exception)
+    assert "variant: got 'fast', expected one of" in said
+    assert "'engine, exact', 'engine, compiled'" in said, "names that hold commas are quoted"
+    assert said.count("'engine, compiled'") == 1
 
 
 def test_all_draw_the_same_noise() -> None:

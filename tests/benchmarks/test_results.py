@@ -81,6 +81,12 @@ def test_what_is_no_result_file_is_refused(text: str, line: int, tmp_path: Path)
         read_runs(tmp_path / "r.jsonl")
 
 
+def test_what_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "picture.jsonl").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(ValueError, match=r"^results: .*picture\.jsonl: got bytes that are no text"):
+        read_runs(tmp_path / "picture.jsonl")
+
+
 def test_where_results_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pixelflow_benchmarks.harness import results
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,7 @@ SINGLE_BAD_VALUES: dict[str, list[tuple[object, str]]] = {
         (0, "0"), (-3, "-3"), (2.0, "2.0"), (True, "True"), ("10", "'10'"), (None, "None"),
         ([], "0 values"), ([1, 1], "2 values"), ([1, 1, 1, 1], "4 values"),
         ([1, 0, 1], "0"), ([1, 1, -1], "-1"), ([1, 1.5, 1], "1.5"), ([True, 1, 1], "True"),
+        (2**64, str(2**64)), ([1, 10**7, 1], str(10**7)),
     ],
     "guidance_scale": [
         (NAN, "nan"), (INF, "inf"), (-INF, "-inf"), (True, "True"), ("2", "'2'"), (None, "None"), ([2.0], "[2.0]"),
@@ -127,8 +130,10 @@ SINGLE_BAD_VALUES: dict[str, list[tuple[object, str]]] = {
     "state": [("bf16", "'bf16'"), (torch.float32, "torch.float32")],
     "output_type": [("jpeg", "'jpeg'"), (None, "None")],
     "error_norm": [("max", "'max'"), (None, "None")],
-    "height": [(0, "0"), (-16, "-16"), (12, "12"), (16.0, "16.0"), (True, "True"), ("16", "'16'")],
-    "width": [(0, "0"), (-16, "-16"), (12, "12"), (16.0, "16.0"), (True, "True"), ("16", "'16'")],
+    "height": [(0, "0"), (-16, "-16"), (12, "12"), (16.0, "16.0"), (True, "True"), ("16", "'16'"), (2**64, str(2**64))],
+    "width": [(0, "0"), (-16, "-16"), (12, "12"), (16.0, "16.0"), (True, "True"), ("16", "'16'"), (2**20, str(2**20))],
+    "callback_on_step_end": [("print", "'print'"), ([print], "[<built-in"), (0, "0")],
+    "callback_on_stage_end": [("print", "'print'"), (True, "True")],
     "seed": [
         (-1, "-1"), (2**64, str(2**64)), (1.0, "1.0"), (True, "True"), ("1", "'1'"),
         ([], "0 seeds"), ([1], "1 seeds"), ([1, 2, 3], "3 seeds"),
@@ -404,3 +409,42 @@ def test_a_device_that_is_not_there_is_refused(
     assert_refused(lambda: PixelFlowEngine.from_checkpoint(checkpoint, device), "device", repr(device), work)
     nowhere = tmp_path / "nothing here"  # the device is refused before any file is looked for
     assert_refused(lambda: PixelFlowEngine.from_pretrained(nowhere, device), "device", repr(device), work)
+
+
+@pytest.mark.parametrize("value", [None, 1, "auto", 0.5], ids=shown)
+def test_compile_is_true_or_false(value: Any, engines: dict[str, PixelFlowEngine], work: list[str]) -> None:
+    engine = engines["classes"]
+    assert_refused(lambda: PixelFlowEngine(engine.config, engine.model, compile=value), "compile", repr(value), work)
+
+
+# --- loading, warming up, streaming, copying ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [None, 3, "", b"digits", ["digits"]], ids=shown)
+def test_a_checkpoint_is_a_path_or_a_name(value: Any, work: list[str]) -> None:
+    assert_refused(lambda: PixelFlowEngine.from_pretrained(value), "checkpoint", repr(value), work)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(None, "None"), (4, "4"), ("", "''"), ([1, 0], "0"), ([2, 1.5], "1.5"), ([True], "True")],
+    ids=shown,
+)
+def test_sizes_to_warm_up_are_checked_before_any_runs(
+    value: Any, said: str, engines: dict[str, PixelFlowEngine], work: list[str]
+) -> None:
+    assert_refused(lambda: engines["classes"].warmup(value), "batch_sizes", said, work)
+
+
+def test_a_stream_names_an_option_that_it_has_not(engines: dict[str, PixelFlowEngine], work: list[str]) -> None:
+    with pytest.raises(TypeError, match=r"^stream\(\) got an unexpected keyword argument 'num_steps'$"):
+        engines["classes"].stream([1], num_steps=3)
+    assert work == []
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_engine_says_that_it_cannot_be_copied(
+    duplicate: Callable[[object], object], engines: dict[str, PixelFlowEngine]
+) -> None:
+    with pytest.raises(TypeError, match="from_pretrained, in the process that uses it"):
+        duplicate(engines["classes"])

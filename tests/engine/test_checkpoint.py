@@ -314,6 +314,18 @@ def test_training_checkpoint(tmp_path: Path, choice: Any, expected: str, name: s
         assert_same(load_checkpoint(tmp_path, weights=choice), config, sets[expected])
 
 
+def test_the_only_training_checkpoint_of_a_folder_needs_no_name(tmp_path: Path) -> None:
+    config = tiny_config()
+    weights = {step: random_weights(config, step) for step in (1, 2)}
+    write_training_checkpoint(tmp_path / "model_1.pt", config, weights[1], None)
+    assert_same(load_checkpoint(tmp_path), config, weights[1])
+    write_training_checkpoint(tmp_path / "model_2.pt", config, weights[2], None)
+    with pytest.raises(CheckpointError, match=r"holds model_1\.pt, model_2\.pt, expected the path of one of them"):
+        load_checkpoint(tmp_path)
+    write_training_checkpoint(tmp_path / "model.pt", config, weights[2], None)
+    assert_same(load_checkpoint(tmp_path), config, weights[2])
+
+
 @pytest.mark.parametrize("callers", [[], [argparse.Namespace]])
 def test_what_torch_allows_elsewhere_stays_as_it_was(tmp_path: Path, callers: list[Any]) -> None:
     config = tiny_config()

@@ -514,6 +514,21 @@ def test_notes_of_an_error_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().err == "pixelflow: no graph\nand no checkpoint\n"
 
 
+@pytest.mark.parametrize("kind", [MemoryError, torch.cuda.OutOfMemoryError])
+def test_too_little_memory_is_one_line(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise kind("out of memory: 3 images at once")
+
+    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(cli.metadata, "entry_points", lambda **_: ())
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "pixelflow: out of memory: 3 images at once\n"
+
+
 def test_public_names_are_imported_when_they_are_asked_for() -> None:
     code = "import sys, pixelflow_engine as p; assert 'torch' not in sys.modules; "
     code += "assert set(p.__all__) <= set(dir(p)); print(all(callable(getattr(p, n)) for n in p.__all__)); "

@@ -102,6 +102,15 @@ def test_the_fused_block_is_traced_whole(traced_only: None, kernels_as_plain_ope
     assert 1 <= graphs() - before <= 5
 
 
+def test_a_callers_default_device_is_traced_past(traced_only: None) -> None:
+    """It is a mode, under which methods of tensors that PyTorch writes in Python cannot be traced."""
+    config = tiny_config()
+    with torch.device("cpu"):
+        got = images(PixelFlowEngine(config, tiny_model(config), compile=True), [1])
+    want = images(PixelFlowEngine(config, tiny_model(config), compile=True), [1])
+    assert torch.equal(got[0], want[0])
+
+
 @pytest.mark.parametrize("limited", [False, True], ids=["a limit of ours", "dynamo's limit"])
 def test_engines_do_not_use_up_each_others_graphs(
     traced_only: None, monkeypatch: pytest.MonkeyPatch, limited: bool

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -18,6 +19,14 @@ def test_own_sampler(tmp_path: Path) -> None:
         low, high = image.convert("L").getextrema()
     assert low < 10  # type: ignore[operator]
     assert high > 245  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["own_sampler.py", "inpainting.py"])
+def test_without_a_name_for_the_picture_they_say_how_they_are_run(name: str) -> None:
+    ran = subprocess.run([sys.executable, EXAMPLES / name], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert f"python examples/{name} " in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_inpainting(tmp_path: Path) -> None:

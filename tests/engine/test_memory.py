@@ -105,3 +105,14 @@ def test_what_was_tried(text: str, size: int) -> None:
 def test_other_errors_pass() -> None:
     with pytest.raises(KeyError, match="stop"), memory.told_what_fits(torch.device("cpu"), 3):
         raise KeyError("stop")
+
+
+def test_the_hosts_memory_is_an_error_of_its_own() -> None:
+    """PyTorch's allocator of the host raises a bare RuntimeError; others pass."""
+    with (
+        pytest.raises(MemoryError, match=r"^out of memory: 3 images at once; ask for fewer"),
+        memory.told_what_fits(torch.device("cpu"), 3),
+    ):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=r"^another$"), memory.told_what_fits(torch.device("cpu"), 3):
+        raise RuntimeError("another")

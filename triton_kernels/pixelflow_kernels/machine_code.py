@@ -41,7 +41,7 @@ class Promises:
     =======
             spills: at most this many loads and stores of local memory.
             wide_loads: at least this many 16-byte loads from global memory (a 32-byte one counts twice).
-            narrow: at most this many loads and stores of global memory of 2 bytes or fewer: a lost alignment shows here.
+            narrow: at most this many loads and stores of global memory of 2 bytes or fewer; lost alignment shows here.
             matrix: there are matrix instructions.
             ffma: at most this many fused multiply-adds; 0 for level A.
             flushes: at most this many operations that take denormals for 0; 0 for level A.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -81,16 +82,17 @@ class PackedLayout:
             sizes.append((grid[0], grid[1]))
         runs, image, token = [], 0, 0
         images, rows, columns = [], [], []
+        host = partial(torch.arange, dtype=torch.int32, device="cpu")
         for (height, width), group in groupby(sizes):
             count = len(list(group))
             length = height * width
             runs.append(Run(slice(image, image + count), slice(token, token + count * length), count, (height, width)))
-            images.append(torch.arange(image, image + count, dtype=torch.int32).repeat_interleave(length))
-            rows.append(torch.arange(height, dtype=torch.int32).repeat_interleave(width).repeat(count))
-            columns.append(torch.arange(width, dtype=torch.int32).repeat(height * count))
+            images.append(host(image, image + count).repeat_interleave(length))
+            rows.append(host(height).repeat_interleave(width).repeat(count))
+            columns.append(host(width).repeat(height * count))
             image, token = image + count, token + count * length
-        lengths = torch.tensor([0] + [h * w for h, w in sizes], dtype=torch.int64)
-        empty = [torch.empty(0, dtype=torch.int32)]
+        lengths = torch.tensor([0] + [h * w for h, w in sizes], dtype=torch.int64, device="cpu")
+        empty = [host(0)]
         return cls(
             grids=tuple(sizes),
             cu_seqlens=lengths.cumsum(0).to(torch.int32).to(device),

@@ -22,7 +22,7 @@ TRAINING = 1
 _MASK32 = 0xFFFFFFFF
 
 
-def seed_tensor(seeds: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+def seed_tensor(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """Return seeds from 0 to 2^64 - 1 as ``[n]`` int64 with the same 64 bits."""
     return torch.tensor([seed - (seed >> 63 << 64) for seed in seeds], dtype=torch.int64, device=device)
 

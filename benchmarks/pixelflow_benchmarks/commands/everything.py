@@ -78,6 +78,9 @@ def command(
     public: Public = None,
 ) -> None:
     """Measure everything, the most important first, so that a run that is cut short is still of use."""
+    from pixelflow_benchmarks.harness.results import check_output  # which needs torch
+
+    check_output(output)
     where = place_of(device)
     suites = ON_GPU if where.type == "cuda" else ON_CPU
     if failed := run_suites(suites, str(where), output, budget_seconds, public):

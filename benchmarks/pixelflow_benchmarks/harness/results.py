@@ -125,6 +125,16 @@ def recording(output: Path | None, suite: str, device: torch.device, **head: Any
         recorder({"kind": "end", **state(device)})
 
 
+def check_output(output: Path) -> None:
+    """Refuse what is neither a folder, there or to be made, nor a name that ends in ``.jsonl``.
+
+    Raises:
+        ValueError: it is a file of another kind.
+    """
+    if output.is_file() and output.suffix != ".jsonl":
+        raise ValueError(f"output: got the file {output}, expected a folder or a name that ends in .jsonl")
+
+
 def result_file(output: Path, device: torch.device, when: datetime) -> Path:
     """Return the file for records: ``output`` itself if its name ends in ``.jsonl``, otherwise a file in that folder.
 
@@ -136,8 +146,7 @@ def result_file(output: Path, device: torch.device, when: datetime) -> Path:
     """
     if output.suffix == ".jsonl" and not output.is_dir():
         return output
-    if output.is_file():
-        raise ValueError(f"output: got the file {output}, expected a folder or a name that ends in .jsonl")
+    check_output(output)
     head, _, changes = environment()["commit"].partition("+")
     path = output / device_name(device) / f"{when:%Y-%m-%d}-{head[:10]}{'+' if changes else ''}{changes}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +161,11 @@ def read_runs(path: Path) -> list[Run]:
             line.
     """
     runs: dict[tuple[str, str], Run] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"results: {path}: got bytes that are no text, expected a record a line") from error
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             record = json.loads(line)
             suite, began = record.pop("suite"), record.pop("run")

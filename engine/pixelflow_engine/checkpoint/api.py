@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from pixelflow_engine.config import PixelFlowConfig, parameter_shapes
@@ -54,7 +55,7 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], weights: Weights = "au
         path_or_name: one of
 
             - a folder with ``config.json`` and ``model.safetensors``, which take precedence over the next two;
-            - a folder with ``config.yaml`` and ``model.pt``;
+            - a folder with ``config.yaml`` and ``model.pt``, or with one ``model_STEP.pt`` of a training run;
             - a ``.pt`` file with a ``config.yaml`` beside it;
             - a run directory of ``pixelflow train``: the averaged model as of its last evaluation. Its ``checkpoints``,
               whose metadata is a pickle, are never read here;
@@ -72,7 +73,7 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], weights: Weights = "au
     """
     _check_option("weights", weights, Weights)
     path = _located(path_or_name)
-    with about(path, OSError):
+    with about(path, OSError), torch.inference_mode(False), torch.device("cpu"):
         if path.is_dir():
             config, state_dict = _read_folder(path, weights)
         elif path.suffix == ".pt":
@@ -206,7 +207,7 @@ def _read_folder(folder: Path, weights: Weights) -> tuple[PixelFlowConfig, dict[
     has_native = (folder / native.WEIGHTS_FILE).exists()
     # An unrelated config.json may be beside the public files, so config.json alone does not decide.
     if (folder / public.CONFIG_FILE).exists() and not has_native:
-        return public.read_public(folder / public.WEIGHTS_FILE, weights)
+        return public.read_public(_published_file(folder), weights)
     if has_native or (folder / native.CONFIG_FILE).exists():
         public.refuse_choice(weights, folder)
         return native.read_native(folder)
@@ -224,7 +225,20 @@ def _read_folder(folder: Path, weights: Weights) -> tuple[PixelFlowConfig, dict[
     raise CheckpointError(f"{folder}: holds neither {pairs}")
 
 
+def _published_file(folder: Path) -> Path:
+    """``model.pt``, or the only checkpoint of a training."""
+    trained = sorted(folder.glob("model_*.pt"))
+    if (folder / public.WEIGHTS_FILE).exists() or not trained:
+        return folder / public.WEIGHTS_FILE
+    if len(trained) > 1:
+        names = listed([file.name for file in trained])
+        raise CheckpointError(f"{folder}: holds {names}, expected the path of one of them")
+    return trained[0]
+
+
 def _located(path_or_name: str | os.PathLike[str]) -> Path:
+    if not isinstance(path_or_name, (str, os.PathLike)) or path_or_name == "":
+        raise CheckpointError(f"checkpoint: got {path_or_name!r}, expected a path or the name of a bundled model")
     path = Path(path_or_name)
     with about(path, OSError, ValueError):
         if path.exists():
