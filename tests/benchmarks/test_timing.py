@@ -40,6 +40,31 @@ def test_a_call_takes_as_long_as_it_takes() -> None:
     assert called[2:] == ["slow", "fast"] * 4, "variants take turns"
 
 
+def fails_at(call: int, said: str = "out of paper\nand more") -> Callable[[], Any]:
+    """A function that returns the squares of :func:`case` and raises in one of its calls, counted from 1."""
+    calls: list[None] = []
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(3))
+
+    def run() -> tuple[Tensor]:
+        calls.append(None)
+        if len(calls) == call:
+            raise RuntimeError(said)
+        return (x * x,)
+
+    return run
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_a_call_that_fails_is_left_out_where_its_error_is_noted(call: int) -> None:
+    failed: dict[str, str] = {}
+    timings = time_calls({"fails": fails_at(call), "works": lambda: None}, CPU, repeats=3, failed=failed)
+    assert timings.keys() == {"works"}
+    assert len(timings["works"].turns) == 3
+    assert failed == {"fails": "RuntimeError: out of paper"}
+    with pytest.raises(RuntimeError, match="out of paper"):
+        time_calls({"fails": fails_at(call)}, CPU, repeats=3)
+
+
 def test_too_few_repeats_are_refused() -> None:
     with pytest.raises(ValueError, match="repeats: got 2, expected at least 3"):
         time_calls({}, CPU, repeats=2)
@@ -120,6 +145,30 @@ def test_no_case_is_begun_after_the_deadline() -> None:
     records = list(measure(cases, CEILINGS, CPU, 3, deadline=time.perf_counter() - 1))
     assert [r.get("case") for r in records] == ["a", "a", None]
     assert records[-1] == {"kind": "skipped", "reason": "no time was left after 1 cases"}
+
+
+@pytest.mark.parametrize("call", [1, 2, 4], ids=["check", "warm-up", "turn"])
+def test_a_variant_that_fails_ends_nothing(call: int) -> None:
+    variants = {"ours": fails_at(call), "eager": fails_at(0)}
+    cases = [case(lambda x: x, variants=variants, name="one fails"), case(lambda x: x * x, name="next")]
+    records = list(measure(cases, CEILINGS, CPU, repeats=3))
+    assert [(r["case"], r["variant"], r["right"]) for r in records] == [
+        ("one fails", "ours", False),
+        ("one fails", "eager", True),
+        ("next", "ours", True),
+        ("next", "eager", True),
+    ]
+    assert records[0]["fault"] == "RuntimeError: out of paper"
+    assert "seconds" not in records[0]
+    assert records[1]["seconds"]["repeats"] == 3
+
+
+@pytest.mark.parametrize("what", ["plain", "truth"])
+def test_where_nothing_can_be_compared_the_next_case_is_measured(what: str) -> None:
+    cases = [case(lambda x: x * x, **{what: fails_at(1)}), case(lambda x: x * x)]
+    records = list(measure(cases, CEILINGS, CPU, repeats=3))
+    assert [r["right"] for r in records] == [False, False, True, True]
+    assert {r["fault"] for r in records[:2]} == {"nothing to compare with: RuntimeError: out of paper"}
 
 
 def test_a_missing_output_is_wrong() -> None:
