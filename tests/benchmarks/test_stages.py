@@ -180,6 +180,17 @@ def test_a_wrong_stage_of_dopri5_yields_no_speed(monkeypatch: pytest.MonkeyPatch
     assert "seconds" not in packed
 
 
+@pytest.mark.parametrize("said", ["CUDA out of memory.", "DefaultCPUAllocator: can't allocate memory: you tried"])
+def test_what_lacks_memory_for_float64_gets_no_time(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: object) -> Any:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(measure_module, "true_attempt", lacking)
+    (found,) = measure_task(Task(DOPRI5, (REFERENCE,)), opponents(DOPRI5), CEILINGS, repeats=1)
+    assert found["fault"] == f"first attempt: not compared with float64, RuntimeError: {said}"
+    assert "seconds" not in found
+
+
 def test_a_failure_of_one_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     who = opponents()
     run = who.runs("torch/eager", TINY)

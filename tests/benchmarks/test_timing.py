@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pixelflow_benchmarks.harness.ceilings import Ceilings, measure_ceilings
-from pixelflow_benchmarks.harness.timing import Timing, spread, time_calls, time_runs
+from pixelflow_benchmarks.harness.timing import Timing, lacks_memory, spread, time_calls, time_runs
 from pixelflow_benchmarks.suites.kernels.case import Case, faults
 from pixelflow_benchmarks.suites.kernels.measure import measure
 from pixelflow_benchmarks.suites.kernels.table import kernel_table
@@ -101,6 +101,26 @@ def test_runs_take_turns_and_who_fails_is_left_out() -> None:
 def test_no_turn_is_begun_after_the_deadline() -> None:
     runs = time_runs({"works": lambda: None}, CPU, repeats=5, deadline=time.perf_counter() - 1)
     assert len(runs.timings["works"].turns) == 1, "one turn at least"
+
+
+def more_than_there_is() -> Tensor:
+    return torch.empty(2**50)
+
+
+def unnamed_lack() -> None:
+    raise MemoryError
+
+
+def too_many_registers() -> None:
+    raise RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 232448")
+
+
+@pytest.mark.parametrize(
+    ("call", "lacking"), [(more_than_there_is, True), (unnamed_lack, True), (too_many_registers, False)]
+)
+def test_a_lack_of_memory_is_told_from_other_errors(call: Callable[[], object], lacking: bool) -> None:
+    (said,) = time_runs({"it": call}, CPU, repeats=1).failed.values()
+    assert lacks_memory(said) == lacking
 
 
 def test_ceilings_are_rates() -> None:

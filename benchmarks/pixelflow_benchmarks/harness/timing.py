@@ -41,6 +41,10 @@ RESOLUTION = 0.5e-6
 """Resolution of CUDA events in seconds: a shorter replay cannot be told from nothing."""
 
 
+LACKS_MEMORY = ("MemoryError", "out of memory", "not enough memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Words of errors that are a lack of memory: Python's, a GPU's allocator's, a CPU's two, cuBLAS's."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Seconds of one call, measured several times.
@@ -183,6 +187,11 @@ def _noted(name: str, timed: dict[str, Call], failed: dict[str, str] | None) -> 
             raise
         failed[name] = first_line(error)
         timed.pop(name, None)
+
+
+def lacks_memory(said: str) -> bool:
+    """Return whether an error, as told by :func:`first_line`, is a lack of memory."""
+    return any(words in said for words in LACKS_MEMORY)
 
 
 def _time_on_host(variants: Mapping[str, Call], repeats: int, failed: dict[str, str] | None) -> dict[str, Timing]:

@@ -18,7 +18,15 @@ from torch import Tensor
 from pixelflow_benchmarks.harness.ceilings import Ceilings
 from pixelflow_benchmarks.harness.energy import joules_of
 from pixelflow_benchmarks.harness.results import Record
-from pixelflow_benchmarks.harness.timing import Timing, end_of_turns, first_line, graphs_compiled, seconds_of, time_runs
+from pixelflow_benchmarks.harness.timing import (
+    Timing,
+    end_of_turns,
+    first_line,
+    graphs_compiled,
+    lacks_memory,
+    seconds_of,
+    time_runs,
+)
 
 from .opponents import PUBLIC, Opponents
 from .problem import REFERENCE, Attempt, Ran, StageProblem, StageRun
@@ -113,7 +121,9 @@ def measure_task(
     wrong = stage_faults(problem, checks, truth)
     try:
         missed = attempt_faults(problem, attempts, partial(true_attempt, problem, opponents.weights))
-    except torch.OutOfMemoryError as error:  # what was not checked gets no time, but the run continues
+    except (RuntimeError, MemoryError) as error:  # what was not checked gets no time, but the run continues
+        if not lacks_memory(first_line(error)):
+            raise
         missed = {name: [f"first attempt: not compared with float64, {first_line(error)}"] for name in attempts}
     for name, faults in missed.items():
         wrong[name] += faults
