@@ -14,7 +14,15 @@ from pixelflow_benchmarks.harness.ceilings import Ceilings
 from pixelflow_benchmarks.harness.energy import joules_of
 from pixelflow_benchmarks.harness.profiling import cpu_profile
 from pixelflow_benchmarks.harness.results import Record
-from pixelflow_benchmarks.harness.timing import Timing, end_of_turns, first_line, graphs_compiled, seconds_of, time_runs
+from pixelflow_benchmarks.harness.timing import (
+    Timing,
+    end_of_turns,
+    first_line,
+    graphs_compiled,
+    lacks_memory,
+    seconds_of,
+    time_runs,
+)
 from pixelflow_engine.errors import BackendUnavailableError
 
 from .opponents import EXACT, LOOP, OWN_NOISE, PUBLIC, REFERENCE, Call, ImageOpponents, ImageProblem
@@ -88,7 +96,13 @@ def check_and_time(
         except Exception as error:  # a compiler can fail in many ways; the other variants are still measured
             record |= {"right": False, "fault": first_line(error)}
         records[name] = record
-    for name, fault in wrong(images, truth()).items():
+    try:
+        faults = wrong(images, truth())
+    except (RuntimeError, MemoryError) as error:  # what was not checked gets no time, but the run continues
+        if not lacks_memory(first_line(error)):
+            raise
+        faults = dict.fromkeys(images, f"not compared with float64, {first_line(error)}")
+    for name, fault in faults.items():
         records[name] |= {"right": False, "fault": fault}
     right = {name: calls[name] for name, record in records.items() if record["right"]}
     timed = time_runs(right, device, repeats, end_of_turns(deadline))
