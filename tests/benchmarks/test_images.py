@@ -21,6 +21,7 @@ from pixelflow_benchmarks.harness import timing
 from pixelflow_benchmarks.harness.ceilings import Ceilings
 from pixelflow_benchmarks.harness.timing import Timing
 from pixelflow_benchmarks.opponents.random_models import SHAPES, random_reference, random_weights
+from pixelflow_benchmarks.suites.images import measure as measure_module
 from pixelflow_benchmarks.suites.images import opponents as opponents_module
 from pixelflow_benchmarks.suites.images.measure import check_and_time, figures, measure_images
 from pixelflow_benchmarks.suites.images.opponents import (
@@ -148,6 +149,16 @@ def test_no_turn_is_begun_after_a_minute_though_nobody_gave_a_budget(monkeypatch
     calls: dict[str, Callable[[], Tensor]] = dict.fromkeys((REFERENCE, EXACT), lambda: TRUTH.float())
     records = list(check_and_time(PROBLEM, calls, lambda: TRUTH, CEILINGS, repeats=3))
     assert [r["seconds"]["repeats"] for r in records] == [1, 1]
+
+
+def test_energy_is_measured_until_the_budget_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_module, "joules_of", lambda run, device: {"joules": 12.0, "watts": 3.0})
+    calls: dict[str, Callable[[], Tensor]] = {REFERENCE: lambda: TRUTH.float()}
+    (found,) = check_and_time(PROBLEM, calls, lambda: TRUTH, CEILINGS, repeats=1)
+    assert (found["joules"], found["watts"]) == (12 / PROBLEM.batch, 3.0), "an image's"
+    (late,) = check_and_time(PROBLEM, calls, lambda: TRUTH, CEILINGS, 1, deadline=time.perf_counter() - 1)
+    assert "seconds" in late
+    assert "joules" not in late
 
 
 def test_who_cannot_run_is_named_once() -> None:

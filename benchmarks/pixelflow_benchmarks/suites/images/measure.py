@@ -44,8 +44,8 @@ def measure_images(
         names: names of the variants; the reference is always added.
         ceilings: measured ceilings of the device.
         repeats: number of rounds.
-        deadline: time after which no variant and no round is begun, on the clock of ``time.perf_counter``; variants
-            that have begun are timed for at least one round.
+        deadline: time after which no variant and no round is begun and no energy measured, on the clock of
+            ``time.perf_counter``; variants that have begun are timed for at least one round.
 
     Yields:
         A ``measurement`` of each variant, in seconds per image of the batch; its ``first_seconds`` are those of the
@@ -113,7 +113,7 @@ def check_and_time(
             record |= figures(problem, timed.timings[name], ceilings)
             others = {other: timed.timings[other] for other in (REFERENCE, LOOP, PUBLIC) if other in timed.timings}
             record["times"] = {other: timed.timings[name].times_faster_than(its) for other, its in others.items()}
-            if found := joules_of(right[name], device):
+            if time.perf_counter() < deadline and (found := joules_of(right[name], device)):
                 record |= {**found, "joules": found["joules"] / problem.batch}
             # A profiled run takes longer than an unprofiled one. The loop over blocks of noise would add half a million
             # operations, none of them the model's, and the published code runs in another process.
