@@ -210,6 +210,26 @@ def test_a_failure_of_one_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("interrupted", [KeyboardInterrupt, GeneratorExit])
+def test_runs_are_closed_however_a_task_ends(interrupted: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted while it is timed, or left after its first record."""
+    closed: list[object] = []
+    monkeypatch.setattr(stage_runs.EngineRun, "close", lambda self: closed.append(self))
+    records = measure_task(Task(TINY, (REFERENCE, "torch/eager")), opponents(), CEILINGS, repeats=1)
+    if interrupted is GeneratorExit:
+        next(records)
+        records.close()  # type: ignore[attr-defined]
+    else:
+        monkeypatch.setattr(measure_module, "time_runs", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            next(records)
+    assert len(closed) == 1
+
+
+def interrupting(*_: object) -> Any:
+    raise KeyboardInterrupt
+
+
 def test_the_floor_is_that_of_the_shapes() -> None:
     """The published model at its last stage: 3653 and 2165 GFLOP an image, 24 bytes a token, channel and block."""
     xl = StageProblem(config=SHAPES["xl"], stage=3, batch=16, steps=4, solver="euler", dtype=torch.bfloat16, device=CPU)

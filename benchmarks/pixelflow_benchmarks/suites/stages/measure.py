@@ -95,12 +95,23 @@ def measure_task(
     Yields:
         A ``measurement`` for each variant that can run.
     """
+    runs: dict[str, StageRun] = {}
+    try:
+        yield from _check_and_time(task, runs, opponents, ceilings, repeats, deadline)
+    finally:
+        for run in runs.values():
+            run.close()
+
+
+def _check_and_time(
+    task: Task, runs: dict[str, StageRun], opponents: Opponents, ceilings: Ceilings, repeats: int, deadline: float
+) -> Iterator[Record]:
+    """Yield the records of :func:`measure_task`, which closes the runs that were begun, by name in ``runs``."""
     problem = task.problem
     euler = problem.solver == "euler"
     # First, while there is memory for it: float64 takes much.
     truth = true_first_state(problem, opponents.weights, ends_of(problem)) if euler else None
     records: dict[str, Record] = {}
-    runs: dict[str, StageRun] = {}
     checks: dict[str, Ran] = {}
     attempts: dict[str, Attempt] = {}
     for name in task.variants:
@@ -144,8 +155,6 @@ def measure_task(
                 found["joules"] /= problem.batch * checks[name].evaluations
                 record |= found
         yield record
-    for run in runs.values():
-        run.close()
 
 
 def _first_run(run: StageRun, problem: StageProblem) -> tuple[Ran, Record]:
