@@ -49,6 +49,8 @@ def command(
                     if file is not None:
                         print(json.dumps(record), file=file, flush=True)
             except KeyboardInterrupt:
+                if not records:  # there is nothing to choose from
+                    raise
                 console.print("interrupted: chosen from what was measured so far", style="yellow")
     else:
         records = [json.loads(line) for line in measured.read_text("utf-8").splitlines()]
