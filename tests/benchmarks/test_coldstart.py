@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from pixelflow_benchmarks.cli import bench
 from pixelflow_benchmarks.harness.results import Run
+from pixelflow_benchmarks.suites.coldstart import measure
 from pixelflow_benchmarks.suites.coldstart.job import ChildError, Job, caches, cold_start, run_process
 from pixelflow_benchmarks.suites.coldstart.job import seconds_of_process as seconds_of
 from pixelflow_benchmarks.suites.coldstart.measure import TOTAL, measure_cold_starts
@@ -188,6 +189,32 @@ def test_a_child_that_fails(tmp_path: Path) -> None:
     job = job_of(in_order(["torch"])[0], tmp_path / "images.pt", str(tmp_path / "nowhere"))
     with pytest.raises(ChildError, match=r"CheckpointError: .*nowhere: no such file or folder"):
         cold_start(job, tmp_path / "cache")
+
+
+def test_the_engine_is_imported_in_the_phase_of_that_name() -> None:
+    """Its package is lazy. The clock is read where a phase begins and ends: torch's, the engine's, the next one."""
+    program = """
+import sys
+from types import SimpleNamespace
+from pixelflow_benchmarks.suites.coldstart import child
+read = []
+child.time = SimpleNamespace(monotonic=lambda: read.append("pixelflow_engine.engine" in sys.modules) or 0.0)
+try:
+    child.start({"began": 0.0, "device": "cpu", "dtype": "float32", "checkpoint": "nowhere"}, 0.0)
+except Exception as error:
+    print(type(error).__name__, read)
+"""
+    said = run_process([sys.executable, "-c", program], {})
+    assert said == "CheckpointError [False, False, False, True, True]\n"
+
+
+def test_files_of_the_engine_and_of_compilers_are_read_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(measure, "run_process", lambda command, variables: ran.append(command))
+    measure.read_files_once()
+    ((*python, program),) = ran
+    said = run_process([*python, f"{program}; import sys; print(*sys.modules)"], {})
+    assert {"torch", "pixelflow_engine.engine", "torch._inductor.compile_fx", "triton"} <= {*said.split()}
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -27,3 +28,15 @@ def test_the_names_are_unique() -> None:
     for group in (bench, evaluate):
         names = [command.name for command in group.registered_commands]
         assert len(names) == len({*names})
+
+
+@pytest.mark.parametrize("line", [["kernels", "--device", "cpu"], ["tune"], ["stages", "--device", "cpu"]], ids=str)
+@pytest.mark.parametrize("stage", ["4", "-1"])
+def test_a_stage_that_does_not_exist_is_refused_before_anything_is_written(
+    line: list[str], stage: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "records.jsonl"
+    result = CliRunner().invoke(bench, [*line, "--stage", stage, "--output", str(output)])
+    assert isinstance(result.exception, ValueError)
+    assert str(result.exception) == f"stage: got {stage}, expected one of 0, 1, 2, 3"
+    assert not output.exists()

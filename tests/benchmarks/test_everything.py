@@ -158,20 +158,34 @@ def test_who_is_told_to_end_ends_what_it_runs(number: signal.Signals, tmp_path: 
         assert held.read() == ""
 
 
-def test_who_is_told_to_end_while_a_command_starts_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_who_is_told_to_end_while_a_command_starts_ends_it(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started: list[subprocess.Popen[bytes]] = []
 
     class Told(subprocess.Popen[bytes]):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             started.append(self)
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
 
     monkeypatch.setattr(everything.subprocess, "Popen", Told)
-    with pytest.raises(SystemExit) as left:
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as left:
         run_within(["sleep", "600"], 600)
-    assert left.value.code == 128 + signal.SIGTERM
+    assert number == signal.SIGINT or left.value.code == 128 + number  # type: ignore[attr-defined]
+    assert signal.getsignal(number) is before
     assert [process.returncode for process in started] == [-signal.SIGKILL]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_what_was_ignored_stays_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        assert run_within(["sh", "-c", f"kill -{number:d} {os.getpid()}; exit 7"], 120) == 7
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_command_that_ends_says_how() -> None:

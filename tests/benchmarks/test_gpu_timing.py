@@ -69,6 +69,28 @@ def test_a_call_that_waits_is_launched_each_time_and_says_so(gpu: FakeGpu) -> No
     assert len(gpu.current) == 1, "the caller's stream is the current one again"
 
 
+def test_a_call_whose_graph_lacks_memory_is_launched_each_time(gpu: FakeGpu) -> None:
+    def call() -> None:
+        if gpu.kept is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        gpu.kernel(10 * US, 10 * US)
+
+    found = time_calls({"large": call, "goes on": lambda: gpu.kernel(4 * US, 4 * US)}, CUDA, repeats=3)
+    assert (found["large"].captured, found["goes on"].captured) == (False, True)
+
+
+def test_a_call_that_fails_costs_the_others_nothing(gpu: FakeGpu) -> None:
+    def fail() -> None:
+        raise RuntimeError("no kernel\nand more")
+
+    failed: dict[str, str] = {}
+    calls = {"fails": fail, "goes on": lambda: gpu.kernel(4 * US, 4 * US)}
+    found = time_calls(calls, CUDA, repeats=3, failed=failed)
+    assert found.keys() == {"goes on"}
+    assert found["goes on"].median == pytest.approx(4 * US, rel=1e-6)
+    assert failed == {"fails": "RuntimeError: no kernel"}
+
+
 def test_what_is_shorter_than_an_event_tells_is_not_nothing(gpu: FakeGpu) -> None:
     """A speed is something over it."""
     found = time_calls({"nothing": lambda: None}, CUDA, repeats=3)["nothing"]

@@ -20,7 +20,9 @@ from pixelflow_benchmarks.cli import bench
 from pixelflow_benchmarks.harness import timing
 from pixelflow_benchmarks.harness.ceilings import Ceilings
 from pixelflow_benchmarks.harness.timing import Timing
-from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
+from pixelflow_benchmarks.opponents.random_models import SHAPES, random_reference, random_weights
+from pixelflow_benchmarks.suites.images import measure as measure_module
+from pixelflow_benchmarks.suites.images import opponents as opponents_module
 from pixelflow_benchmarks.suites.images.measure import check_and_time, figures, measure_images
 from pixelflow_benchmarks.suites.images.opponents import (
     EXACT,
@@ -33,7 +35,10 @@ from pixelflow_benchmarks.suites.images.opponents import (
     ImageOpponents,
     ImageProblem,
     PublicImages,
+    drawn_at_once,
+    reference_images,
 )
+from pixelflow_engine.reference import sample
 from support.engines import uncompiled
 
 CPU = torch.device("cpu")
@@ -99,6 +104,37 @@ def test_all_draw_the_same_noise() -> None:
     assert (images[EXACT].double() - opponents.truth(PROBLEM)).abs().max() < 1e-4
 
 
+def test_the_truth_is_made_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the noise of the batch: beyond float32's rounding, which the check grants, nothing is different."""
+    sizes: list[int] = []
+
+    def counted(*model: Any, shape: tuple[int, ...], **options: Any) -> Any:
+        sizes.append(shape[0])
+        return sample(*model, shape=shape, **options)
+
+    monkeypatch.setattr(opponents_module, "sample", counted)
+    problem, who = replace(PROBLEM, batch=3), tiny_opponents()
+    found = who.truth(problem)
+    assert sizes == [1, 1, 1]
+    model = random_reference(problem.config, who.weights, torch.float64)
+    whole = reference_images(model, problem, drawn_at_once(CPU), torch.float64)
+    assert found.dtype == torch.float64
+    assert found.shape == whole.shape
+    assert (found - whole).abs().max() < torch.finfo(torch.float32).eps
+    assert (found - whole[[1, 0, 2]]).abs().max() > 0.1, "images are not alike"
+
+
+def test_without_memory_for_float64_nothing_gets_a_time() -> None:
+    def lacking() -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 69 GiB\nand more")
+
+    calls: dict[str, Callable[[], Tensor]] = dict.fromkeys((REFERENCE, EXACT), lambda: TRUTH.float())
+    records = list(check_and_time(PROBLEM, calls, lacking, CEILINGS, repeats=1))
+    assert [r["variant"] for r in records] == [REFERENCE, EXACT]
+    said = "not compared with float64, OutOfMemoryError: CUDA out of memory. Tried to allocate 69 GiB"
+    assert all(not r["right"] and r["fault"] == said and "seconds" not in r for r in records)
+
+
 def test_who_cannot_run_is_named_and_the_rest_runs() -> None:
     records = list(measure_images(PROBLEM, tiny_opponents(), ("engine, triton", EXACT, PUBLIC), CEILINGS, repeats=1))
     assert [(r["kind"], r["variant"]) for r in records] == [
@@ -116,6 +152,16 @@ def test_no_turn_is_begun_after_a_minute_though_nobody_gave_a_budget(monkeypatch
     calls: dict[str, Callable[[], Tensor]] = dict.fromkeys((REFERENCE, EXACT), lambda: TRUTH.float())
     records = list(check_and_time(PROBLEM, calls, lambda: TRUTH, CEILINGS, repeats=3))
     assert [r["seconds"]["repeats"] for r in records] == [1, 1]
+
+
+def test_energy_is_measured_until_the_budget_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure_module, "joules_of", lambda run, device: {"joules": 12.0, "watts": 3.0})
+    calls: dict[str, Callable[[], Tensor]] = {REFERENCE: lambda: TRUTH.float()}
+    (found,) = check_and_time(PROBLEM, calls, lambda: TRUTH, CEILINGS, repeats=1)
+    assert (found["joules"], found["watts"]) == (12 / PROBLEM.batch, 3.0), "an image's"
+    (late,) = check_and_time(PROBLEM, calls, lambda: TRUTH, CEILINGS, 1, deadline=time.perf_counter() - 1)
+    assert "seconds" in late
+    assert "joules" not in late
 
 
 def test_who_cannot_run_is_named_once() -> None:

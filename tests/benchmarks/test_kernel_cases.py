@@ -121,6 +121,51 @@ def test_a_tile_of_keys_that_is_skipped_is_noticed_in_long_images(
             assert len(said) == (0 if right else len(ours)), (case.name, said)
 
 
+def no_backward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention whose backward pass a library refuses."""
+    out = F.scaled_dot_product_attention(q, k, v)
+    if out.requires_grad:
+        out.register_hook(lambda grad: refuse())
+    return out
+
+
+def refuse() -> Tensor:
+    raise RuntimeError("head size 72 has no backward pass\nand more")
+
+
+def test_who_has_no_backward_pass_is_absent_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow(monkeypatch, (4,))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *_: object, backend: str, **more: object) -> Tensor:
+        attention = no_backward if backend == "flash" else F.scaled_dot_product_attention
+        parts = (x.unflatten(0, (4, 16)).transpose(1, 2) for x in (q, k, v))
+        return attention(*parts).transpose(1, 2).flatten(0, 1)
+
+    monkeypatch.setattr(attention_cases, "varlen_attention", attend)
+    forward, backward = attention_cases.cases(Problem(0, 2, torch.float32, CPU))
+    assert "FlashAttention" in forward.variants
+    assert "FlashAttention" not in forward.absent
+    assert backward.absent["FlashAttention"] == "RuntimeError: head size 72 has no backward pass"
+    assert backward.variants.keys() == forward.variants.keys() - {"FlashAttention"}
+    for case in (forward, backward):
+        assert not any(faults(case).values())
+
+
+def test_on_a_gpu_our_attention_is_not_excused() -> None:
+    """It is a variant all the same, so that what it raises is its fault."""
+    present, absent = attention_cases._present({"ours": refuse, "FlashAttention": refuse}, on_gpu=True)  # type: ignore[dict-item]
+    assert (present.keys(), absent.keys()) == ({"ours"}, {"FlashAttention"})
+
+
+def test_an_optimizer_that_cannot_be_made_is_at_fault_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow(monkeypatch, (2, 4))
+    monkeypatch.setattr(adamw, "FusedAdamW", lambda *_, **more: refuse())
+    (case,) = adamw.cases(Problem(1, 2, torch.float32, CPU))
+    assert faults(case) == {
+        "ours": ["RuntimeError: head size 72 has no backward pass"], "eager": [], "torch fused": [],
+    }  # fmt: skip
+
+
 def test_attention_is_looked_at_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """A further image takes the memory of its operands and results, not of its scores."""
     narrow(monkeypatch, (16,), heads=2, head_dim=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,6 +219,15 @@ def test_a_stage_is_not_begun_where_a_smaller_one_took_longer_than_is_left(monke
     monkeypatch.setattr(measured, "measure_stage", lambda *of: [])
     found = list(measure_memory("tiny", TINY.config, {}, ("torch/eager",), [1], 1, TINY.dtype, CPU, deadline=90.0))
     assert [r["case"] for r in found] == ["tiny, stage 1"]
+
+
+@pytest.mark.parametrize("names", [[TRAINING], (TRAINING,)], ids=["list", "tuple"])
+def test_where_only_training_is_asked_for_no_stage_is_begun(
+    names: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "measure_training", lambda *of: record(1, 100, TRAINING, "training"))
+    found = list(measure_memory("tiny", TINY.config, {}, names, [1], 1, TINY.dtype, CPU))
+    assert [r["variant"] for r in found] == [TRAINING]
 
 
 def test_an_unknown_variant_is_refused() -> None:

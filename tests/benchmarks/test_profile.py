@@ -24,6 +24,7 @@ from pixelflow_benchmarks.suites.profile.kernels import CLASSES, OURS, Row, busy
 from pixelflow_benchmarks.suites.profile.measure import class_floors, class_records, kernel_records, measure_profiles
 from pixelflow_benchmarks.suites.stages.opponents import Opponents
 from pixelflow_benchmarks.suites.stages.problem import StageProblem
+from pixelflow_benchmarks.suites.stages.runs import EngineRun
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -324,3 +325,23 @@ def test_a_failure_of_one_stops_nobody(tmp_path: Path, monkeypatch: pytest.Monke
     measured = [r for r in found if r["kind"] == "measurement"]
     assert [r["right"] for r in measured] == [False, True]
     assert measured[0]["fault"] == "RuntimeError: FailOnRecompileLimitHit"
+
+
+@pytest.mark.parametrize("failing", ["time_runs", "EngineRun.run"])
+def test_runs_are_closed_however_it_ends(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted, or after a run that failed its first time."""
+    closed: list[object] = []
+    monkeypatch.setattr(EngineRun, "close", lambda self: closed.append(self))
+
+    def interrupting(*_: object, **more: object) -> Any:
+        raise KeyboardInterrupt if failing == "time_runs" else RuntimeError("no kernel")
+
+    monkeypatch.setattr(*((measure, "time_runs") if failing == "time_runs" else (EngineRun, "run")), interrupting)
+    opponents = Opponents(TINY.config, random_weights(TINY.config, CPU), torch.float32, None)
+    found = measure_profiles(TINY, ["torch/eager"], opponents, CEILINGS, 3, tmp_path)
+    if failing == "time_runs":
+        with pytest.raises(KeyboardInterrupt):
+            next(found)
+    else:
+        assert [r["fault"] for r in found] == ["RuntimeError: no kernel"]
+    assert len(closed) == 1

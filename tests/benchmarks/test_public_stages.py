@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -198,3 +201,44 @@ def test_a_checkout_that_lacks_something_is_named_and_the_rest_runs(
     records = list(measure_task(Task(TINY, (REFERENCE, PUBLIC)), opponents, CEILINGS, repeats=1))
     assert [(r["variant"], r["right"]) for r in records] == [(REFERENCE, True)]
     assert opponents.absent == {PUBLIC: "ModuleNotFoundError: No module named 'a_package_that_is_missing'"}
+
+
+@pytest.mark.parametrize(
+    ("until", "calls"),
+    [
+        ("stdin", ["wait"]),
+        ("terminate", ["wait", "terminate", "wait"]),
+        ("kill", ["wait", "terminate", "wait", "kill", "wait"]),
+    ],
+)
+def test_a_process_that_stays_is_ended(until: str, calls: list[str]) -> None:
+    """A process that exits when its stdin is closed, only when it is told to, or not even then."""
+    made: list[str] = []
+
+    class Staying:
+        stdin, stdout = io.StringIO(), io.StringIO()
+
+        def __init__(self) -> None:
+            self.gone = False
+
+        def wait(self, timeout: float | None = None) -> None:
+            made.append("wait")
+            if not (self.gone or (until == "stdin" and self.stdin.closed)):
+                assert timeout is not None, "it would wait for ever"
+                raise subprocess.TimeoutExpired("public", timeout)
+
+        def terminate(self) -> None:
+            made.append("terminate")
+            self.gone = until == "terminate"
+
+        def kill(self) -> None:
+            made.append("kill")
+            self.gone = True
+
+    public = PublicProcess.__new__(PublicProcess)
+    public.process, public.folder = Staying(), TemporaryDirectory()  # type: ignore[assignment]
+    public.close()
+    assert made == calls
+    assert public.process.stdout is not None
+    assert public.process.stdout.closed
+    assert not Path(public.folder.name).exists()

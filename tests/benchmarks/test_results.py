@@ -14,6 +14,7 @@ import torch
 from pixelflow_benchmarks.harness import environment as environment_module
 from pixelflow_benchmarks.harness.environment import device_name, environment, state
 from pixelflow_benchmarks.harness.results import newest, read_runs, recording, result_file, result_files
+from pixelflow_benchmarks.harness.tables import faults
 from support.results import run_of, write_runs
 
 CPU = torch.device("cpu")
@@ -32,6 +33,11 @@ def test_a_run_is_read_as_it_was_recorded(tmp_path: Path) -> None:
     assert [r["kind"] for r in run.records] == ["environment", "measurement", "absent", "end"]
     assert run.environment["batch"] == 16
     assert {"commit", "torch", "python", "processor", "threads", "load"} <= run.environment.keys()
+
+
+def test_a_fault_is_told_whatever_else_its_record_has() -> None:
+    run = run_of("kernels", {"kind": "measurement", "case": "a", "variant": "ours", "fault": "off"}, {"fault": "lost"})
+    assert faults(run) == ["a, ours: off", "None, None: lost"]
 
 
 def test_a_file_is_only_appended_to(tmp_path: Path) -> None:

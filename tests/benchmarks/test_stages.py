@@ -180,6 +180,17 @@ def test_a_wrong_stage_of_dopri5_yields_no_speed(monkeypatch: pytest.MonkeyPatch
     assert "seconds" not in packed
 
 
+@pytest.mark.parametrize("said", ["CUDA out of memory.", "DefaultCPUAllocator: can't allocate memory: you tried"])
+def test_what_lacks_memory_for_float64_gets_no_time(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: object) -> Any:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(measure_module, "true_attempt", lacking)
+    (found,) = measure_task(Task(DOPRI5, (REFERENCE,)), opponents(DOPRI5), CEILINGS, repeats=1)
+    assert found["fault"] == f"first attempt: not compared with float64, RuntimeError: {said}"
+    assert "seconds" not in found
+
+
 def test_a_failure_of_one_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     who = opponents()
     run = who.runs("torch/eager", TINY)
@@ -197,6 +208,26 @@ def test_a_failure_of_one_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
         "stage": 1, "batch": 3, "solver": "euler", "tokens": 64, "weight": 2.4,
         "variant": "torch/eager", "right": False, "fault": "RuntimeError: FailOnRecompileLimitHit",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("interrupted", [KeyboardInterrupt, GeneratorExit])
+def test_runs_are_closed_however_a_task_ends(interrupted: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted while it is timed, or left after its first record."""
+    closed: list[object] = []
+    monkeypatch.setattr(stage_runs.EngineRun, "close", lambda self: closed.append(self))
+    records = measure_task(Task(TINY, (REFERENCE, "torch/eager")), opponents(), CEILINGS, repeats=1)
+    if interrupted is GeneratorExit:
+        next(records)
+        records.close()  # type: ignore[attr-defined]
+    else:
+        monkeypatch.setattr(measure_module, "time_runs", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            next(records)
+    assert len(closed) == 1
+
+
+def interrupting(*_: object) -> Any:
+    raise KeyboardInterrupt
 
 
 def test_the_floor_is_that_of_the_shapes() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pixelflow_benchmarks.harness.ceilings import Ceilings, measure_ceilings
-from pixelflow_benchmarks.harness.timing import Timing, spread, time_calls, time_runs
+from pixelflow_benchmarks.harness.timing import Timing, lacks_memory, spread, time_calls, time_runs
 from pixelflow_benchmarks.suites.kernels.case import Case, faults
 from pixelflow_benchmarks.suites.kernels.measure import measure
 from pixelflow_benchmarks.suites.kernels.table import kernel_table
@@ -38,6 +38,31 @@ def test_a_call_takes_as_long_as_it_takes() -> None:
     assert len(timings["slow"].turns) == 4
     assert not timings["slow"].captured
     assert called[2:] == ["slow", "fast"] * 4, "variants take turns"
+
+
+def fails_at(call: int, said: str = "out of paper\nand more") -> Callable[[], Any]:
+    """A function that returns the squares of :func:`case` and raises in one of its calls, counted from 1."""
+    calls: list[None] = []
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(3))
+
+    def run() -> tuple[Tensor]:
+        calls.append(None)
+        if len(calls) == call:
+            raise RuntimeError(said)
+        return (x * x,)
+
+    return run
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_a_call_that_fails_is_left_out_where_its_error_is_noted(call: int) -> None:
+    failed: dict[str, str] = {}
+    timings = time_calls({"fails": fails_at(call), "works": lambda: None}, CPU, repeats=3, failed=failed)
+    assert timings.keys() == {"works"}
+    assert len(timings["works"].turns) == 3
+    assert failed == {"fails": "RuntimeError: out of paper"}
+    with pytest.raises(RuntimeError, match="out of paper"):
+        time_calls({"fails": fails_at(call)}, CPU, repeats=3)
 
 
 def test_too_few_repeats_are_refused() -> None:
@@ -76,6 +101,26 @@ def test_runs_take_turns_and_who_fails_is_left_out() -> None:
 def test_no_turn_is_begun_after_the_deadline() -> None:
     runs = time_runs({"works": lambda: None}, CPU, repeats=5, deadline=time.perf_counter() - 1)
     assert len(runs.timings["works"].turns) == 1, "one turn at least"
+
+
+def more_than_there_is() -> Tensor:
+    return torch.empty(2**50)
+
+
+def unnamed_lack() -> None:
+    raise MemoryError
+
+
+def too_many_registers() -> None:
+    raise RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 232448")
+
+
+@pytest.mark.parametrize(
+    ("call", "lacking"), [(more_than_there_is, True), (unnamed_lack, True), (too_many_registers, False)]
+)
+def test_a_lack_of_memory_is_told_from_other_errors(call: Callable[[], object], lacking: bool) -> None:
+    (said,) = time_runs({"it": call}, CPU, repeats=1).failed.values()
+    assert lacks_memory(said) == lacking
 
 
 def test_ceilings_are_rates() -> None:
@@ -120,6 +165,30 @@ def test_no_case_is_begun_after_the_deadline() -> None:
     records = list(measure(cases, CEILINGS, CPU, 3, deadline=time.perf_counter() - 1))
     assert [r.get("case") for r in records] == ["a", "a", None]
     assert records[-1] == {"kind": "skipped", "reason": "no time was left after 1 cases"}
+
+
+@pytest.mark.parametrize("call", [1, 2, 4], ids=["check", "warm-up", "turn"])
+def test_a_variant_that_fails_ends_nothing(call: int) -> None:
+    variants = {"ours": fails_at(call), "eager": fails_at(0)}
+    cases = [case(lambda x: x, variants=variants, name="one fails"), case(lambda x: x * x, name="next")]
+    records = list(measure(cases, CEILINGS, CPU, repeats=3))
+    assert [(r["case"], r["variant"], r["right"]) for r in records] == [
+        ("one fails", "ours", False),
+        ("one fails", "eager", True),
+        ("next", "ours", True),
+        ("next", "eager", True),
+    ]
+    assert records[0]["fault"] == "RuntimeError: out of paper"
+    assert "seconds" not in records[0]
+    assert records[1]["seconds"]["repeats"] == 3
+
+
+@pytest.mark.parametrize("what", ["plain", "truth"])
+def test_where_nothing_can_be_compared_the_next_case_is_measured(what: str) -> None:
+    cases = [case(lambda x: x * x, **{what: fails_at(1)}), case(lambda x: x * x)]
+    records = list(measure(cases, CEILINGS, CPU, repeats=3))
+    assert [r["right"] for r in records] == [False, False, True, True]
+    assert {r["fault"] for r in records[:2]} == {"nothing to compare with: RuntimeError: out of paper"}
 
 
 def test_a_missing_output_is_wrong() -> None:

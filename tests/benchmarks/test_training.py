@@ -446,8 +446,17 @@ def test_nothing_wrong_gets_a_time(wrong: Mapping[str, Any], said: str) -> None:
     assert found[REFERENCE]["seconds"]["repeats"] == 2
 
 
-def test_too_little_memory_is_no_fault() -> None:
-    found = measured({"gradients": raising("CUDA out of memory. Tried to allocate 20 GiB")})
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA out of memory. Tried to allocate 20 GiB",
+        "CUDA error: out of memory",
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.",
+    ],
+)
+def test_too_little_memory_is_no_fault(said: str) -> None:
+    found = measured({"gradients": raising(said)})
     assert found[PLAIN] == {
         "kind": "absent", "case": "batch 4", "variant": PLAIN, "reason": "batch 4: not enough memory",
     }  # fmt: skip

@@ -309,3 +309,14 @@ def test_an_interrupted_run_keeps_what_it_has(folder: Path, tmp_path: Path, monk
     assert [json.loads(line)["kind"] for line in output.read_text().splitlines()] == ["environment"] + 2 * ["candidate"]
     assert configs.read_table(folder / "sm_90.json") == {"op.kernel": {"c": config(32)}}
     assert isinstance(run("--output", output).exception, FileExistsError)
+
+
+def test_interrupted_before_anything_is_measured_it_just_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> Iterator[dict[str, Any]]:
+        raise KeyboardInterrupt
+        yield {}
+
+    pretend_a_gpu(monkeypatch, found)
+    result = run("--quiet")
+    assert result.exit_code != 0
+    assert isinstance(result.exception, SystemExit), "no error about --from, which was not given"

@@ -137,6 +137,7 @@ def run_within(line: Sequence[str], limit: float) -> int | None:
 
     Raises:
         SystemExit: this process received a signal to end; the command was killed as well.
+        KeyboardInterrupt: the same for SIGINT.
     """
     with _signals_kept() as raise_signals, subprocess.Popen(line, start_new_session=True) as process:
         try:
@@ -155,8 +156,9 @@ def run_within(line: Sequence[str], limit: float) -> int | None:
 def _signals_kept() -> Iterator[Callable[[], None]]:
     """Handle signals for a child in a session of its own: it gets no signal sent to this process's group.
 
-    SIGTERM and SIGHUP are kept until the child can be killed. Yields a function that makes them raise SystemExit,
-    including those that arrived before: while a command is being started, there is nothing to kill yet.
+    Signals to end are kept until the child can be killed. Yields a function that makes them raise SystemExit, and
+    SIGINT KeyboardInterrupt, including those that arrived before: while a command is being started, there is nothing to
+    kill yet. Those that were ignored, as under nohup, stay ignored.
     """
     came: list[int] = []
     raising = False
@@ -164,15 +166,19 @@ def _signals_kept() -> Iterator[Callable[[], None]]:
     def keep(number: int, frame: FrameType | None) -> None:
         came.append(number)
         if raising:
-            raise SystemExit(128 + number)
+            raise_first()
+
+    def raise_first() -> None:
+        raise KeyboardInterrupt if came[0] == signal.SIGINT else SystemExit(128 + came[0])
 
     def raise_signals() -> None:
         nonlocal raising
         raising = True
         if came:
-            raise SystemExit(128 + came[0])
+            raise_first()
 
-    before = {number: signal.signal(number, keep) for number in (signal.SIGTERM, signal.SIGHUP)}
+    ends = [n for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, keep) for number in ends}
     try:
         yield raise_signals
     finally:

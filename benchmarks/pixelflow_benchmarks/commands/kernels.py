@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 from tqdm.auto import tqdm
 
-from .options import Output, Quiet, Repeats, asked, finish, show
+from .options import Output, Quiet, Repeats, asked, finish, known, show
 
 
 def command(
@@ -36,6 +36,7 @@ def command(
 
     deadline = time.perf_counter() + budget_seconds
     where, what = place(device), getattr(torch, dtype)
+    known(op=(op or [], OPS), stage=(stage or [], range(len(STAGE_SIDES))))
     cases = all_cases(op or OPS, stage or range(len(STAGE_SIDES)), batch, what, where)
     with recording(output, "kernels", where, dtype=dtype, batch=batch, **asked(context)) as keep:
         ceilings = measure_ceilings(where, what)

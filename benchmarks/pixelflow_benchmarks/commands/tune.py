@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm.auto import tqdm
 
-from .options import Quiet, console, show
+from .options import Quiet, console, known, show
 
 if TYPE_CHECKING:
     import torch
@@ -36,9 +36,11 @@ def command(
     A configuration decides the order of sums and therefore the bits: outputs that are not bitwise PyTorch's may change
     in their last places with a table. Every candidate is checked before it is timed. Only --write changes the table.
     """
+    from pixelflow_benchmarks.suites.kernels.case import STAGE_SIDES
     from pixelflow_benchmarks.suites.tuning.choose import choose, merged, tuning_table
     from pixelflow_kernels import configs
 
+    known(stage=(stage or [], range(len(STAGE_SIDES))))
     if measured is None:
         where, records = _gpu(device), []
         with contextlib.nullcontext() if output is None else output.open("x", encoding="utf-8") as file:
@@ -49,6 +51,8 @@ def command(
                     if file is not None:
                         print(json.dumps(record), file=file, flush=True)
             except KeyboardInterrupt:
+                if not records:  # there is nothing to choose from
+                    raise
                 console.print("interrupted: chosen from what was measured so far", style="yellow")
     else:
         records = [json.loads(line) for line in measured.read_text("utf-8").splitlines()]

@@ -49,4 +49,4 @@ def missing(run: Run) -> dict[str, list[str]]:
 
 def faults(run: Run) -> list[str]:
     """Describe each failed check in one line."""
-    return [f"{r['case']}, {r['variant']}: {r['fault']}" for r in run.records if "fault" in r]
+    return [f"{r.get('case')}, {r.get('variant')}: {r['fault']}" for r in run.records if "fault" in r]

@@ -10,10 +10,11 @@ Variants take turns, so that a drop of the clock affects all of them alike.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -38,6 +39,10 @@ UNROLL = 10
 
 RESOLUTION = 0.5e-6
 """Resolution of CUDA events in seconds: a shorter replay cannot be told from nothing."""
+
+
+LACKS_MEMORY = ("MemoryError", "out of memory", "not enough memory", "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Words of errors that are a lack of memory: Python's, a GPU's allocator's, a CPU's two, cuBLAS's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +77,20 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "low": low, "high": high, "repeats": len(values)}
 
 
-def time_calls(variants: Mapping[str, Call], device: torch.device, repeats: int = REPEATS) -> dict[str, Timing]:
+def time_calls(
+    variants: Mapping[str, Call],
+    device: torch.device,
+    repeats: int = REPEATS,
+    failed: dict[str, str] | None = None,
+) -> dict[str, Timing]:
     """Time short calls on ``device``.
 
     Args:
         variants: calls by name, each already known to be correct; every one is called several times.
         device: a CUDA device; or a CPU, where calls are timed one by one with warm caches.
         repeats: number of measurements of each call; at least 3.
+        failed: receives, by name, the first line of the error of each call that raises; such a call has no timing, and
+            the others are timed nevertheless. Without it the error is raised.
 
     Returns:
         Timings by name.
@@ -89,9 +101,9 @@ def time_calls(variants: Mapping[str, Call], device: torch.device, repeats: int 
     if repeats < 3:
         raise ValueError(f"repeats: got {repeats}, expected at least 3")
     if device.type != "cuda":
-        return _time_on_host(variants, repeats)
+        return _time_on_host(variants, repeats, failed)
     with torch.cuda.device(device):
-        return _time_on_gpu(variants, device, repeats)
+        return _time_on_gpu(variants, device, repeats, failed)
 
 
 @dataclass(slots=True)
@@ -165,39 +177,61 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
 
-def _time_on_host(variants: Mapping[str, Call], repeats: int) -> dict[str, Timing]:
+@contextlib.contextmanager
+def _noted(name: str, timed: dict[str, Call], failed: dict[str, str] | None) -> Iterator[None]:
+    """Note the error of a call and leave the call out from now on; with nowhere to note it, the error is raised."""
+    try:
+        yield
+    except Exception as error:
+        if failed is None:
+            raise
+        failed[name] = first_line(error)
+        timed.pop(name, None)
+
+
+def lacks_memory(said: str) -> bool:
+    """Return whether an error, as told by :func:`first_line`, is a lack of memory."""
+    return any(words in said for words in LACKS_MEMORY)
+
+
+def _time_on_host(variants: Mapping[str, Call], repeats: int, failed: dict[str, str] | None) -> dict[str, Timing]:
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for call in variants.values():
-        call()
-    for _ in range(repeats):
-        for name, call in variants.items():
-            began = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+    timed = dict(variants)
+    for turn in range(-1, repeats):  # the first warms up
+        for name, call in list(timed.items()):
+            with _noted(name, timed, failed):
+                began = time.perf_counter()
+                call()
+                if turn >= 0:
+                    seconds[name].append(time.perf_counter() - began)
+    return {name: Timing(tuple(seconds[name])) for name in timed}
 
 
-def _time_on_gpu(variants: Mapping[str, Call], device: torch.device, repeats: int) -> dict[str, Timing]:
+def _time_on_gpu(
+    variants: Mapping[str, Call], device: torch.device, repeats: int, failed: dict[str, str] | None
+) -> dict[str, Timing]:
     flush = make_flush(device)
     capture = CudaCapture(device)
     idle = capture.capture(_unrolled(lambda: None, flush))
     replays: dict[str, Call] = {}  # each replay keeps its graph alive, and the graph its memory
     captured = dict.fromkeys(variants, True)
     for name, call in variants.items():
-        try:
-            replays[name] = capture.capture(_unrolled(call, flush))
-        except CaptureError:  # a call that waits for the device cannot be captured
-            torch.cuda.synchronize(device)
-            replays[name], captured[name] = _unrolled(call, flush), False
+        with _noted(name, replays, failed):
+            try:
+                replays[name] = capture.capture(_unrolled(call, flush))
+            except (CaptureError, torch.OutOfMemoryError):  # the call waits for the device, or a graph lacks memory
+                torch.cuda.synchronize(device)
+                replays[name], captured[name] = _unrolled(call, flush), False
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(-2, repeats):  # the first two warm up
         alone = _elapsed(idle, ahead=idle)
-        for name, replay in replays.items():
-            value = (_elapsed(replay, ahead=idle) - alone) / UNROLL
-            if turn >= 0:
-                seconds[name].append(max(value, RESOLUTION / UNROLL))
+        for name, replay in list(replays.items()):
+            with _noted(name, replays, failed):
+                value = (_elapsed(replay, ahead=idle) - alone) / UNROLL
+                if turn >= 0:
+                    seconds[name].append(max(value, RESOLUTION / UNROLL))
     capture.close()
-    return {name: Timing(tuple(values), captured[name]) for name, values in seconds.items()}
+    return {name: Timing(tuple(seconds[name]), captured[name]) for name in replays}
 
 
 def make_flush(device: torch.device) -> Call:

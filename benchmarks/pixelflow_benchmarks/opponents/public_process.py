@@ -17,6 +17,9 @@ from pixelflow_engine import PixelFlowConfig
 
 from .random_models import SHAPES
 
+GRACE = 10.0
+"""Seconds that a process gets to exit by itself, and again after it was told to, before it is killed."""
+
 
 class PublicProcess:
     """A checkout of the published code in a process of its own, with the same random weights.
@@ -85,11 +88,22 @@ class PublicProcess:
         return found
 
     def close(self) -> None:
-        """Close the process's stdin, wait for it to exit, and remove its temporary folder."""
+        """Close the process's stdin, end it if it does not exit by itself, and remove its temporary folder."""
         if self.process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):  # requests that it no longer reads
                 self.process.stdin.close()
-        self.process.wait()
+        try:
+            self.process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self._end()
         if self.process.stdout is not None:
             self.process.stdout.close()
         self.folder.cleanup()
+
+    def _end(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()

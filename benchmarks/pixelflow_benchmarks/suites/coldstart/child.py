@@ -42,20 +42,20 @@ def start(job: dict[str, Any], arrived: float) -> dict[str, Any]:
     with phase("import torch"):
         import torch
     with phase("import engine"):
-        import pixelflow_engine
+        from pixelflow_engine import Checkpoint, PixelFlowEngine, load_checkpoint  # named: the package itself is lazy
     device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
     if device.type == "cuda":
         with phase("CUDA context"):
             torch.zeros(1, device=device)
             torch.cuda.synchronize(device)
     with phase("load checkpoint"):
-        checkpoint = pixelflow_engine.load_checkpoint(job["checkpoint"])
+        checkpoint = load_checkpoint(job["checkpoint"])
         state = {name: tensor.to(device, dtype) for name, tensor in checkpoint.state_dict.items()}
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     with phase("build engine"):
-        engine = pixelflow_engine.PixelFlowEngine.from_checkpoint(
-            pixelflow_engine.Checkpoint(checkpoint.config, state, checkpoint.source),
+        engine = PixelFlowEngine.from_checkpoint(
+            Checkpoint(checkpoint.config, state, checkpoint.source),
             device,
             dtype,
             job["backend"],

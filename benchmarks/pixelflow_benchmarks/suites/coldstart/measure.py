@@ -125,12 +125,12 @@ def measure_cold_starts(
 
 
 def read_files_once() -> None:
-    """Import the package once in an untimed process, so that the files of that import are in the page cache.
+    """Import torch, the engine and the compilers once in an untimed process, so that their files are in the page cache.
 
-    The import is lazy: the files of torch and of the engine's modules are in the page cache only because the calling
-    process has imported them itself.
+    The engine is named, because its package is lazy; Inductor imports Triton where it is installed.
     """
-    run_process([sys.executable, "-c", "import pixelflow_engine"], {})
+    program = "from pixelflow_engine import PixelFlowEngine; import torch._inductor.compile_fx"
+    run_process([sys.executable, "-c", program], {})
 
 
 def _turn(

@@ -14,7 +14,15 @@ from pixelflow_benchmarks.harness.ceilings import Ceilings
 from pixelflow_benchmarks.harness.energy import joules_of
 from pixelflow_benchmarks.harness.profiling import cpu_profile
 from pixelflow_benchmarks.harness.results import Record
-from pixelflow_benchmarks.harness.timing import Timing, end_of_turns, first_line, graphs_compiled, seconds_of, time_runs
+from pixelflow_benchmarks.harness.timing import (
+    Timing,
+    end_of_turns,
+    first_line,
+    graphs_compiled,
+    lacks_memory,
+    seconds_of,
+    time_runs,
+)
 from pixelflow_engine.errors import BackendUnavailableError
 
 from .opponents import EXACT, LOOP, OWN_NOISE, PUBLIC, REFERENCE, Call, ImageOpponents, ImageProblem
@@ -36,8 +44,8 @@ def measure_images(
         names: names of the variants; the reference is always added.
         ceilings: measured ceilings of the device.
         repeats: number of rounds.
-        deadline: time after which no variant and no round is begun, on the clock of ``time.perf_counter``; variants
-            that have begun are timed for at least one round.
+        deadline: time after which no variant and no round is begun and no energy measured, on the clock of
+            ``time.perf_counter``; variants that have begun are timed for at least one round.
 
     Yields:
         A ``measurement`` of each variant, in seconds per image of the batch; its ``first_seconds`` are those of the
@@ -88,7 +96,13 @@ def check_and_time(
         except Exception as error:  # a compiler can fail in many ways; the other variants are still measured
             record |= {"right": False, "fault": first_line(error)}
         records[name] = record
-    for name, fault in wrong(images, truth()).items():
+    try:
+        faults = wrong(images, truth())
+    except (RuntimeError, MemoryError) as error:  # what was not checked gets no time, but the run continues
+        if not lacks_memory(first_line(error)):
+            raise
+        faults = dict.fromkeys(images, f"not compared with float64, {first_line(error)}")
+    for name, fault in faults.items():
         records[name] |= {"right": False, "fault": fault}
     right = {name: calls[name] for name, record in records.items() if record["right"]}
     timed = time_runs(right, device, repeats, end_of_turns(deadline))
@@ -99,7 +113,7 @@ def check_and_time(
             record |= figures(problem, timed.timings[name], ceilings)
             others = {other: timed.timings[other] for other in (REFERENCE, LOOP, PUBLIC) if other in timed.timings}
             record["times"] = {other: timed.timings[name].times_faster_than(its) for other, its in others.items()}
-            if found := joules_of(right[name], device):
+            if time.perf_counter() < deadline and (found := joules_of(right[name], device)):
                 record |= {**found, "joules": found["joules"] / problem.batch}
             # A profiled run takes longer than an unprofiled one. The loop over blocks of noise would add half a million
             # operations, none of them the model's, and the published code runs in another process.

@@ -6,7 +6,7 @@ CPU; on a GPU, a separate variant shows the engine with its own noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -157,9 +157,14 @@ class ImageOpponents:
         return lambda: engine_images(engine, problem, "counter" if name == OWN_NOISE else "public")
 
     def truth(self, problem: ImageProblem) -> Tensor:
-        """Make the reference's images in float64."""
+        """Make the reference's images in float64, one by one: float64 attention materialises its logits."""
         model = random_reference(self.config, self.weights, torch.float64)
-        return reference_images(model, problem, drawn_at_once(problem.device), torch.float64)
+        noise = noise_of_stages(problem, drawn_at_once(problem.device))
+        images = [
+            reference_images(model, problem, NoiseOfOne(noise, image), torch.float64, problem.labels[image : image + 1])
+            for image in range(problem.batch)
+        ]
+        return torch.cat(images)
 
     def close(self) -> None:
         """Release the engines' graphs and end the published code's process."""
@@ -225,25 +230,62 @@ def drawn_at_once(device: torch.device) -> NoiseSource:
     return DrawnAtOnce(torch.Generator().manual_seed(SEED), device)
 
 
+def noise_of_stages(problem: ImageProblem, noise: NoiseSource) -> list[Tensor]:
+    """Draw the noise of the whole batch for all stages, in the order in which the sampler asks for it."""
+    channels, stages = problem.config.model.in_channels, problem.config.scheduler.num_stages
+    sides = [problem.config.resolution >> stages - 1 - stage for stage in range(stages)]
+    shapes = [(problem.batch, channels, side, side) for side in sides]
+    return [noise.block(stage, shape) if stage else noise.initial(shape) for stage, shape in enumerate(shapes)]
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseOfOne:
+    """One image's part of a batch's noise, a :class:`~pixelflow_engine.reference.noise.NoiseSource`.
+
+    Attributes:
+        whole: noise of the batch by stage, ``[B, c, h, w]`` each.
+        image: index of the image in the batch.
+    """
+
+    whole: Sequence[Tensor]
+    image: int
+
+    def initial(self, shape: tuple[int, int, int, int]) -> Tensor:
+        """Return the image's noise of the first stage."""
+        return self.block(0, shape)
+
+    def block(self, stage: int, shape: tuple[int, int, int, int]) -> Tensor:
+        """Return the image's noise of a stage."""
+        found = self.whole[stage][self.image : self.image + 1]
+        assert found.shape == shape
+        return found
+
+
 @torch.no_grad()
 def reference_images(
-    model: PixelFlowTransformer, problem: ImageProblem, noise: NoiseSource, dtype: torch.dtype | None = None
+    model: PixelFlowTransformer,
+    problem: ImageProblem,
+    noise: NoiseSource,
+    dtype: torch.dtype | None = None,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """Make images ``[B, c, H, W]`` in [0, 1] by the reference's sampler.
 
-    Matrix products run in the problem's type by autocast, unless ``dtype`` is given: then nothing is cast.
+    Matrix products run in the problem's type by autocast, unless ``dtype`` is given: then nothing is cast. ``labels``
+    are those of the images to make, by default the problem's.
     """
+    labels = problem.labels if labels is None else labels
     side, stages = problem.config.resolution, problem.config.scheduler.num_stages
     low = problem.dtype == torch.bfloat16 and dtype is None
     with torch.autocast(problem.device.type, torch.bfloat16, enabled=low):
         ends = sample(
             model,
-            shape=(problem.batch, problem.config.model.in_channels, side, side),
+            shape=(len(labels), problem.config.model.in_channels, side, side),
             num_stages=stages,
             num_inference_steps=[problem.steps] * stages,
             guidance=guidance_weights(GUIDANCE, stages),
             noise=noise,
-            class_labels=problem.labels.to(problem.device),
+            class_labels=labels.to(problem.device),
         )
     return (ends[-1] / 2 + 0.5).clamp(0, 1)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from itertools import chain
 
 import torch
@@ -65,9 +66,9 @@ def _update(problem: Problem) -> Case:
     return Case(
         name=f"adamw.update/{problem.label}",
         variants={
-            "ours": _Ours(state),
-            "eager": _Torch(state, fused=False),
-            "torch fused": _Torch(state, fused=True),
+            "ours": _made_when_called(partial(_Ours, state)),
+            "eager": _made_when_called(partial(_Torch, state, fused=False)),
+            "torch fused": _made_when_called(partial(_Torch, state, fused=True)),
         },
         plain=plain,
         truth=lambda: plain(torch.float64),
@@ -76,6 +77,12 @@ def _update(problem: Problem) -> Case:
         # Gradients count twice: they cannot be clipped before all of them have been read.
         bytes_moved=2 * size_of(*gradients) + 2 * sum(size_of(*state[n]) for n in state if n != "gradients"),
     )
+
+
+def _made_when_called(make: Callable[[], Callable[[], Outputs]]) -> Callable[[], Outputs]:
+    """Return a variant that is made on its first call: one that cannot be made is like one that cannot run."""
+    made = cache(make)
+    return lambda: made()()
 
 
 class _Ours:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pixelflow_benchmarks.harness.timing import first_line
 from pixelflow_kernels import PackedLayout
 
 WIDTH, HEADS, HEAD_DIM, PATCH_CHANNELS = 1152, 16, 72, 48
@@ -103,20 +104,29 @@ class Case:
 def faults(case: Case) -> dict[str, list[str]]:
     """Return what is wrong with the outputs of each variant: an empty list if they are right.
 
-    In level A cases ``ours`` must equal ``plain`` in every bit. All others must pass :func:`level_d`.
+    In level A cases ``ours`` must equal ``plain`` in every bit. All others must pass :func:`level_d`. An error is the
+    fault of the variant that raised it, and of all variants if it was raised by ``plain`` or ``truth``.
     """
-    plain = case.plain()
-    truth = case.truth() if case.truth is not None else tuple(p.double() for p in plain)
+    try:
+        plain = case.plain()
+        truth = case.truth() if case.truth is not None else tuple(p.double() for p in plain)
+    except Exception as error:  # the other cases are still measured
+        return {name: [f"nothing to compare with: {first_line(error)}"] for name in case.variants}
     found = {}
     for name, call in case.variants.items():
-        got = call()
-        if len(got) != len(plain):
-            found[name] = [f"{len(got)} outputs, expected {len(plain)}"]
-            continue
-        growth = case.growth if isinstance(case.growth, tuple) else (case.growth,) * len(plain)
-        said = (_fault(case, name, *of) for of in zip(got, plain, truth, growth, strict=True))
-        found[name] = [f"output {i}: {what}" for i, what in enumerate(said) if what]
+        try:
+            found[name] = _faults_of(case, name, call(), plain, truth)
+        except Exception as error:  # a compiler can fail in many ways; the other variants are still measured
+            found[name] = [first_line(error)]
     return found
+
+
+def _faults_of(case: Case, name: str, got: Outputs, plain: Outputs, truth: Outputs) -> list[str]:
+    if len(got) != len(plain):
+        return [f"{len(got)} outputs, expected {len(plain)}"]
+    growth = case.growth if isinstance(case.growth, tuple) else (case.growth,) * len(plain)
+    said = (_fault(case, name, *of) for of in zip(got, plain, truth, growth, strict=True))
+    return [f"output {i}: {what}" for i, what in enumerate(said) if what]
 
 
 def _fault(case: Case, name: str, out: Tensor, plain: Tensor, truth: Tensor, growth: float) -> str | None:

@@ -44,7 +44,9 @@ def measure(
             return
         wrong = faults(case)
         right = {name: call for name, call in case.variants.items() if not wrong[name]}
-        timings = time_calls(right, device, repeats) if right else {}
+        failed: dict[str, str] = {}
+        timings = time_calls(right, device, repeats, failed) if right else {}
+        wrong |= {name: [fault] for name, fault in failed.items()}
         for name in case.variants:
             record = {"kind": "measurement", "case": case.name, "variant": name, "right": not wrong[name]}
             if wrong[name]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pixelflow_benchmarks.harness.timing import first_line
 from pixelflow_kernels.varlen_attention import varlen_attention
 
 from . import attention_truth
@@ -47,12 +48,12 @@ def cases(problem: Problem) -> Iterator[Case]:
 
     functions = {"ours": packed("triton"), "eager": batched} | {n: forced(b) for n, b in SDPA.items()}
     functions["FlashAttention"] = packed("flash")
-    present, absent = _present(functions, (q, k, v))
+    present, absent = _present({name: _call(function, (q, k, v)) for name, function in functions.items()}, q.is_cuda)
     growth = attention_truth.growth(q, k, length)
     forward_flops = 4 * layout.num_tokens * length * WIDTH
     yield Case(
         name=f"varlen_attention.forward/{problem.label}",
-        variants={name: _call(function, (q, k, v)) for name, function in present.items()},
+        variants=present,
         absent=absent,
         plain=lambda: (attention_truth.outputs(F.scaled_dot_product_attention, q, k, v, length),),
         truth=lambda: attention_truth.attended(q, k, v, length, torch.float64)[:1],
@@ -70,9 +71,11 @@ def cases(problem: Problem) -> Iterator[Case]:
     def expected(attention: Callable[..., Tensor], dtype: torch.dtype) -> Outputs:
         return attention_truth.gradients(attention, q, k, v, grad, length, dtype)
 
+    calls = {name: _gradients_call(gradients, function, leaves, grad) for name, function in functions.items()}
+    present, absent = _present(calls, q.is_cuda)  # a backend may have a forward pass only
     yield Case(
         name=f"varlen_attention.forward+backward/{problem.label}",
-        variants={name: _gradients_call(gradients, function, leaves, grad) for name, function in present.items()},
+        variants=present,
         absent=absent,
         plain=lambda: expected(F.scaled_dot_product_attention, q.dtype),
         truth=lambda: expected(attention_truth.softmax_attention, torch.float64),
@@ -93,17 +96,16 @@ def _gradients_call(
 
 
 def _present(
-    functions: dict[str, Callable[..., Tensor]], inputs: tuple[Tensor, ...]
-) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
-    """Split functions into those that run on these inputs and the others with the reason; on a GPU, ours must run."""
+    calls: dict[str, Callable[[], Outputs]], on_gpu: bool
+) -> tuple[dict[str, Callable[[], Outputs]], dict[str, str]]:
+    """Split variants into those that run here and the others with the reason; on a GPU, ours is not excused."""
     present, absent = {}, {}
-    for name, function in functions.items():
+    for name, call in calls.items():
         try:
-            function(*inputs)
-        except (RuntimeError, ValueError, ImportError) as error:
-            if name == "ours" and inputs[0].is_cuda:
-                raise
-            absent[name] = str(error).splitlines()[0]
+            if name != "ours" or not on_gpu:
+                call()
+        except Exception as error:  # libraries refuse in many ways
+            absent[name] = first_line(error)
         else:
-            present[name] = function
+            present[name] = call
     return present, absent

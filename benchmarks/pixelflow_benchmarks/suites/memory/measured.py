@@ -64,7 +64,7 @@ def measure_memory(
     stages = range(config.scheduler.num_stages)
     variants = tuple(dict.fromkeys((REFERENCE, *(name for name in names if name != TRAINING))))
     try:
-        for stage in () if names == [TRAINING] else stages if device.type == "cpu" else reversed(stages):
+        for stage in () if set(names) == {TRAINING} else stages if device.type == "cpu" else reversed(stages):
             # On a CPU stages run from small to large, so that each takes longer than the one before it.
             if (began := time.perf_counter()) + (took if device.type == "cpu" else 0) > deadline:
                 yield skipped(shape, f"stage {stage}", variants)

@@ -47,15 +47,34 @@ def measure_profiles(
         the profiled run) and ``busy_seconds``; then a ``class`` record for each class of kernels and a ``kernel``
         record for each kernel, whose seconds are those of the whole run. ``absent`` for variants that cannot run.
     """
-    truth = true_first_state(problem, opponents.weights, ends_of(problem))
     runs: dict[str, StageRun] = {}
+    try:
+        yield from _check_and_profile(problem, variants, runs, opponents, ceilings, repeats, folder)
+    finally:
+        for run in runs.values():
+            run.close()
+    for name, reason in opponents.absent.items():
+        yield {"kind": "absent", "variant": name, "reason": reason}
+
+
+def _check_and_profile(
+    problem: StageProblem,
+    variants: Sequence[str],
+    runs: dict[str, StageRun],
+    opponents: Opponents,
+    ceilings: Ceilings,
+    repeats: int,
+    folder: Path,
+) -> Iterator[Record]:
+    """Yield the records of :func:`measure_profiles`, which closes the runs that were begun, by name in ``runs``."""
+    truth = true_first_state(problem, opponents.weights, ends_of(problem))
     checks: dict[str, Ran] = {}
     failed: dict[str, str] = {}
     for name in dict.fromkeys((REFERENCE, *variants)):
         try:
             if (run := opponents.runs(name, problem)) is not None:
-                checks[name] = run.run(keep_first=True)
                 runs[name] = run
+                checks[name] = run.run(keep_first=True)
         except Exception as error:  # a compiler can fail in many ways; the other variants are still measured
             failed[name] = first_line(error)
     faults = stage_faults(problem, checks, truth)
@@ -72,10 +91,6 @@ def measure_profiles(
             record |= {"right": True, "steps": ran.steps, "evaluations": ran.evaluations}
             record |= figures(problem, per_evaluation(problem, ran, timed.timings[name]), ceilings)
             yield from _profiled(record, right[name], problem, ceilings, folder)
-    for run in runs.values():
-        run.close()
-    for name, reason in opponents.absent.items():
-        yield {"kind": "absent", "variant": name, "reason": reason}
 
 
 def _profiled(

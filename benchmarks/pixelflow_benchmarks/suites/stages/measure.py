@@ -18,7 +18,15 @@ from torch import Tensor
 from pixelflow_benchmarks.harness.ceilings import Ceilings
 from pixelflow_benchmarks.harness.energy import joules_of
 from pixelflow_benchmarks.harness.results import Record
-from pixelflow_benchmarks.harness.timing import Timing, end_of_turns, first_line, graphs_compiled, seconds_of, time_runs
+from pixelflow_benchmarks.harness.timing import (
+    Timing,
+    end_of_turns,
+    first_line,
+    graphs_compiled,
+    lacks_memory,
+    seconds_of,
+    time_runs,
+)
 
 from .opponents import PUBLIC, Opponents
 from .problem import REFERENCE, Attempt, Ran, StageProblem, StageRun
@@ -87,12 +95,23 @@ def measure_task(
     Yields:
         A ``measurement`` for each variant that can run.
     """
+    runs: dict[str, StageRun] = {}
+    try:
+        yield from _check_and_time(task, runs, opponents, ceilings, repeats, deadline)
+    finally:
+        for run in runs.values():
+            run.close()
+
+
+def _check_and_time(
+    task: Task, runs: dict[str, StageRun], opponents: Opponents, ceilings: Ceilings, repeats: int, deadline: float
+) -> Iterator[Record]:
+    """Yield the records of :func:`measure_task`, which closes the runs that were begun, by name in ``runs``."""
     problem = task.problem
     euler = problem.solver == "euler"
     # First, while there is memory for it: float64 takes much.
     truth = true_first_state(problem, opponents.weights, ends_of(problem)) if euler else None
     records: dict[str, Record] = {}
-    runs: dict[str, StageRun] = {}
     checks: dict[str, Ran] = {}
     attempts: dict[str, Attempt] = {}
     for name in task.variants:
@@ -113,7 +132,9 @@ def measure_task(
     wrong = stage_faults(problem, checks, truth)
     try:
         missed = attempt_faults(problem, attempts, partial(true_attempt, problem, opponents.weights))
-    except torch.OutOfMemoryError as error:  # what was not checked gets no time, but the run continues
+    except (RuntimeError, MemoryError) as error:  # what was not checked gets no time, but the run continues
+        if not lacks_memory(first_line(error)):
+            raise
         missed = {name: [f"first attempt: not compared with float64, {first_line(error)}"] for name in attempts}
     for name, faults in missed.items():
         wrong[name] += faults
@@ -134,8 +155,6 @@ def measure_task(
                 found["joules"] /= problem.batch * checks[name].evaluations
                 record |= found
         yield record
-    for run in runs.values():
-        run.close()
 
 
 def _first_run(run: StageRun, problem: StageProblem) -> tuple[Ran, Record]:

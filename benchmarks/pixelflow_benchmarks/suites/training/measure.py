@@ -16,7 +16,15 @@ import torch
 from pixelflow_benchmarks.harness.ceilings import Ceilings
 from pixelflow_benchmarks.harness.energy import joules_of
 from pixelflow_benchmarks.harness.results import Record
-from pixelflow_benchmarks.harness.timing import Timing, end_of_turns, first_line, graphs_compiled, seconds_of, time_runs
+from pixelflow_benchmarks.harness.timing import (
+    Timing,
+    end_of_turns,
+    first_line,
+    graphs_compiled,
+    lacks_memory,
+    seconds_of,
+    time_runs,
+)
 
 from .checks import Expected, batch_faults, gradient_faults, move_faults, reference_gradients
 from .opponents import PUBLIC, TrainingOpponents
@@ -189,7 +197,7 @@ def _blame(record: Record, faults: list[str]) -> None:
 
 def _note(said: str, record: Record, lacking: dict[str, Record]) -> None:
     """Note a failure as a fault; a lack of memory is not one and makes the variant absent for this case."""
-    if "out of memory" not in said:
+    if not lacks_memory(said):
         record |= {"right": False, "fault": said}
         return
     case, name = record["case"], record["variant"]
