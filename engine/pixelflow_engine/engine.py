@@ -409,7 +409,7 @@ class PixelFlowEngine:
 
 def _graphs(graphs: object, device: torch.device, backend: str) -> bool:
     """Whether steps are replayed from CUDA graphs."""
-    if graphs not in (True, False, "auto"):
+    if not isinstance(graphs, bool) and graphs != "auto":
         raise ValueError(f"graphs: got {graphs!r}, expected True, False or 'auto'")
     why_not = None
     if device.type != "cuda":
