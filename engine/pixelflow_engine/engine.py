@@ -338,7 +338,8 @@ class PixelFlowEngine:
         else:
             stages = PackedStages(self.model, self.config, run.plan, run.condition, self._programs)
         patch, order = self.config.model.patch_size, run.lot.order
-        least = memory.least_bytes(self.config.model, run.plan.stages, self.dtype)
+        table = not self.exact and run.plan.solver != "dopri5"
+        least = memory.least_bytes(self.config.model, run.plan.stages, self.dtype, table)
         with memory.told_what_fits(self.device, len(order), least):
             yield from sample(
                 stages,
