@@ -307,7 +307,11 @@ class PixelFlowEngine:
         Args:
             batch_sizes: numbers of images.
             options: keyword arguments that the real calls will have: ``solver``, ``height``, ``guidance_scale``,
-                prompts of the same shape.
+                prompts of the same length. Prompts of any number of images are repeated or cut to each batch size; an
+                empty prompt for all images remains one.
+
+        Raises:
+            ValueError: as in :meth:`__call__`.
         """
         several = arguments.sequence(batch_sizes)
         if several is None:
@@ -316,7 +320,7 @@ class PixelFlowEngine:
             labels = [0] * number if self.config.model.num_classes > 0 else None
             seed = 0 if options.get("noise") == "public" else list(range(number))
             least: dict[str, Any] = {"num_inference_steps": 2, "seed": seed, "output_type": "pt"}
-            self(labels, **(least | options))
+            self(labels, **(least | options | _prompts_of(number, options)))
 
     def close(self) -> None:
         """Release captured graphs and their memory. The engine remains usable and captures again when needed."""
@@ -406,6 +410,17 @@ class PixelFlowEngine:
         with without_autocast(self.device):
             tokens = model(patchify(x.to(self.device), p), times, layout, sizes, condition.class_labels, condition.text)
         return unpatchify(tokens, (batch, config.out_channels, height, width), p).to(x.dtype)
+
+
+def _prompts_of(batch: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    """The prompts among the options of a warm-up, repeated or cut to ``batch`` images."""
+    prompts = {}
+    for kind in ("hidden_states", "attention_mask"):
+        for name, fewest in ((f"encoder_{kind}", 1), (f"null_encoder_{kind}", 2)):  # one empty prompt is for all images
+            value = options.get(name)
+            if isinstance(value, Tensor) and value.ndim > 0 and len(value) >= fewest:
+                prompts[name] = value[torch.arange(batch, device=value.device) % len(value)]
+    return prompts
 
 
 def _graphs(graphs: object, device: torch.device, backend: str) -> bool:
