@@ -27,6 +27,7 @@ from pixelflow_training.checkpoint import Checkpointer
 from pixelflow_training.collate import Batch
 from pixelflow_training.config import TrainConfig
 from pixelflow_training.evaluation import averaged_weights
+from pixelflow_training.graphs import refuse_graphs
 from pixelflow_training.ranks import ALONE, join, numbered, of_this_rank
 from pixelflow_training.signals import EXIT_STOPPED
 from pixelflow_training.state import TrainState
@@ -371,6 +372,22 @@ def test_alone_there_is_nobody_to_ask() -> None:
     assert ALONE.first
     assert ALONE.total([1.5, 2.0]) == [1.5, 2.0]
     assert ALONE.first_does(lambda: 3) == 3
+
+
+def test_a_single_rank_of_torchrun_is_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is exchanged, so nothing keeps a step out of a graph."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with join(recipe(tmp_path)) as ranks:
+        assert ranks.alone
+        assert ranks.first
+        assert not dist.is_initialized()
+        refuse_graphs("triton", ranks, torch.device("cuda"))
+    with (
+        pytest.raises(ConfigError, match=r"compute\.shard: got 2, but there is one process"),
+        join(recipe(tmp_path, "compute.shard=2")),
+    ):
+        pass
 
 
 def test_torchrun_starts_it(tmp_path: Path) -> None:

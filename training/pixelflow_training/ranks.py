@@ -55,7 +55,7 @@ class Ranks:
 
     @property
     def alone(self) -> bool:
-        """Whether there is no process group, as in a process that torchrun has not started."""
+        """Whether there is no process group, because there is one process."""
         return self.control is None
 
     @property
@@ -102,7 +102,9 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 @contextmanager
 def join(config: TrainConfig) -> Iterator[Ranks]:
-    """Join the process group if torchrun has started this process; leave it at the end of the context.
+    """Join the process group if torchrun has started several processes; leave it at the end of the context.
+
+    One process is alone however it was started: it exchanges nothing.
 
     Raises:
         ConfigError: ``batch_size`` is smaller than the number of ranks, ``compute.shard`` does not divide that number,
@@ -112,7 +114,7 @@ def join(config: TrainConfig) -> Iterator[Ranks]:
     """
     named, shard = config.compute.device, config.compute.shard
     named = ("cuda" if torch.cuda.is_available() else "cpu") if named == "auto" else named
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         if shard > 1:
             raise ConfigError(f"compute.shard: got {shard}, but there is one process; torchrun starts more")
         yield Ranks(0, 1, numbered(place(named)))
