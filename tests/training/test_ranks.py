@@ -28,7 +28,7 @@ from pixelflow_training.collate import Batch
 from pixelflow_training.config import TrainConfig
 from pixelflow_training.evaluation import averaged_weights
 from pixelflow_training.graphs import refuse_graphs
-from pixelflow_training.ranks import ALONE, join, numbered, of_this_rank
+from pixelflow_training.ranks import ALONE, is_of_an_exchange, join, numbered, of_this_rank
 from pixelflow_training.signals import EXIT_STOPPED
 from pixelflow_training.state import TrainState
 from support.ranks import FAILED, LOST, in_ranks, said, train, train_signalled
@@ -388,6 +388,22 @@ def test_a_single_rank_of_torchrun_is_alone(monkeypatch: pytest.MonkeyPatch, tmp
         join(recipe(tmp_path, "compute.shard=2")),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("text", "of_an_exchange"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3141", True),
+        ("[enforce fail at ../third_party/gloo/gloo/transport/tcp/pair.cc:123] ret > 0. Connection reset", True),
+        ("NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:121, unhandled system error", True),
+        ("NCCL communicator was aborted on rank 0", True),
+        ("Parent directory runs/nccl-test/model does not exist.", False),
+        ("runs/gloo/log.jsonl: cannot be read", False),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+    ],
+)
+def test_a_lost_rank_is_told_from_other_errors(text: str, of_an_exchange: bool) -> None:
+    assert is_of_an_exchange(RuntimeError(text)) == of_an_exchange
 
 
 def test_torchrun_starts_it(tmp_path: Path) -> None:

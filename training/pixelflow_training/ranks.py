@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ ERRAND = timedelta(hours=2)
 
 A rank that ends meanwhile is still noticed at once, because its connections close.
 """
+
+FAILED_EXCHANGE = re.compile(r"\bgloo/[\w/]+\.(cc|h):\d+\]|\bNCCL (error|communicator)\b")
 
 
 class RankLostError(ConnectionError):
@@ -133,7 +136,7 @@ def join(config: TrainConfig) -> Iterator[Ranks]:
         control, errands, saving = (dist.new_group(backend="gloo", timeout=wait) for wait in waits)
         yield Ranks(rank, world_size, device, control, errands, saving)
     except RuntimeError as error:
-        if not _of_an_exchange(error):
+        if not is_of_an_exchange(error):
             raise
         raise RankLostError(
             f"rank {rank}: another of the {world_size} ranks has ended or does not answer; the same command goes on "
@@ -167,6 +170,10 @@ def of_this_rank(named: str) -> str:
     return named
 
 
-def _of_an_exchange(error: RuntimeError) -> bool:
-    # In a backward pass, gloo's errors are plain RuntimeErrors, so their text is examined.
-    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
+def is_of_an_exchange(error: RuntimeError) -> bool:
+    """Whether communication with other ranks has failed.
+
+    In a backward pass these errors are plain RuntimeErrors. They are told by their text: gloo's begin with a place in
+    its source, NCCL's with its name.
+    """
+    return isinstance(error, dist.DistError) or FAILED_EXCHANGE.search(str(error)) is not None
