@@ -12,7 +12,7 @@ import torch
 
 from pixelflow_engine.model import PackedTransformer
 
-from .begin import begin_or_go_on, take_first_weights
+from .begin import begin_or_resume, take_first_weights
 from .checkpoint import Checkpointer
 from .collate import Batch, make_batch
 from .config import OptimizerConfig, TrainConfig
@@ -118,7 +118,7 @@ def train(
         ranks.first_does(lambda: stack.enter_context(run) and None)
         state = TrainState(config, model.to(ranks.device), ranks)
         checkpoints = stack.enter_context(Checkpointer(run.checkpoints, config, ranks, train_set.listing))
-        begin_or_go_on(run, checkpoints, state, config, from_step)
+        begin_or_resume(run, checkpoints, state, config, from_step)
         train_step = TrainStep(state, config, ranks)
         state.ema.model.operations = evaluating_operations(config, ranks.device)
         log = open_log(run, state, config, ranks)

@@ -139,7 +139,7 @@ def join(config: TrainConfig) -> Iterator[Ranks]:
         if not is_of_an_exchange(error):
             raise
         raise RankLostError(
-            f"rank {rank}: another of the {world_size} ranks has ended or does not answer; the same command goes on "
+            f"rank {rank}: another of the {world_size} ranks has ended or does not answer; the same command resumes "
             f"from the last checkpoint ({error})"
         ) from error
     finally:

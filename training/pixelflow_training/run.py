@@ -85,7 +85,7 @@ class RunDirectory:
         """
         if self.log_path.exists() or self.model.exists():
             raise FileExistsError(
-                f"output: {self.path} holds a run without checkpoints, which cannot go on; give another directory"
+                f"output: {self.path} holds a run without checkpoints, which cannot be resumed; give another directory"
             )
 
     def write_recipe(self, config: TrainConfig) -> None:
