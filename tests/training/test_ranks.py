@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -372,6 +373,19 @@ def test_alone_there_is_nobody_to_ask() -> None:
     assert ALONE.first
     assert ALONE.total([1.5, 2.0]) == [1.5, 2.0]
     assert ALONE.first_does(lambda: 3) == 3
+
+
+def train_and_look_at_filters(folder: Path, overrides: list[str]) -> None:
+    """For :func:`in_ranks`: the warning filters are global to the process."""
+    before = list(warnings.filters)
+    train(folder, overrides)
+    assert list(warnings.filters) == before
+
+
+def test_a_sharded_run_leaves_warnings_as_they_were(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    codes = in_ranks(2, tmp_path, train_and_look_at_filters, [*OVERRIDES, "compute.shard=2", "steps=1"])
+    assert codes == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
 
 
 def test_a_single_rank_of_torchrun_is_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from .draws import Purpose, new_seed
 from .evaluation import evaluating_operations, export, held_out_batches, held_out_loss
 from .finite import Findings
 from .loggers import check_loggers, followers
+from .parallel import views_allowed
 from .plan import parts_of_step, plan_step
 from .ranks import Ranks, join
 from .run import Log, RunDirectory, Silence
@@ -111,6 +112,7 @@ def train(
         ranks = stack.enter_context(join(config))
         check_step(config, ranks)  # before anything is written
         check_loggers(config)
+        stack.enter_context(views_allowed())
         run = RunDirectory(output, fresh)
         model = build_model(config)
         if not ranks.first_does(lambda: run.has_checkpoints):
