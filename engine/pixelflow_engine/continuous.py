@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pixelflow_kernels import ode_step
 
+from . import arguments
 from .fusion import follow_weights
 from .layers import at_least_fp32
 from .model import PackedTransformer
@@ -57,8 +58,17 @@ def euler_step(model: PackedTransformer, images: Sequence[Underway]) -> list[Ten
     Returns:
         the states after the step, in the same order, in at least float32.
 
+    Raises:
+        ValueError: there is no image, or a class label is missing or not one of the model's; the message names it.
+
     Source: arXiv 2504.07963, section 3.4.
     """
+    if not images:
+        raise ValueError("images: got none, expected at least one")
+    classes = model.config.num_classes
+    for i, image in enumerate(images):
+        if classes > 0 or image.class_label is not None:
+            arguments.label(f"images[{i}].class_label", image.class_label, model.config)
     order = sorted(range(len(images)), key=lambda i: images[i].weight == 1)  # images with a null half first
     pack_images = [images[i] for i in order]
     device, high = model.device, at_least_fp32(model.dtype)
@@ -71,8 +81,7 @@ def euler_step(model: PackedTransformer, images: Sequence[Underway]) -> list[Ten
     follow_weights(model)
     pack = StagePack(model, plan)
     x = pack.pack([image.latents[None].to(device, high) for image in pack_images])
-    labels = [image.class_label for image in pack_images]
-    told = None if None in labels else torch.tensor(labels, device=device)
+    told = torch.tensor([image.class_label for image in pack_images], device=device) if classes > 0 else None
     times = [image.t_model for image in pack_images]
     c = model.conditioning(
         torch.tensor(times[: plan.guided] + times, dtype=torch.float64, device="cpu").to(device, torch.float32),

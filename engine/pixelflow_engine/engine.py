@@ -307,7 +307,11 @@ class PixelFlowEngine:
         Args:
             batch_sizes: numbers of images.
             options: keyword arguments that the real calls will have: ``solver``, ``height``, ``guidance_scale``,
-                prompts of the same shape.
+                prompts of the same length. Prompts of any number of images are repeated or cut to each batch size; an
+                empty prompt for all images remains one.
+
+        Raises:
+            ValueError: as in :meth:`__call__`.
         """
         several = arguments.sequence(batch_sizes)
         if several is None:
@@ -316,7 +320,7 @@ class PixelFlowEngine:
             labels = [0] * number if self.config.model.num_classes > 0 else None
             seed = 0 if options.get("noise") == "public" else list(range(number))
             least: dict[str, Any] = {"num_inference_steps": 2, "seed": seed, "output_type": "pt"}
-            self(labels, **(least | options))
+            self(labels, **(least | options | _prompts_of(number, options)))
 
     def close(self) -> None:
         """Release captured graphs and their memory. The engine remains usable and captures again when needed."""
@@ -338,7 +342,8 @@ class PixelFlowEngine:
         else:
             stages = PackedStages(self.model, self.config, run.plan, run.condition, self._programs)
         patch, order = self.config.model.patch_size, run.lot.order
-        least = memory.least_bytes(self.config.model, run.plan.stages, self.dtype)
+        table = not self.exact and run.plan.solver != "dopri5"
+        least = memory.least_bytes(self.config.model, run.plan.stages, self.dtype, table)
         with memory.told_what_fits(self.device, len(order), least):
             yield from sample(
                 stages,
@@ -407,9 +412,20 @@ class PixelFlowEngine:
         return unpatchify(tokens, (batch, config.out_channels, height, width), p).to(x.dtype)
 
 
+def _prompts_of(batch: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    """The prompts among the options of a warm-up, repeated or cut to ``batch`` images."""
+    prompts = {}
+    for kind in ("hidden_states", "attention_mask"):
+        for name, fewest in ((f"encoder_{kind}", 1), (f"null_encoder_{kind}", 2)):  # one empty prompt is for all images
+            value = options.get(name)
+            if isinstance(value, Tensor) and value.ndim > 0 and len(value) >= fewest:
+                prompts[name] = value[torch.arange(batch, device=value.device) % len(value)]
+    return prompts
+
+
 def _graphs(graphs: object, device: torch.device, backend: str) -> bool:
     """Whether steps are replayed from CUDA graphs."""
-    if graphs not in (True, False, "auto"):
+    if not isinstance(graphs, bool) and graphs != "auto":
         raise ValueError(f"graphs: got {graphs!r}, expected True, False or 'auto'")
     why_not = None
     if device.type != "cuda":

@@ -19,26 +19,30 @@ result."""
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-def least_bytes(model: ModelConfig, stages: Sequence[StagePlan], dtype: torch.dtype) -> int:
+def least_bytes(model: ModelConfig, stages: Sequence[StagePlan], dtype: torch.dtype, table: bool) -> int:
     """Lower bound on the memory of a sampling run besides the weights: the peak of its largest stage.
 
-    The table of modulations, which fixed steps use on the fast path, is always included; the state, a few values per
-    pixel, is not.
+    The state, a few values per pixel, is not included.
 
     Args:
         model: the model's shape.
         stages: plans of the stages that will run.
         dtype: dtype of matrix products.
+        table: whether every stage has a table of modulations (:class:`.stage_pack.ModulationTable`), as for fixed steps
+            on the fast path.
     """
-    return max((_stage_values(model, stage) for stage in stages), default=0) * dtype.itemsize
+    return max((_stage_values(model, stage, table) for stage in stages), default=0) * dtype.itemsize
 
 
-def _stage_values(model: ModelConfig, stage: StagePlan) -> int:
+def _stage_values(model: ModelConfig, stage: StagePlan, table: bool) -> int:
     """Number of values of ``dtype`` alive at the peak of a stage."""
     sizes = [h * w // model.patch_size**2 for count, _, h, w in stage.shapes for _ in range(count)]
     tokens = sum(sizes[: stage.guided]) + sum(sizes)
-    modulations = stage.num_steps * len(sizes) * (6 * model.depth + 2)
-    return (WIDEST * tokens + modulations) * model.width
+    values = WIDEST * tokens
+    if table:  # at least one row per step, for each image of a model with classes and shared by the images of others
+        rows = stage.num_steps * (len(sizes) if model.num_classes > 0 else 1)
+        values += rows * (6 * model.depth + 2)
+    return values * model.width
 
 
 @contextmanager

@@ -43,12 +43,14 @@ def _channels_last(images: Tensor) -> NDArray[np.float32]:
     return array
 
 
-def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Convert ``[..., H, W, c]`` in [0, 1] to 0..255, rounded; the axis of a single channel is dropped for Pillow.
+def quantized(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Convert images in [0, 1] to 0..255, rounded; NaN, in an image that failed, becomes 0."""
+    return np.nan_to_num(images * 255).round().astype(np.uint8)
 
-    NaN, in an image that failed, becomes 0.
-    """
-    pixels = np.nan_to_num(images * 255).round().astype(np.uint8)
+
+def to_uint8(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Convert as :func:`quantized`; the axis of a single channel is dropped for Pillow."""
+    pixels = quantized(images)
     return pixels[..., 0] if pixels.shape[-1] == 1 else pixels
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from .events import StepEvent
-from .output import to_output, to_uint8
+from .output import quantized, to_output, to_uint8
 
 Pixels = NDArray[np.uint8]
 
@@ -64,7 +64,12 @@ class CascadeRecorder:
         """Write an animated WebP that holds its last frame.
 
         The format merges equal consecutive frames into one longer frame.
+
+        Raises:
+            ValueError: no step was recorded.
         """
+        if not self.frames:
+            raise ValueError("frames: got none, expected at least one recorded step")
         durations = [milliseconds] * (len(self.frames) - 1) + [hold]
         first, *others = self.frames
 
@@ -112,7 +117,7 @@ def write_images(images: NDArray[np.float32], output: str) -> list[Path]:
             sheet = Image.fromarray(drawn[0]) if len(drawn) == 1 else contact_sheet(drawn, _columns(len(drawn)))
             save_png(sheet, path)
         case ".npz":
-            write_atomically(path, lambda file: np.savez(file, arr_0=(images * 255).round().astype(np.uint8)))
+            write_atomically(path, lambda file: np.savez(file, arr_0=quantized(images)))
         case ".npy":
             write_atomically(path, lambda file: np.save(file, images))
     return [path]

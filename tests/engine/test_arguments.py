@@ -375,6 +375,13 @@ def test_an_unknown_backend_is_refused(
     assert_refused(lambda: PixelFlowEngine.from_pretrained(nowhere, backend=backend), "backend", repr(backend), work)
 
 
+@pytest.mark.parametrize("graphs", [0, 1, 1.0, None, "on"], ids=repr)
+def test_graphs_are_true_false_or_auto(graphs: Any, engines: dict[str, PixelFlowEngine], work: list[str]) -> None:
+    """0 and 1 are equal to False and True, but would not mean the same."""
+    engine = engines["classes"]
+    assert_refused(lambda: PixelFlowEngine(engine.config, engine.model, graphs=graphs), "graphs", repr(graphs), work)
+
+
 @pytest.mark.parametrize("backend", [b for b in backends(*HERE) if not b.available], ids=lambda b: str(b.name))
 def test_a_backend_that_cannot_run_is_not_replaced(backend: Any, engines: dict[str, PixelFlowEngine]) -> None:
     engine = engines["classes"]

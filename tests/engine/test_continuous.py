@@ -97,3 +97,28 @@ def test_weights_that_are_not_side_by_side_are_refused() -> None:
     image = Underway(latents=torch.zeros(3, 4, 4), t_model=0.0, step=0.1, class_label=0)
     with pytest.raises(ValueError, match="side by side"):
         euler_step(tiny_engine().model, [image])
+
+
+def test_no_image_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^images: got none, expected at least one$"):
+        euler_step(packed_engine().model, [])
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "message"),
+    [
+        (5, (1, None), r"^images\[1\]\.class_label: got None, expected an integer from 0 to 5"),
+        (5, (6, 1), r"^images\[0\]\.class_label: got 6, expected an integer from 0 to 5"),
+        (0, (None, 1), r"^images\[1\]\.class_label: got 1, expected None for a model without classes"),
+    ],
+)
+def test_labels_that_are_not_the_models_are_refused(classes: int, labels: tuple[int | None, ...], message: str) -> None:
+    images = [Underway(latents=torch.zeros(3, 4, 4), t_model=0.0, step=0.1, class_label=label) for label in labels]
+    with pytest.raises(ValueError, match=message):
+        euler_step(packed_engine(num_classes=classes).model, images)
+
+
+def test_a_model_without_classes_takes_no_labels() -> None:
+    image = Underway(latents=torch.zeros(3, 4, 4), t_model=0.0, step=1.0)
+    (moved,) = euler_step(packed_engine(num_classes=0).model, [image])
+    assert moved.any()

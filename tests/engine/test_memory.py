@@ -12,8 +12,10 @@ from pixelflow_benchmarks.opponents.random_models import SHAPES
 from pixelflow_benchmarks.suites.memory.counted import FUSED, count
 from pixelflow_benchmarks.suites.stages.problem import StageProblem
 from pixelflow_engine import memory
+from pixelflow_engine.model import PackedTransformer
 from pixelflow_engine.plan import StagePlan
 from pixelflow_engine.schedule import make_stages
+from support.engines import tiny_engine
 from support.recording import RecordingCapture, packed_engine
 
 MIB = 2**20
@@ -77,8 +79,35 @@ def test_the_least_is_near_what_is_counted(stage: int, dtype: torch.dtype) -> No
             weights=(problem.weight,) * batch,
             num_steps=10,
         )
-        least.append(memory.least_bytes(shape.model, [plan], dtype))
+        least.append(memory.least_bytes(shape.model, [plan], dtype, table=True))
     assert 0.7 <= (least[1] - least[0]) / (found[1] - found[0]) <= 1.05, (least, found)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2", "dopri5"])
+@pytest.mark.parametrize("classes", [5, 0])
+@pytest.mark.parametrize("build", [packed_engine, tiny_engine], ids=["packed", "exact"])
+def test_the_least_counts_no_table_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, build: Any, classes: int, solver: Any
+) -> None:
+    engine = build(num_stages=1, resolution=8, num_classes=classes)
+    made, calls = [], []
+    modulations, least_bytes = PackedTransformer.all_modulations_of, memory.least_bytes
+
+    def watched(*given: Any) -> Any:
+        made.append(modulations(*given))
+        return made[-1]
+
+    def counted(*given: Any) -> int:
+        calls.append(given)
+        return least_bytes(*given)
+
+    monkeypatch.setattr(PackedTransformer, "all_modulations_of", watched)
+    monkeypatch.setattr(memory, "least_bytes", counted)
+    engine([1, 2, 3] if classes else None, solver=solver, seed=[1, 2, 3], guidance_scale=1.0, output_type="pt")
+    ((*given, table),) = calls
+    of_table = least_bytes(*given, table) - least_bytes(*given, False)
+    assert of_table <= (made[0].nbytes if table else 0)
+    assert table == (build is packed_engine and solver != "dopri5") == (of_table > 0)
 
 
 @pytest.mark.parametrize("labels", [[1], [1, 2]])

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pixelflow_engine import PixelFlowEngine, Request, StageEvent, StepEvent
+from pixelflow_engine.calls import Call, PlannedCall
 from pixelflow_engine.noise import CounterNoise
 from pixelflow_engine.reference import euler_times, make_stages
 from pixelflow_engine.solvers import two_step_lengths
@@ -374,6 +375,40 @@ def test_warming_up_for_the_public_stream(build: Build) -> None:
     engine = build(checkpoint_of(random_reference(63, depth=1), 2, 8))
     engine.warmup([1, 2], noise="public")
     engine.warmup([1], noise="public", seed=None)
+
+
+@by_engine
+@pytest.mark.parametrize("given", [1, 2, 3])
+@pytest.mark.parametrize("nulls", [1, 3])
+def test_warming_up_repeats_prompts_to_every_batch_size(build: Build, given: int, nulls: int) -> None:
+    engine = build(checkpoint_of(random_reference(65, depth=1, num_classes=0, cross_attention_dim=12), 2, 8))
+    prompts: dict[str, Tensor] = {
+        "encoder_hidden_states": normal((given, 3, 12), seeded(66), F32),
+        "encoder_attention_mask": torch.tensor([[1, 1, 0]]).expand(given, -1),
+        "null_encoder_hidden_states": normal((nulls, 3, 12), seeded(67), F32),
+        "null_encoder_attention_mask": torch.ones(nulls, 3),
+    }
+    sizes: list[tuple[int, int]] = []
+    plan = engine._plan
+
+    def planned(call: Call) -> PlannedCall:
+        found = plan(call)
+        (run,) = found.runs
+        assert run.condition.text is not None
+        assert run.condition.null_text is not None
+        sizes.append((len(run.condition.text.states), len(run.condition.null_text.states)))
+        return found
+
+    engine._plan = planned  # type: ignore[method-assign]
+    engine.warmup([1, 2, 5], **prompts)
+    assert sizes == [(batch, 1 if nulls == 1 else batch) for batch in (1, 2, 5)]
+
+
+def test_warming_up_refuses_prompts_as_a_call_does() -> None:
+    engine = exact_engine(checkpoint_of(random_reference(65, depth=1, num_classes=0, cross_attention_dim=12), 2, 8))
+    for prompts in (None, torch.zeros(0, 3, 12), torch.zeros(()), torch.zeros(2, 3, 7)):
+        with pytest.raises(ValueError, match=r"^encoder_hidden_states: got "):
+            engine.warmup([2, 3], encoder_hidden_states=prompts, guidance_scale=1.0)
 
 
 def test_a_step_of_no_length_tells_nothing_of_slopes() -> None:

@@ -139,6 +139,12 @@ def test_animation_is_animated_and_holds_its_last_frame(tmp_path: Path) -> None:
     assert np.abs(frames[-2] - final).mean() > 40, "frames so alike that the comparison says nothing"
 
 
+def test_an_animation_of_no_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^frames: got none, expected at least one recorded step$"):
+        CascadeRecorder(32, 32, columns=2).save(tmp_path / "cascade.webp")
+    assert names(tmp_path) == []
+
+
 # --- files -------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +185,16 @@ def test_npz_is_what_fid_evaluators_read(count: int, channels: int, tmp_path: Pa
     assert array.dtype == np.uint8
     assert array.shape == (count, 4, 6, channels)
     assert np.array_equal(array, np.rint(images * 255))
+
+
+def test_npz_of_an_image_that_failed_is_black_where_it_is_not_a_number(tmp_path: Path) -> None:
+    """As in every other form; the cast of NaN alone would depend on the processor, and warns."""
+    images = random_images(2, 4, 6)
+    images[1, 2:] = np.nan
+    write_images(images, str(tmp_path / "samples.npz"))
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert np.array_equal(archive["arr_0"], to_uint8(images))
+        assert not archive["arr_0"][1, 2:].any()
 
 
 def test_npy_keeps_every_bit(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -519,8 +520,10 @@ def test_the_others_refuse_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             end_attempt_(**(end | change))
-    with pytest.raises(ValueError, match="rtol, atol: got 0"):
-        Adaptive.around(x, 2, 7, rtol=0.0, atol=0.0)
+    nan, inf = math.nan, math.inf
+    for rtol, atol in ((0.0, 0.0), (-1e-3, 1e-3), (nan, 1e-6), (1e-3, nan), (inf, 0.0), (1e-3, inf)):
+        with pytest.raises(ValueError, match=rf"^rtol, atol: got {rtol}, {atol}, expected finite numbers of 0 or more"):
+            Adaptive.around(x, 2, 7, rtol=rtol, atol=atol)
     state = replace(Adaptive.around(x, 2, 7), tolerance=torch.zeros(2))
     with pytest.raises(ValueError, match=r"tolerance: got torch\.float32"):
         start_(state, DOPRI5, lambda y, tau: y)

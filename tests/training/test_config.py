@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from importlib import resources
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from pixelflow_engine.errors import ConfigError
 from pixelflow_training.cli import train
-from pixelflow_training.config import DataConfig, TrainConfig, load_config, recipe_path
+from pixelflow_training.config import DataConfig, GuardConfig, OptimizerConfig, TrainConfig, load_config, recipe_path
 from support.recipes import TINY_RECIPE, tiny_recipe
 
 RECIPES = sorted(
@@ -289,6 +290,22 @@ def test_a_value_out_of_range_is_named(overrides: list[str], key: str, got: str,
     message = refused(tmp_path, *overrides)
     assert key in message
     assert got in message
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("group", "key"),
+    [
+        (OptimizerConfig, "lr"),
+        (OptimizerConfig, "weight_decay"),
+        (OptimizerConfig, "max_grad_norm"),
+        (GuardConfig, "spike_factor"),
+    ],
+)
+def test_a_recipe_made_in_python_has_finite_numbers(group: Any, key: str, value: float) -> None:
+    """As one from YAML: the run's recipe.yaml could not be read otherwise."""
+    with pytest.raises(ConfigError, match=rf"\b{key}: got {value}, expected a finite number"):
+        group(**{key: value})
 
 
 def test_the_tiny_recipe_is_as_written(tmp_path: Path) -> None:

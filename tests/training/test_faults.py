@@ -181,7 +181,7 @@ def test_a_flipped_bit_in_what_the_second_rank_wrote(tmp_path: Path) -> None:
     assert in_ranks(2, tmp_path, command, [*overrides, "steps=4"]) == [2, 2]
     for rank in (0, 1):
         assert said(tmp_path, rank).startswith(f"pixelflow: {victim}: not what was written: SHA-256 ")
-        assert said(tmp_path, rank).endswith("to go on from another checkpoint, pass --from-step (there is: 2)\n")
+        assert said(tmp_path, rank).endswith("to resume from another checkpoint, pass --from-step (there is: 2)\n")
 
 
 def test_a_rank_that_dies(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +28,8 @@ from pixelflow_training.checkpoint import Checkpointer
 from pixelflow_training.collate import Batch
 from pixelflow_training.config import TrainConfig
 from pixelflow_training.evaluation import averaged_weights
-from pixelflow_training.ranks import ALONE, join, numbered, of_this_rank
+from pixelflow_training.graphs import refuse_graphs
+from pixelflow_training.ranks import ALONE, is_of_an_exchange, join, numbered, of_this_rank
 from pixelflow_training.signals import EXIT_STOPPED
 from pixelflow_training.state import TrainState
 from support.ranks import FAILED, LOST, in_ranks, said, train, train_signalled
@@ -371,6 +373,51 @@ def test_alone_there_is_nobody_to_ask() -> None:
     assert ALONE.first
     assert ALONE.total([1.5, 2.0]) == [1.5, 2.0]
     assert ALONE.first_does(lambda: 3) == 3
+
+
+def train_and_look_at_filters(folder: Path, overrides: list[str]) -> None:
+    """For :func:`in_ranks`: the warning filters are global to the process."""
+    before = list(warnings.filters)
+    train(folder, overrides)
+    assert list(warnings.filters) == before
+
+
+def test_a_sharded_run_leaves_warnings_as_they_were(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    codes = in_ranks(2, tmp_path, train_and_look_at_filters, [*OVERRIDES, "compute.shard=2", "steps=1"])
+    assert codes == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
+
+
+def test_a_single_rank_of_torchrun_is_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is exchanged, so nothing keeps a step out of a graph."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with join(recipe(tmp_path)) as ranks:
+        assert ranks.alone
+        assert ranks.first
+        assert not dist.is_initialized()
+        refuse_graphs("triton", ranks, torch.device("cuda"))
+    with (
+        pytest.raises(ConfigError, match=r"compute\.shard: got 2, but there is one process"),
+        join(recipe(tmp_path, "compute.shard=2")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "of_an_exchange"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3141", True),
+        ("[enforce fail at ../third_party/gloo/gloo/transport/tcp/pair.cc:123] ret > 0. Connection reset", True),
+        ("NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:121, unhandled system error", True),
+        ("NCCL communicator was aborted on rank 0", True),
+        ("Parent directory runs/nccl-test/model does not exist.", False),
+        ("runs/gloo/log.jsonl: cannot be read", False),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+    ],
+)
+def test_a_lost_rank_is_told_from_other_errors(text: str, of_an_exchange: bool) -> None:
+    assert is_of_an_exchange(RuntimeError(text)) == of_an_exchange
 
 
 def test_torchrun_starts_it(tmp_path: Path) -> None:

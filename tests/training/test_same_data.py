@@ -151,7 +151,7 @@ def test_a_run_refuses_other_images_unless_it_is_told_to_accept_them(tree: Path,
     checkpoint = run / "checkpoints" / name_of(1)
     assert str(caught.value).startswith(f"{checkpoint}: written with other images: class 1: got 4 images, ")
     assert "class 0" not in str(caught.value)
-    assert str(caught.value).endswith("to go on with those that are there now, pass data.changed=accept")
+    assert str(caught.value).endswith("to continue with those that are there now, pass data.changed=accept")
     assert (run / "recipe.yaml").read_bytes() == before
 
     (tree / "class 1/new.JPEG").unlink()
@@ -213,5 +213,5 @@ def test_without_a_listing_another_path_is_another_recipe(tmp_path: Path) -> Non
 
 def test_a_great_difference_is_told_in_few_words(tmp_path: Path) -> None:
     before = {f"class {i}": "1 images" for i in range(9)}
-    with pytest.raises(ConfigError, match=r"class 0 is missing; .*class 4 is missing; and 4 more; to go on"):
+    with pytest.raises(ConfigError, match=r"class 0 is missing; .*class 4 is missing; and 4 more; to continue"):
         check_data(tmp_path, manifest_of({}, before), {}, "refuse")

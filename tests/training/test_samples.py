@@ -17,6 +17,7 @@ from pixelflow_engine.errors import ConfigError
 from pixelflow_engine.output import to_uint8
 from pixelflow_training import loop, samples
 from pixelflow_training.config import TrainConfig
+from pixelflow_training.run import RunDirectory
 from pixelflow_training.samples import columns_of, sample_sheet
 from support.recipes import tiny_recipe
 from support.runs import digest, state_of
@@ -92,6 +93,22 @@ def test_a_run_that_goes_on_makes_the_same_pictures(run: tuple[TrainConfig, Path
     for name in names:
         assert (tmp_path / "run" / "samples" / name).read_bytes() == (folder / "samples" / name).read_bytes()
     assert lines(tmp_path / "run") == lines(folder)
+
+
+def test_later_pictures_are_deleted_by_their_step(tmp_path: Path) -> None:
+    """Steps of nine digits are later than those of eight, and come earlier in the order of the alphabet."""
+    directory = RunDirectory(tmp_path)
+    steps = [99_999_998, 99_999_999, 100_000_000, 100_000_001]
+    directory.sample_path(0).parent.mkdir()
+    for step in steps:
+        directory.sample_path(step).touch()
+    mine = directory.sample_path(0).with_name("step-by-step.png")
+    mine.touch()
+    for step, kept in ((100_000_000, 3), (99_999_998, 1)):
+        with directory.open_log(step):
+            pass
+        left = {directory.sample_path(step) for step in steps[:kept]} | {mine}
+        assert set(mine.parent.iterdir()) == left
 
 
 def test_weights_are_left_alone_and_images_that_fail_are_counted(tmp_path: Path) -> None:

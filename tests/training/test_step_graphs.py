@@ -183,7 +183,7 @@ def test_a_capture_that_fails_is_an_error_and_no_harm(recipe: Callable[..., Trai
         go(step, config, 0)
         before = bits(state)
         said = (
-            r"^graphs: a step could not be captured: failed on purpose; the same command goes on with compute\.graphs"
+            r"^graphs: a step could not be captured: failed on purpose; the same command continues with compute\.graphs"
         )
         with pytest.raises(CaptureError, match=said):
             go(step, config, 1)

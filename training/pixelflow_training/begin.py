@@ -47,7 +47,7 @@ def _load(model: PackedTransformer, config: TrainConfig, source: str) -> None:
     model.load_state_dict(checkpoint.state_dict, strict=True)
 
 
-def begin_or_go_on(
+def begin_or_resume(
     run: RunDirectory, checkpoints: Checkpointer, state: TrainState, config: TrainConfig, from_step: int | None
 ) -> None:
     """Restore the state from a checkpoint, or save the initial state: a run that has a log always has a checkpoint."""

@@ -243,7 +243,7 @@ class Checkpointer:
         if (step := int(tensors["counters"]["step"])) > self.config.steps:
             raise ConfigError(
                 f"steps: got {self.config.steps}, expected at least {step}: {self.folder / name_of(step)} is of that "
-                f"step; to go on from an earlier one, pass --from-step (there is: {', '.join(map(str, self.steps()))})"
+                f"step; to resume from an earlier one, pass --from-step (there is: {', '.join(map(str, self.steps()))})"
             )
         state.take_counters(tensors)
         self.ranks.first_does(lambda: self._forget_after(state.step))
@@ -279,7 +279,7 @@ class Checkpointer:
             if not isinstance(cause, Exception):  # Ctrl-C
                 raise cause from None
             raise CheckpointError(
-                f"{chosen}: was whole, and could not be loaded: {where}{cause}; a run that goes on there may have "
+                f"{chosen}: was whole, and could not be loaded: {where}{cause}; a run that continues there may have "
                 "deleted it, or not all ranks see its files"
             ) from cause
         return True
@@ -299,7 +299,7 @@ class Checkpointer:
         except CheckpointError as error:
             others = ", ".join(str(step) for step in self.steps() if name_of(step) != chosen.name) or "none"
             raise CheckpointError(
-                f"{error}; to go on from another checkpoint, pass --from-step (there is: {others})"
+                f"{error}; to resume from another checkpoint, pass --from-step (there is: {others})"
             ) from None
         check_recipe(chosen, manifest, self.config)
         self.accepted = check_data(chosen, manifest, self._listing(), self.config.data.changed)

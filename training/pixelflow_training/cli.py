@@ -21,7 +21,7 @@ class TrainGroup(TyperGroup):
         return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
 
 
-train = typer.Typer(cls=TrainGroup, help="Train a model from a recipe, or go on; draw or publish what runs did.")
+train = typer.Typer(cls=TrainGroup, help="Train a model from a recipe, or resume a run; plot or publish runs.")
 
 
 @train.command()
@@ -29,11 +29,11 @@ def run(
     config: Annotated[
         str, typer.Option(help="YAML file, or a recipe: digits, digits-two-minutes, smoke, xl-imagenet256.")
     ],
-    output: Annotated[Path, typer.Option(help="Run directory: recipe, log, checkpoints, model. A run there goes on.")],
+    output: Annotated[Path, typer.Option(help="Run directory: recipe, log, checkpoints, model. A run there resumes.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dotted: optimizer.lr=3e-4")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Refuse a run directory that holds anything.")] = False,
     from_step: Annotated[
-        int | None, typer.Option(min=0, help="Go on from this checkpoint, not the last; later ones are deleted.")
+        int | None, typer.Option(min=0, help="Resume from this checkpoint, not the last; later ones are deleted.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
@@ -53,7 +53,7 @@ def run(
     try:
         folder = loop.train(load_config(config, overrides or ()), output, quiet, fresh=fresh, from_step=from_step)
     except TrainingStopped as stopped:
-        console.print(f"{stopped}; run the same command to go on", highlight=False, soft_wrap=True)
+        console.print(f"{stopped}; run the same command to resume", highlight=False, soft_wrap=True)
         raise typer.Exit(EXIT_STOPPED) from None
     except KeyboardInterrupt:
         # sys.exit would wait for a checkpoint that is being written. Abandoning it is safe: it is published only once

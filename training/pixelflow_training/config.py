@@ -18,6 +18,8 @@ PILLOW_PIXELS = 89_478_485  # above this, Pillow warns of a decompression bomb
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}: got {value}, expected a finite number")
     if not low <= value <= high:
         limit = f"at least {low}" if high == math.inf else f"a number from {low} to {high}"
         raise ConfigError(f"{name}: got {value}, expected {limit}")
@@ -112,8 +114,8 @@ class OptimizerConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optimizer.betas: got {list(self.betas)}, expected two numbers from 0 to below 1")
         _check("optimizer.warmup_steps", self.warmup_steps, 0, math.inf)
-        if self.max_grad_norm <= 0:
-            raise ConfigError(f"optimizer.max_grad_norm: got {self.max_grad_norm}, expected a number above 0")
+        if not 0 < self.max_grad_norm < math.inf:
+            raise ConfigError(f"optimizer.max_grad_norm: got {self.max_grad_norm}, expected a finite number above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -190,7 +190,7 @@ class StepGraphs:
                 self._lend_gradients()
                 static.replay = self.capture.capture(launch)
         except CaptureError as error:
-            raise CaptureError(f"{error}; the same command goes on with compute.graphs=false") from error
+            raise CaptureError(f"{error}; the same command continues with compute.graphs=false") from error
         finally:
             self._take_gradients()
         self.static[shape] = static

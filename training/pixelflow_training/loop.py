@@ -12,7 +12,7 @@ import torch
 
 from pixelflow_engine.model import PackedTransformer
 
-from .begin import begin_or_go_on, take_first_weights
+from .begin import begin_or_resume, take_first_weights
 from .checkpoint import Checkpointer
 from .collate import Batch, make_batch
 from .config import OptimizerConfig, TrainConfig
@@ -21,6 +21,7 @@ from .draws import Purpose, new_seed
 from .evaluation import evaluating_operations, export, held_out_batches, held_out_loss
 from .finite import Findings
 from .loggers import check_loggers, followers
+from .parallel import views_allowed
 from .plan import parts_of_step, plan_step
 from .ranks import Ranks, join
 from .run import Log, RunDirectory, Silence
@@ -111,6 +112,7 @@ def train(
         ranks = stack.enter_context(join(config))
         check_step(config, ranks)  # before anything is written
         check_loggers(config)
+        stack.enter_context(views_allowed())
         run = RunDirectory(output, fresh)
         model = build_model(config)
         if not ranks.first_does(lambda: run.has_checkpoints):
@@ -118,7 +120,7 @@ def train(
         ranks.first_does(lambda: stack.enter_context(run) and None)
         state = TrainState(config, model.to(ranks.device), ranks)
         checkpoints = stack.enter_context(Checkpointer(run.checkpoints, config, ranks, train_set.listing))
-        begin_or_go_on(run, checkpoints, state, config, from_step)
+        begin_or_resume(run, checkpoints, state, config, from_step)
         train_step = TrainStep(state, config, ranks)
         state.ema.model.operations = evaluating_operations(config, ranks.device)
         log = open_log(run, state, config, ranks)

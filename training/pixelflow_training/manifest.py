@@ -188,7 +188,7 @@ def check_data(folder: Path, manifest: Manifest, data: Listing | None, changed: 
     shown = found[:SHOWN] + ([f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else [])
     if found and changed != "accept":
         raise ConfigError(
-            f"{folder}: written with other images: {'; '.join(shown)}; to go on with those that are there now, pass "
+            f"{folder}: written with other images: {'; '.join(shown)}; to continue with those that are there now, pass "
             "data.changed=accept"
         )
     return shown

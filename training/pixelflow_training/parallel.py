@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import cast
 
 import torch
@@ -33,8 +34,6 @@ def shard(trained: PackedTransformer, averaged: PackedTransformer, compute: Comp
     mesh = init_device_mesh(ranks.device.type, sizes, mesh_dim_names=("replicate", "shard"))
     if sizes[0] == 1:
         mesh = mesh["shard"]
-    # Blocks return views, but nothing modifies these in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     for model, dtype in ((trained, getattr(torch, compute.dtype)), (averaged, torch.float32)):
         # Inputs are not cast: modulations are float32 in every model.
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -42,6 +41,20 @@ def shard(trained: PackedTransformer, averaged: PackedTransformer, compute: Comp
             fully_shard(block.norm1, mesh=mesh, mp_policy=policy)
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+@contextmanager
+def views_allowed() -> Iterator[None]:
+    """Context of a run in which PyTorch does not warn of sharded blocks that return views.
+
+    Nothing modifies these views in place. The context is that of a run, not of a step, because warning filters are
+    global to the process: setting and resetting them in every step could race with other threads.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning
+        )
+        yield
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ ERRAND = timedelta(hours=2)
 
 A rank that ends meanwhile is still noticed at once, because its connections close.
 """
+
+FAILED_EXCHANGE = re.compile(r"\bgloo/[\w/]+\.(cc|h):\d+\]|\bNCCL (error|communicator)\b")
 
 
 class RankLostError(ConnectionError):
@@ -55,7 +58,7 @@ class Ranks:
 
     @property
     def alone(self) -> bool:
-        """Whether there is no process group, as in a process that torchrun has not started."""
+        """Whether there is no process group, because there is one process."""
         return self.control is None
 
     @property
@@ -102,7 +105,9 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 @contextmanager
 def join(config: TrainConfig) -> Iterator[Ranks]:
-    """Join the process group if torchrun has started this process; leave it at the end of the context.
+    """Join the process group if torchrun has started several processes; leave it at the end of the context.
+
+    One process is alone however it was started: it exchanges nothing.
 
     Raises:
         ConfigError: ``batch_size`` is smaller than the number of ranks, ``compute.shard`` does not divide that number,
@@ -112,7 +117,7 @@ def join(config: TrainConfig) -> Iterator[Ranks]:
     """
     named, shard = config.compute.device, config.compute.shard
     named = ("cuda" if torch.cuda.is_available() else "cpu") if named == "auto" else named
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         if shard > 1:
             raise ConfigError(f"compute.shard: got {shard}, but there is one process; torchrun starts more")
         yield Ranks(0, 1, numbered(place(named)))
@@ -131,10 +136,10 @@ def join(config: TrainConfig) -> Iterator[Ranks]:
         control, errands, saving = (dist.new_group(backend="gloo", timeout=wait) for wait in waits)
         yield Ranks(rank, world_size, device, control, errands, saving)
     except RuntimeError as error:
-        if not _of_an_exchange(error):
+        if not is_of_an_exchange(error):
             raise
         raise RankLostError(
-            f"rank {rank}: another of the {world_size} ranks has ended or does not answer; the same command goes on "
+            f"rank {rank}: another of the {world_size} ranks has ended or does not answer; the same command resumes "
             f"from the last checkpoint ({error})"
         ) from error
     finally:
@@ -165,6 +170,10 @@ def of_this_rank(named: str) -> str:
     return named
 
 
-def _of_an_exchange(error: RuntimeError) -> bool:
-    # In a backward pass, gloo's errors are plain RuntimeErrors, so their text is examined.
-    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
+def is_of_an_exchange(error: RuntimeError) -> bool:
+    """Whether communication with other ranks has failed.
+
+    In a backward pass these errors are plain RuntimeErrors. They are told by their text: gloo's begin with a place in
+    its source, NCCL's with its name.
+    """
+    return isinstance(error, dist.DistError) or FAILED_EXCHANGE.search(str(error)) is not None

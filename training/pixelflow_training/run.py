@@ -19,7 +19,7 @@ from .config import TrainConfig
 from .files import make_folder, replace_text
 
 STEP = re.compile(r"step-(\d{8,})")
-"""Name of a checkpoint's folder."""
+"""Name of a checkpoint's folder, and of a sample sheet without its ending."""
 
 
 class RunDirectory:
@@ -85,7 +85,7 @@ class RunDirectory:
         """
         if self.log_path.exists() or self.model.exists():
             raise FileExistsError(
-                f"output: {self.path} holds a run without checkpoints, which cannot go on; give another directory"
+                f"output: {self.path} holds a run without checkpoints, which cannot be resumed; give another directory"
             )
 
     def write_recipe(self, config: TrainConfig) -> None:
@@ -104,7 +104,8 @@ class RunDirectory:
     def open_log(self, step: int, followers: Sequence[Follower] = ()) -> Log:
         """Open the log without the lines after ``step``; sample sheets of later steps are deleted."""
         for picture in self.sample_path(0).parent.glob("step-*.png"):
-            if picture > self.sample_path(step):
+            found = STEP.fullmatch(picture.stem)
+            if found and int(found[1]) > step:
                 picture.unlink()
         return Log(self.log_path, step, followers)
 

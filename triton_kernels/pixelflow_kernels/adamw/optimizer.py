@@ -54,6 +54,8 @@ class FusedAdamW:
         ema_decay: float = 0.9999,
     ) -> None:
         self.settings = check_settings(betas, eps, weight_decay, max_norm, ema_decay)
+        if not 0 <= lr < float("inf"):
+            raise ValueError(f"lr: got {lr}, expected a finite number of 0 or more")
         self.parameters, self.averages, self.copies = list(parameters), list(averages), list(copies)
         check_lists({"parameters": self.parameters})
         self.exp_avgs, self.exp_avg_sqs = (

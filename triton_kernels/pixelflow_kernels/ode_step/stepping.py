@@ -8,6 +8,7 @@ so late, because stopped images no longer change. The velocity field is supplied
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -85,10 +86,10 @@ class Adaptive:
                 most 1.
 
         Raises:
-            ValueError: ``rtol`` or ``atol`` is negative, or both are 0.
+            ValueError: ``rtol`` or ``atol`` is negative or not finite, or both are 0.
         """
-        if rtol < 0 or atol < 0 or rtol + atol == 0:
-            raise ValueError(f"rtol, atol: got {rtol}, {atol}, expected no negative number and not both 0")
+        if not (rtol >= 0 and atol >= 0 and 0 < rtol + atol < math.inf):
+            raise ValueError(f"rtol, atol: got {rtol}, {atol}, expected finite numbers of 0 or more, not both 0")
         numbers = torch.zeros(3 + slopes, images, dtype=torch.float64, device=x.device)
         counts = torch.zeros(2, images, dtype=torch.int64, device=x.device)
         tolerance = torch.full((2,), atol, dtype=torch.float64, device=x.device)
