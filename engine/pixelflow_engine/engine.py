@@ -143,6 +143,15 @@ class PixelFlowEngine:
             model.load_state_dict(state, strict=True, assign=True)
             return cls(checkpoint.config, model, backend, compile=compile, graphs=graphs, batch_sizes=batch_sizes)
 
+    def __repr__(self) -> str:
+        """Say what the engine samples, and on what it runs."""
+        scheduler, resolution = self.config.scheduler, self.config.resolution
+        runs = f"backend={self.backend.name!r}, compile={self.compiled}, graphs={self.graphs}"
+        return (
+            f"{type(self).__name__}({resolution} px in {scheduler.num_stages} stages, {self.device}, "
+            f"{str(self.dtype).removeprefix('torch.')}, {runs})"
+        )
+
     @property
     def exact(self) -> bool:
         """Whether the engine is bitwise equal to the reference in float32."""

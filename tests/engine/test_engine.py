@@ -73,6 +73,12 @@ def test_velocity_is_differentiable_in_x_as_the_reference_is() -> None:
     assert all(p.grad is None and not p.requires_grad for p in engine.model.parameters())
 
 
+def test_its_repr_says_what_it_samples_and_on_what_it_runs() -> None:
+    engine = PixelFlowEngine.from_pretrained("digits", dtype=torch.bfloat16, backend="torch")
+    said = "PixelFlowEngine(32 px in 3 stages, cpu, bfloat16, backend='torch', compile=False, graphs=False)"
+    assert repr(engine) == said
+
+
 def test_output_types_are_one_image_in_three_forms() -> None:
     _, engine = pair()
     array = engine([1, 2], output_type="np", num_inference_steps=2).images
