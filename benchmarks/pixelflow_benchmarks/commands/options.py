@@ -24,7 +24,9 @@ Output = Annotated[
     Path | None,
     typer.Option(help="Where records are appended: a .jsonl file, or a folder (DEVICE/DATE-COMMIT.jsonl in it)."),
 ]
-Repeats = Annotated[int, typer.Option(min=3, help="Measurements of each variant, in rounds; fewer if they take over a minute.")]
+Repeats = Annotated[
+    int, typer.Option(min=3, help="Measurements of each variant, in rounds; fewer if they take over a minute.")
+]
 Public = Annotated[Path | None, typer.Option(help="Checkout of the published code, as an opponent.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 
