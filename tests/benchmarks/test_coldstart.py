@@ -248,4 +248,4 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_variant_is_refused() -> None:
     result = CliRunner().invoke(bench, ["coldstart", "--variant", "cuda"])
-    assert "variant: got 'cuda', expected one of triton, graphs, empty cache" in str(result.exception)
+    assert "variant: got 'cuda', expected one of 'triton, graphs, empty cache', " in str(result.exception)

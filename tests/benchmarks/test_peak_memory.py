@@ -232,7 +232,7 @@ def test_where_only_training_is_asked_for_no_stage_is_begun(
 
 def test_an_unknown_variant_is_refused() -> None:
     result = CliRunner().invoke(bench, ["memory", "--variant", "cuda"])
-    assert "variant: got 'cuda', expected one of reference" in str(result.exception)
+    assert "variant: got 'cuda', expected one of 'reference', " in str(result.exception)
 
 
 def test_nothing_wrong_gets_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def test_what_is_no_result_file_is_refused(text: str, line: int, tmp_path: Path)
 
 def test_what_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "picture.jsonl").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(ValueError, match=r"^results: .*picture\.jsonl: got bytes that are no text"):
+    with pytest.raises(ValueError, match=r"^results: .*picture\.jsonl, line 1: expected UTF-8"):
         read_runs(tmp_path / "picture.jsonl")
 
 

@@ -505,7 +505,7 @@ def test_the_command(tmp_path: Path) -> None:
 def test_an_unknown_opponent_is_refused() -> None:
     result = CliRunner().invoke(bench, ["training", "--device", "cpu", "--shape", "tiny", "--variant", "engine"])
     assert isinstance(result.exception, ValueError)
-    assert "variant: got 'engine', expected one of engine, plain" in str(result.exception)
+    assert "variant: got 'engine', expected one of 'engine, plain', " in str(result.exception)
 
 
 def test_the_table_has_a_row_for_each() -> None:

@@ -88,12 +88,7 @@ def read_results(path: Path) -> tuple[list[Path], list[Run]]:
         )
     found: dict[tuple[str, str, str], Run] = {}
     for file in files:
-        try:
-            runs = read_runs(file)
-        except UnicodeDecodeError as error:
-            line = error.object[: error.start].count(b"\n") + 1
-            raise ValueError(f"results: {file}, line {line}: expected UTF-8") from error
-        for run in runs:
+        for run in read_runs(file):
             for record in run.records:
                 if not _has_form(record):
                     raise ValueError(f"results: {file}, run {run.began} of {run.suite}: {_expected(record)}")

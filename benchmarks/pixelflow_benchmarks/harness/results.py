@@ -164,7 +164,8 @@ def read_runs(path: Path) -> list[Run]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"results: {path}: got bytes that are no text, expected a record a line") from error
+        bad = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"results: {path}, line {bad}: expected UTF-8") from error
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             record = json.loads(line)
