@@ -1,6 +1,7 @@
 # One command each, from a bare checkout: `make quickstart`, `make test`. Needs GNU make and Python 3.11 or newer.
 #
 #   make test ARGS="tests/engine -k noise"     hand arguments to pytest
+#   make test JOBS=2                           run at most two test processes at once
 #   make setup PYTHON=/path/to/python3         choose the interpreter of a new .venv
 #   make aot TRITON=3.6.0                      compile with another Triton than the pinned one (also: promises)
 
