@@ -19,6 +19,7 @@ from . import arguments
 from .fusion import follow_weights
 from .layers import at_least_fp32
 from .model import PackedTransformer
+from .modes import without_autocast
 from .plan import Condition, StagePlan
 from .schedule import Stage
 from .stage_pack import StagePack
@@ -69,6 +70,11 @@ def euler_step(model: PackedTransformer, images: Sequence[Underway]) -> list[Ten
     for i, image in enumerate(images):
         if classes > 0 or image.class_label is not None:
             arguments.label(f"images[{i}].class_label", image.class_label, model.config)
+    with without_autocast(model.device):
+        return _moved(model, images)
+
+
+def _moved(model: PackedTransformer, images: Sequence[Underway]) -> list[Tensor]:
     order = sorted(range(len(images)), key=lambda i: images[i].weight == 1)  # images with a null half first
     pack_images = [images[i] for i in order]
     device, high = model.device, at_least_fp32(model.dtype)
@@ -81,7 +87,11 @@ def euler_step(model: PackedTransformer, images: Sequence[Underway]) -> list[Ten
     follow_weights(model)
     pack = StagePack(model, plan)
     x = pack.pack([image.latents[None].to(device, high) for image in pack_images])
-    told = torch.tensor([image.class_label for image in pack_images], device=device) if classes > 0 else None
+    told = (
+        torch.tensor([image.class_label for image in pack_images], device=device)
+        if model.config.num_classes > 0
+        else None
+    )
     times = [image.t_model for image in pack_images]
     c = model.conditioning(
         torch.tensor(times[: plan.guided] + times, dtype=torch.float64, device="cpu").to(device, torch.float32),

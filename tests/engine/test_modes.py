@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pixelflow_engine import PixelFlowEngine, StepEvent
 from pixelflow_engine import noise as noise_module
+from pixelflow_engine.continuous import Underway, euler_step
 from support.engines import tiny_config, tiny_engine, tiny_model, uncompiled
 
 
@@ -92,6 +93,15 @@ def test_velocities_are_not_cast(engines: dict[str, PixelFlowEngine]) -> None:
     want = engines["exact"].velocity(x, 500.0, class_labels=1)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(engines["exact"].velocity(x, 500.0, class_labels=1), want)
+
+
+def test_a_continuous_step_is_not_cast(engines: dict[str, PixelFlowEngine]) -> None:
+    x = torch.linspace(-1, 1, 3 * 16 * 16).view(3, 16, 16)
+    images = [Underway(latents=x, t_model=500.0, step=0.1, weight=2.0, class_label=1)]
+    (want,) = euler_step(engines["packed"].model, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        (got,) = euler_step(engines["packed"].model, images)
+    assert torch.equal(got, want)
 
 
 def test_callbacks_have_the_callers_autocast(engines: dict[str, PixelFlowEngine]) -> None:
