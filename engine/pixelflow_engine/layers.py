@@ -53,6 +53,8 @@ def rotary_tables(layout: PackedLayout, head_dim: int, dtype: torch.dtype) -> tu
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate neighboring pairs of channels of ``x [T, H, D]``: ``(a, b) -> (a cos - b sin, b cos + a sin)``."""
     cos, sin = rotary[0][:, None], rotary[1][:, None]
+    # torch.unflatten, here and wherever blocks are compiled: the method is written in Python, and torch.compile cannot
+    # trace it under a caller's torch.set_default_device.
     a, b = torch.unflatten(x.to(cos.dtype), -1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
