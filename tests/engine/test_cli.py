@@ -498,12 +498,23 @@ def test_help_imports_no_torch(asked: str) -> None:
     assert len(done.stdout.splitlines()) > 1
 
 
-def test_notes_of_an_error_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What went wrong on the way out, a checkpoint that could not be saved, say."""
+WITH_A_NOTE = CaptureError("no graph")
+WITH_A_NOTE.add_note("and no checkpoint")  # what went wrong on the way out, say
 
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (WITH_A_NOTE, "no graph\nand no checkpoint"),
+        (MemoryError("out of memory: 3 images at once"), "out of memory: 3 images at once"),
+        (torch.cuda.OutOfMemoryError("out of memory: 3 images at once"), "out of memory: 3 images at once"),
+    ],
+    ids=["notes", "host memory", "device memory"],
+)
+def test_an_error_is_told_without_a_traceback(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail() -> None:
-        error = CaptureError("no graph")
-        error.add_note("and no checkpoint")
         raise error
 
     monkeypatch.setattr(cli, "app", fail)
@@ -511,22 +522,7 @@ def test_notes_of_an_error_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == 2
-    assert capsys.readouterr().err == "pixelflow: no graph\nand no checkpoint\n"
-
-
-@pytest.mark.parametrize("kind", [MemoryError, torch.cuda.OutOfMemoryError])
-def test_too_little_memory_is_one_line(
-    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail() -> None:
-        raise kind("out of memory: 3 images at once")
-
-    monkeypatch.setattr(cli, "app", fail)
-    monkeypatch.setattr(cli.metadata, "entry_points", lambda **_: ())
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    assert left.value.code == 2
-    assert capsys.readouterr().err == "pixelflow: out of memory: 3 images at once\n"
+    assert capsys.readouterr().err == f"pixelflow: {said}\n"
 
 
 def test_public_names_are_imported_when_they_are_asked_for() -> None:
