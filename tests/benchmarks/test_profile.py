@@ -279,7 +279,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert "output: got" in said("--stage", "1", "--output", str(tmp_path))
     assert "where something is already" in said("--stage", "1", "--output", str(tmp_path / "old.txt"))
     assert "stage: got 3, expected one of 0, 1" in said("--output", str(tmp_path / "x"))
-    assert "variant: got 'public', expected one of reference" in said("--stage", "1", "variant=public")
+    assert "variant: got 'public', expected one of 'reference'" in said("--stage", "1", "variant=public")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old.txt"]
 
 

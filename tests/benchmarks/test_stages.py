@@ -74,7 +74,7 @@ def test_an_unknown_opponent_is_refused() -> None:
     command = ["stages", "--device", "cpu", "--shape", "tiny", "--variant", "cuda/eager"]
     result = CliRunner().invoke(bench, command)
     assert isinstance(result.exception, ValueError)
-    assert "variant: got 'cuda/eager', expected one of reference" in str(result.exception)
+    assert "variant: got 'cuda/eager', expected one of 'reference'" in str(result.exception)
 
 
 @pytest.mark.parametrize("solver", ["euler", "dopri5"])

@@ -106,7 +106,5 @@ def known(**asked: tuple[Sequence[Any], Sequence[Any]]) -> None:
     for option, (given, names) in asked.items():
         for value in given:
             if value not in names:
-                words = [str(name) for name in dict.fromkeys(names)]
-                if any("," in word for word in words):
-                    words = [repr(word) for word in words]
-                raise ValueError(f"{option}: got {value!r}, expected one of {', '.join(words)}")
+                expected = ", ".join(repr(name) for name in dict.fromkeys(names))
+                raise ValueError(f"{option}: got {value!r}, expected one of {expected}")
