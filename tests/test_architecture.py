@@ -405,11 +405,16 @@ def test_names_of_tests_can_fail(tmp_path: Path) -> None:
 MACHINE_PATH = re.compile(r"(?<![\w.~/-])/([w]ork|[r]oot|[h]ome/\w+|[U]sers/\w+)/")
 REGISTRY_HOST = re.compile(r"[p]ypi\.org|[p]ythonhosted\.org|[d]ownload\.pytorch\.org", re.IGNORECASE)
 TEMPORARY = re.compile(r"(?<![\w.~/-])/[t]mp/")
+CONFLICT = re.compile(r"^\s*([<]{7}|[>]{7}) ")
 CODE = {".py", ".toml", ".cmake", ".sh", ".txt", ".yaml", ".yml", ""}
 
 
 def word_complaints(path: str, text: str) -> Iterable[str]:
-    patterns = {"a path of some machine": MACHINE_PATH, "a registry's host": REGISTRY_HOST}
+    patterns = {
+        "a path of some machine": MACHINE_PATH,
+        "a registry's host": REGISTRY_HOST,
+        "the mark of a conflict left by a merge": CONFLICT,
+    }
     if Path(path).suffix in CODE and not path.startswith("tests/"):
         patterns["a fixed temporary folder"] = TEMPORARY
     for number, line in enumerate(text.splitlines(), start=1):
@@ -436,4 +441,5 @@ def test_words_can_fail() -> None:
     assert list(word_complaints("docs/a.md", f"see {user}"))
     assert list(word_complaints("Makefile", f"pip install -i {host} x"))
     assert list(word_complaints("engine/a.py", f'open("{temporary}")'))
+    assert list(word_complaints("engine/a.py", "    " + "<" * 7 + " HEAD"))
     assert not list(word_complaints("docs/a.md", f"write it to {temporary}, then see docs/" + "work/plan.md"))

@@ -28,27 +28,16 @@ FUSED = ("FFMA", "UFFMA", "DFMA")  # HFMA2 is excluded, because ptxas also uses 
 class Promises:
     """Requirements on a specimen's machine code; None means no requirement.
 
-        Attributes:
-    <<<<<<< HEAD
-            spills: maximum number of loads and stores of local memory.
-            wide_loads: minimum number of 16-byte loads from global memory (a 32-byte load counts twice).
-            narrow: maximum number of loads and stores of global memory of 2 bytes or fewer, a sign of lost alignment.
-            matrix: whether there must be matrix instructions.
-            ffma: maximum number of fused multiply-adds; 0 for level A.
-            per_score: maximum number of main-loop instructions per attention score.
-            registers: maximum number of registers per thread.
-            shared: maximum number of bytes of shared memory.
-    =======
-            spills: at most this many loads and stores of local memory.
-            wide_loads: at least this many 16-byte loads from global memory (a 32-byte one counts twice).
-            narrow: at most this many loads and stores of global memory of 2 bytes or fewer; lost alignment shows here.
-            matrix: there are matrix instructions.
-            ffma: at most this many fused multiply-adds; 0 for level A.
-            flushes: at most this many operations that take denormals for 0; 0 for level A.
-            per_score: at most this many instructions of the main loop per attention score.
-            registers: at most this many per thread.
-            shared: at most this many bytes of shared memory.
-    >>>>>>> audit-kernels
+    Attributes:
+        spills: maximum number of loads and stores of local memory.
+        wide_loads: minimum number of 16-byte loads from global memory (a 32-byte load counts twice).
+        narrow: maximum number of loads and stores of global memory of 2 bytes or fewer, a sign of lost alignment.
+        matrix: whether there must be matrix instructions.
+        ffma: maximum number of fused multiply-adds; 0 for level A.
+        flushes: maximum number of operations that treat denormals as zero; 0 for level A.
+        per_score: maximum number of main-loop instructions per attention score.
+        registers: maximum number of registers per thread.
+        shared: maximum number of bytes of shared memory.
     """
 
     spills: int | None = 0
