@@ -1,13 +1,11 @@
-"""``bench training`` on a CPU at a tiny shape: operations, what is checked, parts of a step, what a record says."""
+"""``bench training`` on a CPU at a tiny shape: operations, parts of a step, what a record says."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,64 +19,19 @@ from typer.testing import CliRunner
 
 from pixelflow_benchmarks.cli import bench
 from pixelflow_benchmarks.harness import timing
-from pixelflow_benchmarks.harness.ceilings import Ceilings
 from pixelflow_benchmarks.harness.timing import Timing
-from pixelflow_benchmarks.opponents.public_process import PublicProcess
-from pixelflow_benchmarks.opponents.public_training import TrainingServer
 from pixelflow_benchmarks.opponents.random_models import SHAPES, random_reference, random_weights
-from pixelflow_benchmarks.suites.training import runs as training_runs
-from pixelflow_benchmarks.suites.training.checks import (
-    Expected,
-    batch_faults,
-    gradient_faults,
-    images_of,
-    move_faults,
-    reference_gradients,
-)
+from pixelflow_benchmarks.suites.training.checks import images_of
 from pixelflow_benchmarks.suites.training.measure import breakdown, check_and_time, figures, measure_training
-from pixelflow_benchmarks.suites.training.opponents import PLAIN, PUBLIC, TrainingOpponents
-from pixelflow_benchmarks.suites.training.phases import OTHER, PHASES, UNTIMED, PhaseClock
-from pixelflow_benchmarks.suites.training.problem import (
-    IMAGES,
-    REFERENCE,
-    SEED,
-    Gradients,
-    TrainingProblem,
-    TrainingRun,
-)
-from pixelflow_benchmarks.suites.training.public import PublicRun
-from pixelflow_benchmarks.suites.training.runs import EngineRun, ReferenceRun
+from pixelflow_benchmarks.suites.training.opponents import PLAIN, PUBLIC
+from pixelflow_benchmarks.suites.training.phases import OTHER, PHASES, PhaseClock
+from pixelflow_benchmarks.suites.training.problem import REFERENCE, TrainingProblem, TrainingRun
 from pixelflow_benchmarks.suites.training.table import training_table
-from pixelflow_engine.checkpoint import load_checkpoint
-from pixelflow_training import loop
 from pixelflow_training.collate import Batch
-from pixelflow_training.data import ImageSet
-from pixelflow_training.draws import sample_ids
 from support.results import run_of
+from support.training_bench import CEILINGS, CPU, TINY, opponents, run
 
-CPU = torch.device("cpu")
-CEILINGS = Ceilings(bytes_per_second=1e9, flops_per_second=1e12, dtype=torch.float32)
-TINY = TrainingProblem(config=SHAPES["tiny"], batch=4, dtype=torch.float32, device=CPU)
-WEIGHTS = random_weights(TINY.config, CPU)
 aten = torch.ops.aten
-
-
-def opponents(weights: Mapping[str, Tensor] = WEIGHTS, public: Path | None = None) -> TrainingOpponents:
-    return TrainingOpponents(TINY.config, weights, TINY.dtype, CPU, public)
-
-
-def run(name: str, who: TrainingOpponents | None = None) -> Any:
-    found = (who or opponents()).run(name, TINY)
-    assert found is not None
-    return found
-
-
-@pytest.fixture(scope="module")
-def gradients() -> tuple[Batch, Gradients, Expected]:
-    """The fixed batch; the reference's gradients there in float32, and what is expected."""
-    batch = TINY.fixed_batch()
-    plain, truth = (reference_gradients(TINY, WEIGHTS, batch, t) for t in (torch.float32, torch.float64))
-    return batch, plain, Expected.of(plain, truth, torch.float32)
 
 
 # --- what a step costs -------------------------------------------------------------------------------------
@@ -141,172 +94,6 @@ def test_figures_are_of_a_step() -> None:
 def test_a_batch_has_equally_many_images_of_each_stage(batch: int) -> None:
     with pytest.raises(ValueError, match=f"batch: got {batch}, expected a multiple of 2"):
         replace(TINY, batch=batch)
-
-
-# --- right first -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [PLAIN, REFERENCE])
-def test_right_gradients_and_batches_pass(name: str, gradients: tuple[Batch, Gradients, Expected]) -> None:
-    batch, _, expected = gradients
-    who = run(name)
-    assert gradient_faults(who.gradients(batch), expected) == []
-    for _ in range(5):
-        assert batch_faults(who.draw(), TINY, TINY.images()) == []
-
-
-def test_the_truth_is_a_derivative(gradients: tuple[Batch, Gradients, Expected]) -> None:
-    """By a difference of losses, along a direction that all parameters have a part in."""
-    batch, _, expected = gradients
-    truth = expected.truth
-    generator = torch.Generator().manual_seed(3)
-    way = {name: torch.randn(g.shape, generator=generator, dtype=torch.float64) for name, g in truth.by_name.items()}
-    losses = []
-    for step in (1e-5, -1e-5):
-        moved = {name: w.double() + step * way[name] for name, w in WEIGHTS.items()}
-        losses.append(reference_gradients(TINY, moved, batch, torch.float64).losses.mean().item())
-    slope = sum((truth.by_name[name] * way[name]).sum().item() for name in way)
-    assert (losses[0] - losses[1]) / 2e-5 == pytest.approx(slope, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda g: g.losses.mul_(1.00001), "loss"),
-        (lambda g: g.losses[2:3].fill_(math.nan), "loss"),
-        (lambda g: g.by_name["proj_out_2.bias"].mul_(1.0001), "gradient of proj_out_2.bias:"),
-        (lambda g: g.by_name["patch_embed.proj.weight"][3, 1].zero_(), "gradient of patch_embed.proj.weight:"),
-        (
-            lambda g: g.by_name["transformer_blocks.1.attn1.q_norm.weight"][5].fill_(math.nan),
-            "gradient of transformer_blocks.1.attn1.q_norm.weight:",
-        ),
-        (lambda g: [v.mul_(1.001) for v in g.by_name.values()], "gradient norm"),
-        (lambda g: g.by_name.pop("proj_out_1.bias"), "1 parameters have a gradient on one side alone"),
-    ],
-    ids=["loss", "one loss is no number", "scaled", "a row is gone", "no number", "all scaled", "missing"],
-)
-def test_wrong_losses_and_gradients_are_found(
-    change: Callable[[Gradients], object], said: str, gradients: tuple[Batch, Gradients, Expected]
-) -> None:
-    _, plain, expected = gradients
-    found = Gradients(plain.losses.clone(), {name: g.clone() for name, g in plain.by_name.items()})
-    assert gradient_faults(found, expected) == []
-    change(found)
-    faults = gradient_faults(found, expected)
-    assert any(said in fault for fault in faults), faults
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda b: replace(b, t_model=b.t_model + 0.01), "none of its stage's"),
-        (lambda b: replace(b, targets=b.targets.roll(1, 0)), "of no image that is left"),
-        (lambda b: replace(b, tokens=b.tokens * 1.0001), "of no image that is left"),
-        (lambda b: replace(b, labels=(b.labels + 1) % 10), "of no image that is left"),
-        (lambda b: replace(b, stage=b.stage.clamp(max=0)), "expected equally many"),
-    ],
-    ids=["time", "target", "scale", "label", "stage"],
-)
-def test_wrong_batches_are_found(change: Callable[[Batch], Batch], said: str) -> None:
-    batch = run(PLAIN).draw()
-    (fault,) = batch_faults(change(batch), TINY, TINY.images())
-    assert said in fault
-
-
-@pytest.mark.parametrize("name", [PLAIN, REFERENCE])
-def test_labels_are_dropped_as_the_settings_say(name: str) -> None:
-    who, null = run(name), TINY.config.model.num_classes
-    labels = torch.cat([batch.labels for batch in (who.draw() for _ in range(100)) if batch.labels is not None])
-    share = (labels == null).double().mean().item()
-    assert abs(share - 0.1) < 4 * (0.1 * 0.9 / 400) ** 0.5
-
-
-def test_an_image_may_not_come_twice_and_noise_is_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = TINY.images()
-    one = ImageSet(data.images[:1].expand(4, -1, -1, -1), data.labels[:1].expand(4))
-    who = run(PLAIN)
-    who.data = one
-    (fault,) = batch_faults(who.draw(), TINY, ImageSet(data.images[:3], data.labels[:3]))
-    assert "of no image that is left" in fault
-    monkeypatch.setattr(torch, "randn", lambda *shape, **more: torch.zeros(*shape))
-    (fault,) = batch_faults(run(REFERENCE).draw(), TINY, data)
-    assert "noise of mean" in fault
-
-
-def test_a_step_moves_weights_as_adam_can() -> None:
-    weight, average = torch.ones(4), torch.ones(4)
-    after = weight - 1e-4 * torch.tensor([1.0, -1, 0.5, 1]), average - 1e-8 * 8
-    assert move_faults((weight, average), after, 1e-4) == []
-    for wrong, said in (
-        ((weight, after[1]), "weights moved by up to 0.000e+00"),
-        ((weight - 1e-3, after[1]), "weights moved"),
-        ((after[0] * math.nan, after[1]), "weights moved"),
-        ((after[0], average), "averaged weights did not follow"),
-        ((after[0], after[1] * math.nan), "averaged weights did not follow"),
-    ):
-        (fault,) = move_faults((weight, average), wrong, 1e-4)
-        assert said in fault
-
-
-def test_variants_train_the_same_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each by a model of its own, one of them in bf16; moments, averages and counts are everybody's."""
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    who = TrainingOpponents(TINY.config, WEIGHTS, torch.bfloat16, CPU, None)
-    problem = replace(TINY, dtype=torch.bfloat16)
-    one, other = (who.run(name, problem) for name in (PLAIN, "engine, compiled"))
-    assert isinstance(one, EngineRun)
-    assert isinstance(other, EngineRun)
-    assert one.model is not other.model
-    for each in (one, other):
-        each.step(UNTIMED)
-    assert one.train_step.state.ema.step == other.train_step.state.ema.step == 2
-    assert one.parameters.keys() == other.parameters.keys() == who.parameters.keys()
-    assert all(one.parameters[name] is other.parameters[name] is p for name, p in who.parameters.items())
-    who.reset()
-    one.gradients(problem.fixed_batch())
-    for name, p in one.model.named_parameters():
-        assert torch.equal(p, WEIGHTS[name].bfloat16()), "the copy computes with weights of before"
-    larger = who.run(PLAIN, replace(problem, batch=6))
-    assert isinstance(larger, EngineRun)
-    assert larger.model is one.model, "what was compiled and copied serves all sizes"
-    assert (larger.train_step.config.batch_size, one.train_step.config.batch_size) == (6, 4)
-
-
-def test_graphs_are_absent_where_there_are_none() -> None:
-    who = opponents()
-    assert who.run("engine, triton, graphs", TINY) is None
-    assert "backend: 'triton' cannot run" in who.absent["engine, triton, graphs"]
-
-
-def test_the_engines_step_is_that_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four steps here and four of ``pixelflow train`` on the same images end with the same averages, bit for bit."""
-    recipe = replace(TINY.recipe, steps=4, eval_every=4)
-    monkeypatch.setattr(loop, "open_data", lambda *settings: (TINY.images(), TINY.images()))
-    folder = loop.train(recipe, tmp_path / "run", quiet=True)
-    who = run(PLAIN, opponents({name: w.clone() for name, w in loop.build_model(recipe).state_dict().items()}))
-    for _ in range(4):
-        who.step(UNTIMED)
-    expected = load_checkpoint(folder).state_dict
-    for name, average in who.averages().items():
-        assert torch.equal(average, expected[name]), name
-
-
-def test_both_loops_take_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On one batch: the same loss, norm and weights, but for rounding. Adam divides by it where a gradient is small."""
-    batch, ends = TINY.fixed_batch(), []
-    monkeypatch.setattr(EngineRun, "draw", lambda self: batch)
-    monkeypatch.setattr(ReferenceRun, "_batch", lambda self: training_runs.listed(batch, TINY.config))
-    for name in (PLAIN, REFERENCE):
-        who = run(name)
-        who.step(UNTIMED)
-        ends.append((who.last(), who.probe()[0]))
-        # Adam does not care how long a gradient is; its first moment tells what the clip left of it.
-        moment = sum(state["exp_avg"].double().square().sum().item() for state in who.optimizer.state.values()) ** 0.5
-        assert moment == pytest.approx(0.1 * who.recipe.optimizer.max_grad_norm, rel=1e-5)
-    assert ends[0][0].loss == pytest.approx(ends[1][0].loss, rel=1e-5)
-    assert ends[0][0].norm == pytest.approx(ends[1][0].norm, rel=1e-5)
-    assert ends[0][0].norm > 1, "the clip has something to do"
-    assert (ends[0][1] - ends[1][1]).abs().max() < 1e-6
 
 
 # --- parts of a step ---------------------------------------------------------------------------------------
@@ -518,150 +305,3 @@ def test_the_table_has_a_row_for_each() -> None:
     assert table.rows[1][2].startswith(f"{1000 * records[1]['seconds']['median']:.1f} (")
     assert table.rows[0][6] == "1.00 (1.00 to 1.00)"
     assert 80 < sum(float(share) for share in table.without_empty().rows[0][-1].split(" / ")) < 104
-
-
-# --- the published code's process --------------------------------------------------------------------------
-
-CHECKOUT = {
-    "diffusers/models/embeddings.py": """
-from pixelflow_benchmarks.suites.training.public_shape import rotary_table
-
-def get_2d_rotary_pos_embed(embed_dim, crops_coords, grid_size):
-    return rotary_table(grid_size[0], embed_dim)
-""",
-    "pixelflow/model.py": """
-import torch
-from pixelflow_benchmarks.suites.training.public_shape import ListedBatch, packed_velocities
-from pixelflow_engine.reference import PixelFlowTransformer
-
-flash_attn_varlen_func = print
-
-class PixelFlowModel(PixelFlowTransformer):
-    def __init__(self, attention_bias, **fields):
-        super().__init__(**fields)
-        self.class_embedder.dropout_prob = 0.1
-
-    def forward(
-        self, hidden_states, class_labels, timestep, latent_size, pos_embed, cu_seqlens_q, seqlen_list_q
-    ):
-        labels = class_labels.clone()
-        if self.class_embedder.dropout_prob > 0:
-            labels[0] = self.num_classes
-        return packed_velocities(self, ListedBatch(
-            tokens=hidden_states, targets=hidden_states, rotary=pos_embed, cu_seqlens=cu_seqlens_q, t_model=timestep,
-            sizes=latent_size, labels=labels.tolist(), lengths=seqlen_list_q, stages=[],
-        ))
-""",
-    "pixelflow/scheduling_pixelflow.py": """
-class PixelFlowScheduler:
-    def __init__(self, steps, num_stages):
-        self.generator = __import__("torch").Generator().manual_seed(5)
-""",
-    "pixelflow/data_in1k.py": """
-import torch
-from diffusers.models.embeddings import get_2d_rotary_pos_embed
-from pixelflow_benchmarks.opponents.random_models import SHAPES
-from pixelflow_training.collate import make_batch
-from pixelflow_training.config import TrainConfig
-from pixelflow_training.plan import plan_step
-
-def collate_fn(examples, config, noise_scheduler_copy):
-    assert (config.model.params.patch_size, config.scheduler.num_stages) == (2, 2)
-    images, labels = torch.stack([x for x, _ in examples]), torch.tensor([label for _, label in examples])
-    network, seed = SHAPES["tiny"], int(torch.randint(2**31, (), generator=noise_scheduler_copy.generator))
-    recipe = TrainConfig(model=network.model, scheduler=network.scheduler, resolution=network.resolution,
-                         batch_size=len(images), label_drop=0.0, seed=seed)
-    plan = plan_step(recipe, 0, len(images))
-    batch = make_batch(images[plan.position], labels[plan.position], plan, network)
-    sides = batch.latent_size.tolist()
-    places = [get_2d_rotary_pos_embed(config.model.params.attention_head_dim, None, (n, n)) for n in sides]
-    return {
-        "pixel_values": batch.tokens, "target_values": batch.targets, "input_ids": batch.labels.tolist(),
-        "pos_embed": torch.cat([torch.stack(table, -1) for table in places]), "timesteps": batch.t_model,
-        "cumsum_q_len": batch.layout.cu_seqlens, "batch_latent_size": batch.latent_size,
-        "seqlen_list_q": [n * n for n in sides], "cumsum_kv_len": None,
-    }
-""",
-    "train.py": """
-import torch
-
-@torch.no_grad()
-def update_ema(ema_model, model, decay=0.9999):
-    for average, weight in zip(ema_model.parameters(), model.parameters()):
-        average.mul_(decay).add_(weight, alpha=1 - decay)
-""",
-}
-"""What of a checkout is asked for, in few lines."""
-
-
-@contextmanager
-def checkout(folder: Path) -> Iterator[Path]:
-    """Such a checkout, whose modules are gone afterwards."""
-    for name, text in CHECKOUT.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    before, path = set(sys.modules), list(sys.path)
-    yield folder
-    sys.path[:] = path
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("pixelflow", "diffusers", "train"):
-            del sys.modules[name]
-
-
-class InThisProcess(PublicProcess):
-    """Answers as the other process does, without one."""
-
-    def __init__(self, server: TrainingServer, folder: Path) -> None:
-        self.server, self.folder = server, SimpleNamespace(name=str(folder))  # type: ignore[assignment]
-        self.asked: list[str] = []
-
-    @property
-    def ended(self) -> bool:
-        return False
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        request = json.loads(json.dumps(request))
-        self.asked.append(request["do"])
-        found: dict[str, Any] = json.loads(json.dumps(getattr(self.server, request.pop("do"))(**request)))
-        return found
-
-
-def test_the_published_step_is_checked_and_timed(tmp_path: Path, gradients: tuple[Batch, Gradients, Expected]) -> None:
-    batch, _, expected = gradients
-    with checkout(tmp_path), torch.random.fork_rng():
-        process = InThisProcess(TrainingServer(tmp_path, "tiny", "float32", "cpu"), tmp_path)
-        who = PublicRun(process, TINY)
-        assert gradient_faults(who.gradients(batch), expected) == [], "no label may be dropped here"
-        assert process.server.model.class_embedder.dropout_prob == 0.1
-        for step in range(2):  # the images that the other loops see
-            drawn, ids = who.draw(), sample_ids(SEED, TINY.positions(step), IMAGES)
-            assert batch_faults(drawn, TINY, TINY.images()) == []
-            assert drawn.labels is not None
-            assert sorted(drawn.labels.tolist()) == sorted(TINY.images().labels[ids].tolist())
-        before = who.probe()
-        who.step(UNTIMED)
-        assert move_faults(before, who.probe(), 1e-4) == []
-        assert who.last().norm > 0
-        assert math.isfinite(who.last().loss)
-        shares = breakdown(who, CPU, steps=2)
-        assert sum(shares.values()) == pytest.approx(1)
-        assert all(shares[part] > 0 for part in PHASES)
-        assert who.peak_bytes() is None
-        again = PublicRun(process, TINY)
-        assert torch.equal(again.probe()[0], WEIGHTS["proj_out_2.weight"]), "a problem begins with the first weights"
-        again.close()
-        assert process.asked[-1] == "release"
-
-
-def test_without_attention_for_packs_it_cannot_train(tmp_path: Path) -> None:
-    with checkout(tmp_path):
-        (tmp_path / "pixelflow/model.py").write_text("flash_attn_varlen_func = None\n")
-        with pytest.raises(RuntimeError, match="needs FlashAttention's call for packs, which is not there: on cpu"):
-            TrainingServer(tmp_path, "tiny", "float32", "cpu")
-
-
-def test_a_checkout_that_does_not_start_is_absent(tmp_path: Path) -> None:
-    who = opponents(public=tmp_path)
-    assert who.run(PUBLIC, TINY) is None
-    assert "expected a folder with pixelflow/model.py" in who.absent[PUBLIC]
-    who.close()
