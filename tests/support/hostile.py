@@ -68,7 +68,15 @@ def spoiled(value: float) -> Callable[[Weights], Any]:
 BAD_WEIGHTS = [
     (without_head, f"missing {HEAD}"),
     (lambda w: w | {"more": torch.zeros(1)}, "not part of the model: more"),
-    (lambda w: {f"module.{name}": tensor for name, tensor in w.items()}, "missing .* and .* more; not part"),
+    (
+        lambda w: {f"module.{name}": tensor for name, tensor in w.items()},
+        "missing .* and .* more; not part .*; all names begin with 'module.', as DistributedDataParallel makes them",
+    ),
+    (
+        lambda w: {f"_orig_mod.{name}": tensor for name, tensor in w.items()},
+        "; all names begin with '_orig_mod.', as torch.compile makes them: save the state dict of the model",
+    ),
+    (lambda w: {f"module.{n}" if n == HEAD else n: t for n, t in w.items()}, f"not part of the model: module.{HEAD}$"),
     (with_head(lambda t: t[:-1].clone()), r"got shape \[11, 4\], expected \[12, 4\]"),
     (with_head(lambda t: t.reshape(4, 12)), r"got shape \[4, 12\], expected \[12, 4\]"),
     (with_head(lambda t: t[None]), r"got shape \[1, 12, 4\]"),

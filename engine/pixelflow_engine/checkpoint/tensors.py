@@ -19,6 +19,9 @@ from .problems import listed
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}
+"""What wraps a model, by the prefix that it gives to all names in a state dict."""
+
 
 def check_layout(layout: Mapping[str, tuple[str, tuple[int, ...]]], model: ModelConfig, path: Path) -> None:
     """Check names, shapes and dtypes against the model's, without reading any tensor.
@@ -37,6 +40,11 @@ def check_layout(layout: Mapping[str, tuple[str, tuple[int, ...]]], model: Model
     if missing or extra:
         problems = [f"missing {listed(missing)}"] if missing else []
         problems += [f"not part of the model: {listed(extra)}"] if extra else []
+        problems += [
+            f"all names begin with {prefix!r}, as {wrapper} makes them: save the state dict of the model that it wraps"
+            for prefix, wrapper in WRAPPERS.items()
+            if layout and all(name.startswith(prefix) for name in layout)
+        ]
         raise CheckpointError(f"{path}: {len(layout)} tensors, expected {len(expected)}; {'; '.join(problems)}")
     for name, (dtype, shape) in layout.items():
         if shape != expected[name]:
