@@ -336,6 +336,25 @@ def test_a_run_without_checkpoints_is_not_overwritten(tmp_path: Path, config: Tr
     assert (run / "log.jsonl").read_text() == '{"step": 1}\n'
 
 
+@pytest.mark.parametrize("name", ["photo.jpg", "model", "config.json"])
+def test_a_folder_of_something_else_is_no_run_directory(tmp_path: Path, config: TrainConfig, name: str) -> None:
+    run = tmp_path / "pictures"
+    (run / name).mkdir(parents=True)
+    (run / ".hidden").touch()
+    with pytest.raises(FileExistsError, match=rf"^output: {run} holds {name}, expected a run directory or an empty or"):
+        loop.train(config, run, quiet=True)
+    assert sorted(path.name for path in run.iterdir()) == [".hidden", name]
+
+
+@pytest.mark.parametrize("left", [".recipe.yaml.partial", "checkpoints/", "recipe.yaml", None])
+def test_a_run_that_was_cut_off_at_once_begins_again(tmp_path: Path, left: str | None) -> None:
+    run, short = tmp_path / "run", tiny_recipe(tmp_path, "steps=1")
+    run.mkdir()
+    if left is not None:
+        (run / left).mkdir() if left.endswith("/") else (run / left).touch()
+    assert loop.train(short, run, quiet=True).is_dir()
+
+
 def test_two_processes_cannot_train_in_one_directory(tmp_path: Path, config: TrainConfig) -> None:
     run = tmp_path / "run"
     with RunDirectory(run), pytest.raises(FileExistsError, match="another process trains"):
@@ -367,11 +386,12 @@ def test_leftovers_of_an_export_are_removed(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for name in (".model.0a.partial", ".model.0b.old"):
         (run / name).mkdir(parents=True)
+    (run / "recipe.yaml").touch()
     with RunDirectory(run):
-        assert sorted(path.name for path in run.iterdir()) == [".model.0a.partial", ".model.0b.old"]
+        assert sorted(path.name for path in run.iterdir()) == [".model.0a.partial", ".model.0b.old", "recipe.yaml"]
         (run / "model").mkdir()
     with RunDirectory(run):
-        assert [path.name for path in run.iterdir()] == ["model"]
+        assert sorted(path.name for path in run.iterdir()) == ["model", "recipe.yaml"]
 
 
 # --- the log -----------------------------------------------------------------------------------------------

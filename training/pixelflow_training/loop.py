@@ -77,8 +77,9 @@ def train(
 
     Args:
         config: the recipe.
-        output: run directory; see :class:`RunDirectory` for its contents. If it holds checkpoints, the run resumes from
-            the last one. **They must be your own**: loading one runs whatever code its author put there.
+        output: run directory, or an empty or new folder for one; see :class:`RunDirectory` for its contents. If it
+            holds checkpoints, the run resumes from the last one. **They must be your own**: loading one runs whatever
+            code its author put there.
         quiet: whether to omit the progress bar.
         fresh: whether to refuse a directory that holds anything.
         from_step: resume from the checkpoint of this step instead of the last one; later checkpoints are deleted.
@@ -88,8 +89,8 @@ def train(
         the folder of the averaged model, ``output/model``.
 
     Raises:
-        FileExistsError: ``output`` is not empty although ``fresh`` was given, holds a run that cannot be resumed, or is
-            in use by another process.
+        FileExistsError: ``output`` is not empty although ``fresh`` was given, holds something that is no run or a run
+            that cannot be resumed, or is in use by another process.
         CheckpointError: the checkpoint is damaged or missing; nothing is lost, and ``from_step`` can select another
             one. Or ``init_from`` names no intact checkpoint.
         ConfigError: the checkpoint is of another recipe, of other images or of a later step than ``steps``; or the

@@ -15,11 +15,15 @@ from typing import Any, Protocol
 
 import yaml
 
+from pixelflow_engine.checkpoint.problems import listed
+
 from .config import TrainConfig
 from .files import make_folder, replace_text
 
 STEP = re.compile(r"step-(\d{8,})")
 """Name of a checkpoint's folder, and of a sample sheet without its ending."""
+SIGNS = ("recipe.yaml", "checkpoints", "log.jsonl")
+"""The first things in a run directory; what is written before them has a hidden name."""
 
 
 class RunDirectory:
@@ -40,7 +44,8 @@ class RunDirectory:
         fresh: whether to refuse a folder that already holds anything.
 
     Raises:
-        FileExistsError: on entering: the folder is not empty and ``fresh`` was given, or another process trains there.
+        FileExistsError: on entering: the folder holds anything and ``fresh`` was given, or holds something and no run;
+            or another process trains there.
         OSError: on entering: the folder cannot be created or locked.
     """
 
@@ -56,6 +61,7 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         if self.fresh and self.path.exists() and any(self.path.iterdir()):
             raise FileExistsError(f"output: {self.path} is not empty; a fresh run needs another directory")
+        self._check_own()
         make_folder(self.path)
         # The lock is on the folder itself: it leaves no file behind, and is released however the process ends.
         self._lock = os.open(self.path, os.O_RDONLY)
@@ -76,6 +82,15 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._lock)
+
+    def _check_own(self) -> None:
+        """Refuse a folder of something else: a run would mix its files with those, or replace them."""
+        found = sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
+        others = [name for name in found if not name.startswith(".")]
+        if others and not any(sign in others for sign in SIGNS):
+            raise FileExistsError(
+                f"output: {self.path} holds {listed(others)}, expected a run directory or an empty or new folder"
+            )
 
     def check_unused(self) -> None:
         """Refuse to start a run on top of one that has no checkpoint.
