@@ -86,14 +86,15 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     config = tiny_config()
     old, new = random_weights(config, 1), random_weights(config, 2)
     save_checkpoint(tmp_path / "a", config, old)
+    save_checkpoint(tmp_path / "b", config, new)
     for write in (
         lambda: save_checkpoint(tmp_path / "a", config, new),
-        lambda: convert(tmp_path / "a", tmp_path / "a", to="public"),
+        lambda: convert(tmp_path / "b", tmp_path / "a", to="public"),
     ):
         with pytest.raises(CheckpointError, match=r"a: exists already; pass overwrite"):
             write()
         assert_same(load_checkpoint(tmp_path / "a"), config, old)
-        assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_overwrite(tmp_path: Path) -> None:
@@ -101,11 +102,49 @@ def test_overwrite(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a", config, random_weights(config))
     save_checkpoint(tmp_path / "a", other, random_weights(other), overwrite=True)
     assert_same(load_checkpoint(tmp_path / "a"), other, random_weights(other))
-    # In place, from one form into the other: nothing of the first stays.
-    assert_same(convert(tmp_path / "a", tmp_path / "a", to="public", overwrite=True), other, random_weights(other))
+    # From one form into the other: nothing of the first stays.
+    save_checkpoint(tmp_path / "b", config, random_weights(config))
+    assert_same(convert(tmp_path / "b", tmp_path / "a", to="public", overwrite=True), config, random_weights(config))
     assert sorted(entry.name for entry in (tmp_path / "a").iterdir()) == ["config.yaml", "model.pt"]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "b"]
     save_checkpoint(tmp_path / "new", config, random_weights(config), overwrite=True)  # nothing there: no matter
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("source", "destination"),
+    [
+        ("a", "a"),
+        ("a", "a/../a/"),
+        ("a/model.pt", "a"),
+        ("a", "link"),
+        ("link", "a"),
+        ("link/model.pt", "a"),
+        ("run", "run"),
+        ("run", "run/model"),
+        ("run/model", "run"),
+        ("a", "."),
+    ],
+)
+def test_what_is_converted_is_not_replaced(tmp_path: Path, source: str, destination: str, overwrite: bool) -> None:
+    """The trained weights beside the averaged ones would be lost."""
+    config = tiny_config()
+    (tmp_path / "a").mkdir()
+    write_training_checkpoint(tmp_path / "a" / "model.pt", config, random_weights(config, 1), random_weights(config, 2))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").touch()
+    save_checkpoint(tmp_path / "run" / "model", config, random_weights(config))
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError) as info:
+        convert(tmp_path / source, tmp_path / destination, overwrite=overwrite)
+    assert str(info.value) == (
+        f"{tmp_path / destination}: would replace {tmp_path / source}, which is converted; expected another folder"
+    )
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    convert(tmp_path / source, tmp_path / "other", overwrite=overwrite)
+    if (tmp_path / source).is_dir():
+        convert(tmp_path / source, tmp_path / source / "inside", overwrite=overwrite)
 
 
 def test_overwrite_deletes_nothing_but_checkpoints(tmp_path: Path) -> None:

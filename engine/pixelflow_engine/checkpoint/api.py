@@ -157,7 +157,7 @@ def convert(
 
     Args:
         source, weights: as in :func:`load_checkpoint`.
-        destination, overwrite: as in :func:`save_checkpoint`.
+        destination, overwrite: as in :func:`save_checkpoint`; never the folder that is read, nor one that holds it.
         to: "safetensors" for ``config.json`` and ``model.safetensors``, "public" for ``config.yaml`` and ``model.pt``.
 
     Returns:
@@ -167,10 +167,19 @@ def convert(
         CheckpointError: as in those two functions.
     """
     _check_option("to", to, Form)
+    _check_apart(_located(source), Path(destination))
     checkpoint = load_checkpoint(source, weights)
     _save(destination, checkpoint.config, checkpoint.state_dict, to, overwrite)
     del checkpoint  # one copy of the weights at a time
     return load_checkpoint(destination)
+
+
+def _check_apart(source: Path, destination: Path) -> None:
+    """Refuse to replace what is converted: a training checkpoint would lose all weights but those that are chosen."""
+    with about(destination, OSError, RuntimeError, ValueError):
+        read = source / RUN_MODEL if (source / RUN_FILE).is_file() and (source / RUN_MODEL).is_dir() else source
+        if read.resolve().is_relative_to(destination.resolve()):
+            raise CheckpointError(f"{destination}: would replace {source}, which is converted; expected another folder")
 
 
 def _save(
