@@ -311,12 +311,20 @@ def test_an_interrupted_run_keeps_what_it_has(folder: Path, tmp_path: Path, monk
     assert isinstance(run("--output", output).exception, FileExistsError)
 
 
-def test_interrupted_before_anything_is_measured_it_just_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_before_anything_is_measured_it_just_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def found() -> Iterator[dict[str, Any]]:
         raise KeyboardInterrupt
         yield {}
 
     pretend_a_gpu(monkeypatch, found)
-    result = run("--quiet")
+    result = run("--quiet", "--output", tmp_path / "records.jsonl")
     assert result.exit_code != 0
     assert isinstance(result.exception, SystemExit), "no error about --from, which was not given"
+    assert not (tmp_path / "records.jsonl").exists()
+
+
+def test_an_unknown_operation_leaves_no_file(tmp_path: Path) -> None:
+    result = run("--op", "rope3d", "--output", tmp_path / "records.jsonl")
+    assert isinstance(result.exception, ValueError)
+    assert str(result.exception).startswith("op: got 'rope3d', expected one of 'varlen_attention', 'rope2d', ")
+    assert not (tmp_path / "records.jsonl").exists()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,21 +39,20 @@ def command(
     """
     from pixelflow_benchmarks.suites.kernels.case import STAGE_SIDES
     from pixelflow_benchmarks.suites.tuning.choose import choose, merged, tuning_table
+    from pixelflow_benchmarks.suites.tuning.tunables import KERNELS, OPERATIONS
     from pixelflow_kernels import configs
 
-    known(stage=(stage or [], range(len(STAGE_SIDES))))
+    known(op=(op or [], (*OPERATIONS, *KERNELS)), stage=(stage or [], range(len(STAGE_SIDES))))
     if measured is None:
-        where, records = _gpu(device), []
+        found = _tune(op or (), _gpu(device), stage, batch, repeats, budget_seconds, jobs)
+        first, records = next(found), []  # before the file, which is not made for an interrupt or an error here
         with contextlib.nullcontext() if output is None else output.open("x", encoding="utf-8") as file:
-            found = _tune(op or (), where, stage, batch, repeats, budget_seconds, jobs)
             try:
-                for record in tqdm(found, unit="configuration", delay=2, disable=quiet):
+                for record in tqdm(chain([first], found), unit="configuration", delay=2, disable=quiet):
                     records.append(record)
                     if file is not None:
                         print(json.dumps(record), file=file, flush=True)
             except KeyboardInterrupt:
-                if not records:  # there is nothing to choose from
-                    raise
                 console.print("interrupted: chosen from what was measured so far", style="yellow")
     else:
         records = [json.loads(line) for line in measured.read_text("utf-8").splitlines()]

@@ -18,10 +18,13 @@ from pixelflow_benchmarks.suites.kernels.case import STAGE_SIDES, Problem
 from .spaces import SPACES, Config
 from .trial import Trial
 
-__all__ = ["KERNELS", "STAGE_SIDES", "Config", "Trial", "Tunable", "tunables"]
+__all__ = ["KERNELS", "OPERATIONS", "STAGE_SIDES", "Config", "Trial", "Tunable", "tunables"]
 
 KERNELS = tuple(SPACES)
 """Most important first, so that an interrupted run has tuned what matters most."""
+
+OPERATIONS = tuple(dict.fromkeys(kernel.split(".")[0] for kernel in KERNELS))
+"""The operations that these kernels are of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +58,9 @@ def tunables(
         ValueError: a kernel, operation or stage does not exist.
     """
     names, stages = tuple(names), sorted({*stages}, reverse=True)
-    operations = tuple(dict.fromkeys(kernel.split(".")[0] for kernel in KERNELS))
     for name in names:
-        if name not in (*operations, *KERNELS):
-            raise ValueError(f"op: got {name!r}, expected one of {', '.join((*operations, *KERNELS))}")
+        if name not in (*OPERATIONS, *KERNELS):
+            raise ValueError(f"op: got {name!r}, expected one of {', '.join((*OPERATIONS, *KERNELS))}")
     for stage in stages:
         if not 0 <= stage < len(STAGE_SIDES):
             raise ValueError(f"stage: got {stage}, expected 0 to {len(STAGE_SIDES) - 1}")
