@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, product
+from itertools import accumulate, islice, product
 
 import pytest
 import torch
@@ -69,6 +70,28 @@ def passes(case: Case, ours: Outputs, plain: Outputs, truth: Outputs | None) -> 
     """What ``faults`` says of these outputs."""
     known = replace(case, plain=lambda: plain, truth=None if truth is None else lambda: truth)
     return faults(replace(known, variants={"ours": lambda: ours}))["ours"]
+
+
+@pytest.mark.parametrize("made", [0, 1])
+def test_inputs_that_cannot_be_made_end_no_other_case(made: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error holds no tensor: what was allocated before it is free for the cases that follow."""
+    narrow(monkeypatch, (4, 8, 16))
+    honest, kept = rope2d.cases, []
+
+    def lacking(problem: Problem) -> Iterator[Case]:
+        yield from islice(honest(problem), made)
+        x = problem.normal(4)
+        kept.append(weakref.ref(x))
+        raise torch.OutOfMemoryError("out of paper")
+
+    monkeypatch.setattr(rope2d, "cases", lacking)
+    found = [*all_cases(["rope2d", "modulate"], [0, 1], 2, torch.float32, CPU)]
+    failed = [case for case in found if "." not in case.name]
+    assert [case.name for case in failed] == ["rope2d/stage1-b2", "rope2d/stage0-b2"]
+    assert len([case for case in found if case.name.startswith("rope2d.")]) == 2 * made
+    assert len([case for case in found if case.name.startswith("modulate.")]) == 12
+    assert faults(failed[0]) == {"ours": ["nothing to compare with: OutOfMemoryError: out of paper"]}
+    assert [x() for x in kept] == [None, None]
 
 
 @pytest.mark.parametrize(("op", "dtype"), [*product(OPS, DTYPES)], ids=str)

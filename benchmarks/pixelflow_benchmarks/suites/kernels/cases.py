@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from .case import STAGE_SIDES, Case, Problem
+from .case import STAGE_SIDES, Case, Outputs, Problem
 
 OPS = ("varlen_attention", "modulate", "rope2d", "ode_step", "cascade", "adamw")
 """Most important first, so that an interrupted run has measured what matters most."""
@@ -20,7 +20,8 @@ def all_cases(
 ) -> Iterator[Case]:
     """Yield the cases of the given operations and stages, the largest stage first.
 
-    The tensors of a case are allocated when it is yielded and need not be kept any longer than the case.
+    The tensors of a case are allocated when it is yielded and need not be kept any longer than the case. If that fails,
+    the operation has no further case at this stage but one, ``"op/shape"``, which raises the error when it is called.
 
     Raises:
         ValueError: an operation or a stage does not exist.
@@ -35,4 +36,25 @@ def all_cases(
     for stage in stages:
         for op in ops:
             module = importlib.import_module(f".{op}", __package__)
-            yield from module.cases(Problem(stage, batch, dtype, device))
+            problem = Problem(stage, batch, dtype, device)
+            made = module.cases(problem)
+            while True:
+                try:
+                    case = next(made)
+                except StopIteration:
+                    break
+                except Exception as error:  # a lack of memory, for instance; the other cases are still measured
+                    yield _unmade(f"{op}/{problem.label}", error)
+                    break
+                yield case
+
+
+def _unmade(name: str, error: Exception) -> Case:
+    """Return a case that raises the error, without the tensors that its traceback would keep."""
+    error.with_traceback(None).__context__ = None
+    error.add_note(f"while the inputs of {name} were made")
+
+    def fail() -> Outputs:
+        raise error
+
+    return Case(name=name, variants={"ours": fail}, plain=fail, bytes_moved=0)
