@@ -28,14 +28,15 @@ def choice(name: str, value: object, options: Sequence[str]) -> str:
 
 
 def finite_number(name: str, value: object) -> float:
-    """Validate a finite number of Python or numpy."""
+    """Validate a finite number of Python, numpy or torch, where an array or tensor without dimensions is one."""
     try:
-        finite = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
-    except OverflowError:  # an integer too large for a float
+        number = value.item() if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0 else value
+        finite = not isinstance(number, bool) and isinstance(number, numbers.Real) and math.isfinite(number)
+    except (OverflowError, RuntimeError):  # an integer too large for a float; a tensor without data
         finite = False
     if not finite:
         raise ValueError(f"{name}: got {value!r}, expected a finite number")
-    return float(value)  # type: ignore[arg-type]
+    return float(number)  # type: ignore[arg-type]
 
 
 def positive_number(name: str, value: object) -> float:

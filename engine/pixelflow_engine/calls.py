@@ -156,15 +156,16 @@ def plan_call(
             "expected None, or images of one size and guidance"
         )
     sources, seeds = _noise(call, asked.seeds, batch, device)
-    first, given = _given_image(call, config, lots, steps)
+    strength = arguments.finite_number("strength", call.strength)
+    first, given = _given_image(call, config, lots, strength)
     arguments.mask_values("", asked.condition.text)
     arguments.mask_values("null_", asked.condition.null_text)
     runs = []
     for lot in lots:
         noise = tuple(sources(places) for places in lot.places)
         stages = plan_stages(config, lot.groups, steps)[first:]
-        if given is not None and call.strength != 1.0:
-            kept = max(1, round(call.strength * stages[0].num_steps))
+        if given is not None and strength != 1.0:
+            kept = max(1, round(strength * stages[0].num_steps))
             stages = (replace(stages[0], first_step=stages[0].num_steps - kept), *stages[1:])
         plan = SamplingPlan(stages=stages, solver=call.solver, shift=shift, state=call.state, tolerance=tolerance)
         condition = lot.of(asked.condition).to(device, dtype)
@@ -326,14 +327,13 @@ def _noise(
 
 
 def _given_image(
-    call: Call, config: PixelFlowConfig, lots: Sequence[Lot], steps: Sequence[int]
+    call: Call, config: PixelFlowConfig, lots: Sequence[Lot], strength: float
 ) -> tuple[int, Tensor | None]:
     """The index of the first stage, and the image to start from (None to start from noise)."""
     first = arguments.integer(call.start_stage)
     if first is None or not 0 <= first < config.scheduler.num_stages:
         last = config.scheduler.num_stages - 1
         raise ValueError(f"start_stage: got {call.start_stage!r}, expected an integer from 0 to {last}")
-    strength = arguments.finite_number("strength", call.strength)
     if not 0 < strength <= 1:
         raise ValueError(f"strength: got {call.strength!r}, expected a number above 0, at most 1")
     if call.image is None:

@@ -95,9 +95,14 @@ BASE: dict[str, dict[str, Any]] = {
     "four channels": {"class_labels": [1, 2], "output_type": "pt"},
 }
 
+NOT_A_NUMBER: list[tuple[object, str]] = [
+    (torch.tensor(True), "tensor(True)"), (torch.tensor(NAN), "tensor(nan)"), (torch.tensor(1j), "tensor(0.+1.j)"),
+    (torch.ones(1), "tensor([1.])"), (torch.tensor(1.0, device="meta"), "meta"), (np.array(True), "array(True)"),
+    (np.array("1"), "array('1'"), (np.ones(1), "array([1.])"),
+]  # fmt: skip
 NOT_POSITIVE = [
     (0, "0"), (0.0, "0.0"), (-1.0, "-1.0"), (NAN, "nan"), (INF, "inf"), (True, "True"), ("1", "'1'"), (None, "None"),
-    (HUGE, "1000"),
+    (HUGE, "1000"), (np.True_, "True"), *NOT_A_NUMBER, (torch.tensor(0.0), "tensor(0.)"),
 ]  # fmt: skip
 
 SINGLE_BAD_VALUES: dict[str, list[tuple[object, str]]] = {
@@ -117,7 +122,7 @@ SINGLE_BAD_VALUES: dict[str, list[tuple[object, str]]] = {
     ],
     "guidance_scale": [
         (NAN, "nan"), (INF, "inf"), (-INF, "-inf"), (True, "True"), ("2", "'2'"), (None, "None"), ([2.0], "[2.0]"),
-        (HUGE, "1000"),
+        (HUGE, "1000"), *NOT_A_NUMBER,
     ],
     "guidance_schedule": [
         ("linear", "'linear'"), (None, "None"), (2.0, "2.0"),
@@ -236,6 +241,10 @@ def test_a_bad_combination_is_refused(
         ("classes", {"num_inference_steps": np.array([1, 2, 1])}, 2),
         ("classes", {"guidance_scale": np.float32(1.5)}, 2),
         ("classes", {"guidance_schedule": np.array([1.0, 1.5, 2.0])}, 2),
+        ("classes", {"guidance_schedule": [1.0, torch.tensor(1.5), np.array(2)]}, 2),
+        *(("classes", {name: torch.tensor(1.5)}, 2) for name in ("guidance_scale", "shift", "rtol", "atol")),
+        *(("classes", {name: np.array(2)}, 2) for name in ("guidance_scale", "shift", "rtol", "atol")),
+        ("classes", {"guidance_scale": torch.tensor(2.5, dtype=torch.bfloat16, requires_grad=True)}, 2),
         ("classes", {"class_labels": torch.tensor([0, 5], dtype=torch.uint8)}, 2),
         ("classes", {"num_inference_steps": (1, 2, 1)}, 2),
         ("classes", {"guidance_scale": -1, "guidance_schedule": "constant"}, 2),

@@ -206,10 +206,12 @@ def begun(image: Tensor, seeds: list[int], stage: int, tau: float) -> Tensor:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize(("strength", "kept"), [(1.0, 4), (0.5, 2), (0.63, 3), (0.61, 2), (0.01, 1)])
+@pytest.mark.parametrize(
+    ("strength", "kept"), [(1.0, 4), (0.5, 2), (0.63, 3), (0.61, 2), (0.01, 1), (torch.tensor(0.75), 3)]
+)
 @pytest.mark.parametrize("solver", ["euler", "ab2"])
 def test_an_image_is_taken_up_as_training_shows_it(
-    engine: PixelFlowEngine, stage: int, strength: float, kept: int, solver: str
+    engine: PixelFlowEngine, stage: int, strength: Any, kept: int, solver: str
 ) -> None:
     """With a velocity of zero the first stage ends as it began; its steps are a share of all of them."""
     with torch.no_grad():
