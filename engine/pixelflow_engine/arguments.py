@@ -175,11 +175,12 @@ def prompt(value: object, model: ModelConfig) -> Tensor:
 
 
 def same_device(name: str, values: Sequence[Tensor]) -> None:
-    """Refuse prompts on several devices: they are stacked, and none is moved before everything is checked."""
+    """Refuse requests' prompts on several devices: they are stacked, and none is moved before everything is checked."""
     for i, value in enumerate(values):
         if value.device != values[0].device:
             raise ValueError(
-                f"requests[{i}]: {name}: got a tensor on {value.device}, expected {values[0].device}, as of requests[0]"
+                f"class_labels[{i}]: {name}: got a tensor on {value.device}, expected {values[0].device}, "
+                "as of class_labels[0]"
             )
 
 

@@ -226,19 +226,25 @@ def _requested(call: Call, config: PixelFlowConfig) -> Asked:
     prompts: list[Tensor] = []
     seeds: list[int] = []
     own_prompts = any(r.encoder_hidden_states is not None for r in requests)
+    num_stages = config.scheduler.num_stages
+    common = arguments.guidance_weights(call.guidance_scale, call.guidance_schedule, num_stages)
+    height = arguments.image_size("height", call.height, config)
+    width = arguments.image_size("width", call.width, config)
     for i, r in enumerate(requests):
-        with arguments.inside(f"requests[{i}]"):
+        with arguments.inside(f"class_labels[{i}]"):
             if r.guidance_scale is not None and arguments.sequence(call.guidance_schedule) is not None:
                 raise ValueError(
                     f"guidance_scale: got {r.guidance_scale!r} beside a list in guidance_schedule, expected None: "
                     "the list has a weight for each stage"
                 )
-            scale = call.guidance_scale if r.guidance_scale is None else r.guidance_scale
-            weights.append(arguments.guidance_weights(scale, call.guidance_schedule, config.scheduler.num_stages))
+            own = r.guidance_scale
+            weights.append(
+                common if own is None else arguments.guidance_weights(own, call.guidance_schedule, num_stages)
+            )
             sizes.append(
                 (
-                    arguments.image_size("height", call.height if r.height is None else r.height, config),
-                    arguments.image_size("width", call.width if r.width is None else r.width, config),
+                    height if r.height is None else arguments.image_size("height", r.height, config),
+                    width if r.width is None else arguments.image_size("width", r.width, config),
                 )
             )
             seeds.append(arguments.fresh_seed() if r.seed is None else arguments.seed("seed", r.seed))
