@@ -15,7 +15,15 @@ from typer.testing import CliRunner
 
 from pixelflow_engine.errors import ConfigError
 from pixelflow_training.cli import train
-from pixelflow_training.config import DataConfig, GuardConfig, OptimizerConfig, TrainConfig, load_config, recipe_path
+from pixelflow_training.config import (
+    DataConfig,
+    GuardConfig,
+    OptimizerConfig,
+    SamplesConfig,
+    TrainConfig,
+    load_config,
+    recipe_path,
+)
 from support.recipes import TINY_RECIPE, tiny_recipe
 
 RECIPES = sorted(
@@ -173,6 +181,8 @@ def test_an_unknown_key_is_named_beside_the_known_ones(override: str, key: str, 
         ("ema_decay=true", "ema_decay", "True", "a number"),
         ("optimizer.lr=.nan", "optimizer.lr", "nan", "a finite number"),
         ("optimizer.lr=.inf", "optimizer.lr", "inf", "a finite number"),
+        ("samples.guidance_scale=.nan", "samples.guidance_scale", "nan", "a finite number"),
+        ("samples.guidance_scale=nan", "samples.guidance_scale", "nan", "a finite number"),
         ("optimizer.betas=0.9", "optimizer.betas", "0.9", "a list"),
         ("optimizer.betas=[0.9, x]", "optimizer.betas[1]", "'x'", "a number"),
         ("optimizer.schedule=linear", "optimizer.schedule", "'linear'", "constant, cosine"),
@@ -300,6 +310,7 @@ def test_a_value_out_of_range_is_named(overrides: list[str], key: str, got: str,
         (OptimizerConfig, "weight_decay"),
         (OptimizerConfig, "max_grad_norm"),
         (GuardConfig, "spike_factor"),
+        (SamplesConfig, "guidance_scale"),
     ],
 )
 def test_a_recipe_made_in_python_has_finite_numbers(group: Any, key: str, value: float) -> None:

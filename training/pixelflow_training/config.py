@@ -186,6 +186,7 @@ class SamplesConfig:
         _check("samples.rows", self.rows, 1, 1024)
         for steps in self.steps:
             _check("samples.steps", steps, 1, math.inf)
+        _check("samples.guidance_scale", self.guidance_scale, -math.inf, math.inf)
         _check("samples.seed", self.seed, 0, 2**63 - 1)
 
 
