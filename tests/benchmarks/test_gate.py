@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from pixelflow_benchmarks.cli import bench
 from pixelflow_benchmarks.suites.blocks import trace_engine_block
+from pixelflow_benchmarks.suites.gate import baseline as baseline_module
 from pixelflow_benchmarks.suites.gate import measure
 from pixelflow_benchmarks.suites.gate.baseline import DEFAULT, Baseline, read_baseline, updated, write_baseline
 from pixelflow_benchmarks.suites.gate.compare import FAILING, changes
@@ -256,12 +257,13 @@ def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
     monkeypatch.setattr(measure, "compilers", lambda: VERSIONS)
     monkeypatch.setattr(measure, "processor", lambda: "x")
 
-    def run(*arguments: str, **made_up: Any) -> tuple[int, str]:
+    def run(*arguments: str, file: Path | None = tmp_path / "b.json", **made_up: Any) -> tuple[int, str]:
         its = measured(**made_up)
         monkeypatch.setattr(measure, "count_block", lambda: its.block)
         monkeypatch.setattr(measure, "compile_sample", lambda specimens: (its.machine_code, its.faults))
         monkeypatch.setattr(measure, "engine_ratios", lambda: (its.times, {}))
-        result = CliRunner().invoke(bench, ["gate", "--baseline", str(tmp_path / "b.json"), *arguments])
+        named = [] if file is None else ["--baseline", str(file)]
+        result = CliRunner().invoke(bench, ["gate", *named, *arguments])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result.exit_code, result.output
@@ -285,6 +287,22 @@ def test_the_command(gate: Callable[..., tuple[int, str]], tmp_path: Path) -> No
     code, said = gate("--update", machine_code=kernel(instructions=900))
     assert (code, "900" in said, "better" in said) == (0, True, True), "it says what changed"
     assert read_baseline(file).machine_code["op.a"]["instructions"] == 900
+
+
+@pytest.mark.parametrize("arguments", [(), ("--update",)], ids=str)
+def test_an_installed_package_has_no_baseline(
+    gate: Callable[..., tuple[int, str]], arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is one written among the packages."""
+    monkeypatch.setattr(baseline_module, "DEFAULT", tmp_path / "site-packages" / "baselines.json")
+    (tmp_path / "site-packages").mkdir()
+    with pytest.raises(ValueError, match=r"^baseline: there is no .*site-packages/baselines.json: .* source checkout"):
+        gate(*arguments, file=None)
+    assert not [*(tmp_path / "site-packages").iterdir()]
+    assert gate("--update")[0] == 0, "a file that is named may be anywhere"
+    (tmp_path / "pyproject.toml").touch()
+    assert gate("--update", file=None)[0] == 0, "a checkout may have lost its own"
+    assert gate(file=None)[0] == 0
 
 
 def test_other_versions_are_said_and_skipped(gate: Callable[..., tuple[int, str]], tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ def command(
     update: Annotated[bool, typer.Option("--update", help="Write the baseline anew and say what changed.")] = False,
 ) -> None:
     """Compare counts, machine code and CPU ratios with the committed baseline; exits with 1 if one is worse."""
-    from pixelflow_benchmarks.suites.gate.baseline import DEFAULT, read_baseline, updated, write_baseline
+    from pixelflow_benchmarks.suites.gate.baseline import committed, read_baseline, updated, write_baseline
     from pixelflow_benchmarks.suites.gate.compare import FAILING, change_table, changes
     from pixelflow_benchmarks.suites.gate.measure import measure_gate
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET: got 1, expected it unset: interpreted kernels have no machine code")
-    path = baseline or DEFAULT
+    path = baseline or committed()
     old = None if update and not path.exists() else read_baseline(path)
     measured = measure_gate(None if update or old is None else old.versions)
     if measured.skipped is not None:

@@ -52,6 +52,20 @@ class Baseline:
     times: Mapping[str, float]
 
 
+def committed() -> Path:
+    """Return the path of the checkout's baseline, which need not exist.
+
+    Raises:
+        ValueError: this package is not that of a checkout.
+    """
+    if not DEFAULT.is_file() and not (DEFAULT.parents[1] / "pyproject.toml").is_file():
+        raise ValueError(
+            f"baseline: there is no {DEFAULT}: benchmarks/baselines.json comes with a source checkout, not with an "
+            "installed package; run the command from a checkout's package, or name a file with --baseline"
+        )
+    return DEFAULT
+
+
 def read_baseline(path: Path) -> Baseline:
     """Read and check a baseline file.
 
