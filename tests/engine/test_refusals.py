@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pixelflow_engine.checkpoint import convert, load_checkpoint, save_checkpoint
+from pixelflow_engine.checkpoint.problems import listed
 from pixelflow_engine.checkpoint.text import LARGEST_CONFIG, parse_json
 from pixelflow_engine.config import ModelConfig, PixelFlowConfig, SchedulerConfig, parameter_shapes
 from pixelflow_engine.errors import CheckpointError
@@ -19,6 +21,37 @@ CONFIG = PixelFlowConfig(
 )
 WEIGHTS = {name: torch.zeros(shape) for name, shape in parameter_shapes(CONFIG.model).items()}
 CLEARS_THE_SCREEN = "\x1b[2J"
+
+
+@pytest.fixture
+def public(tmp_path: Path) -> Path:
+    save_checkpoint(tmp_path / "ours", CONFIG, WEIGHTS)
+    convert(tmp_path / "ours", tmp_path / "public", to="public")
+    return tmp_path / "public"
+
+
+def message_of(checkpoint: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(checkpoint)
+    return str(caught.value)
+
+
+def test_names_from_a_file_are_printable_in_messages(public: Path) -> None:
+    good = (public / "config.yaml").read_text()
+    (public / "config.yaml").write_text(good + '"\\e[2J": 1\n')
+    assert "unknown keys \\x1b[2J;" in (told := message_of(public))
+    assert told.isprintable()
+    (public / "config.yaml").write_text(good)
+    torch.save(WEIGHTS | {CLEARS_THE_SCREEN: torch.zeros(1)}, public / "model.pt")
+    assert "not part of the model: \\x1b[2J" in (told := message_of(public))
+    assert told.isprintable()
+
+
+def test_lone_surrogates_can_be_written_to_a_log() -> None:
+    assert listed(["a\ud800", "\N{GREEK SMALL LETTER ALPHA}"]) == "a\\ud800, \N{GREEK SMALL LETTER ALPHA}"
+    with pytest.raises(CheckpointError) as caught:
+        parse_json(b'{"\\ud800": 1, "\\ud800": 2}', Path("config.json"))
+    assert str(caught.value).encode()
 
 
 @pytest.mark.parametrize("text", [b'"' + b'\\"' * LARGEST_CONFIG, b'"' * LARGEST_CONFIG, b"\\" * LARGEST_CONFIG])

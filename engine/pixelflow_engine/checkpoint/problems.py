@@ -32,8 +32,8 @@ def about(path: Path, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first few of many names, shortened for a message."""
-    ordered = [name if len(name) <= 100 else name[:100] + "..." for name in names]
+    """The first few of many names, printable and shortened for a message."""
+    ordered = [_printable(name if len(name) <= 100 else name[:100] + "...") for name in names]
     rest = len(ordered) - LISTED_NAMES
     return ", ".join(ordered[:LISTED_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -42,5 +42,10 @@ def _reason(error: Exception) -> str:
     """An exception's message on one line of bounded length, because it may quote the file."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = _printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "..."
+
+
+def _printable(text: str) -> str:
+    """Text of a file with its control characters and lone surrogates escaped: they could rewrite a terminal's lines."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
