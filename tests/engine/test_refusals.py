@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pixelflow_engine.checkpoint import convert, load_checkpoint, save_checkpoint
+from pixelflow_engine.checkpoint import convert, load_checkpoint, save_checkpoint, save_training_checkpoint
 from pixelflow_engine.checkpoint.problems import listed
 from pixelflow_engine.checkpoint.text import LARGEST_CONFIG, parse_json
 from pixelflow_engine.config import ModelConfig, PixelFlowConfig, SchedulerConfig, parameter_shapes
@@ -66,3 +66,32 @@ def test_json_is_read_once(text: bytes) -> None:
 @pytest.mark.parametrize("text", [b'{"a": "[[[' + b"[" * 40 + b'"}', b'{"\\"[": "' + b"\\\\" * 40 + b'"}'])
 def test_brackets_in_strings_are_no_depth(text: bytes) -> None:
     assert parse_json(text, Path("config.json"))
+
+
+@pytest.mark.parametrize("destination", ["", None, 3])
+def test_a_destination_that_is_no_path_is_refused(
+    destination: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty text was the working directory, which ``overwrite`` replaced."""
+    save_checkpoint(tmp_path / "ours", CONFIG, WEIGHTS)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    expected = "expected the path of a folder to write"
+    with pytest.raises(CheckpointError, match=expected):
+        save_checkpoint(destination, CONFIG, WEIGHTS, overwrite=True)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=expected):
+        save_training_checkpoint(destination, CONFIG, WEIGHTS, WEIGHTS, 1, overwrite=True)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=expected):
+        convert(tmp_path / "ours", destination, overwrite=True)  # type: ignore[arg-type]
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_a_destination_that_exists_is_refused_before_the_weights_are_read(public: Path) -> None:
+    ours = public.with_name("ours")
+    with (public / "model.pt").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(CheckpointError, match="exists already; pass overwrite to replace it"):
+        convert(public, ours)
+    (ours / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match=r"also holds notes\.txt"):
+        convert(public, ours, overwrite=True)

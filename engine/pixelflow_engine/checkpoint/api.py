@@ -17,7 +17,7 @@ from pixelflow_engine.config import PixelFlowConfig, parameter_shapes
 from pixelflow_engine.errors import CheckpointError
 
 from . import native, public
-from .folder import replace_folder
+from .folder import check_destination, replace_folder
 from .problems import about, listed
 from .public import Weights
 from .tensors import check_finite, check_layout, plain_layout
@@ -25,6 +25,7 @@ from .tensors import check_finite, check_layout, plain_layout
 Form = Literal["safetensors", "public"]
 
 FORMS = {"safetensors": native, "public": public}
+REPLACEABLE = [name for form in FORMS.values() for name in (form.CONFIG_FILE, form.WEIGHTS_FILE)]
 
 RUN_FILE, RUN_MODEL = "recipe.yaml", "model"
 """The file that identifies a run directory, and the folder in it that holds its model."""
@@ -128,11 +129,12 @@ def save_training_checkpoint(
         overwrite: replace an existing folder that holds only such files.
 
     Returns:
-        the path of the ``.pt`` file, which :func:`load_checkpoint` accepts.
+        The path of the ``.pt`` file, which :func:`load_checkpoint` accepts.
 
     Raises:
         CheckpointError: as in :func:`save_checkpoint`.
     """
+    _check_path(path)
     with about(Path(path), OSError, RuntimeError, ValueError):
         destination = Path(path).resolve()
         sets = {key: _checked(config, weights, destination) for key, weights in (("model", model), ("ema", ema))}
@@ -167,7 +169,10 @@ def convert(
         CheckpointError: as in those two functions.
     """
     _check_option("to", to, Form)
+    _check_path(destination)
     _check_apart(_located(source), Path(destination))
+    with about(Path(destination), OSError, RuntimeError, ValueError):  # fail before a large file is read
+        check_destination(Path(destination).resolve(), overwrite=overwrite, replaceable=REPLACEABLE)
     checkpoint = load_checkpoint(source, weights)
     _save(destination, checkpoint.config, checkpoint.state_dict, to, overwrite)
     del checkpoint  # one copy of the weights at a time
@@ -189,14 +194,14 @@ def _save(
     to: Form,
     overwrite: bool,
 ) -> None:
+    _check_path(path)
     # RuntimeError: a loop of symbolic links, or a full disk in torch.save.
     with about(Path(path), OSError, RuntimeError, ValueError):
         destination = Path(path).resolve()
         ordered = _checked(config, state_dict, destination)
         write = native.write_native if to == "safetensors" else public.write_public
-        files = [name for form in FORMS.values() for name in (form.CONFIG_FILE, form.WEIGHTS_FILE)]
         replace_folder(
-            destination, lambda folder: write(folder, config, ordered), overwrite=overwrite, replaceable=files
+            destination, lambda folder: write(folder, config, ordered), overwrite=overwrite, replaceable=REPLACEABLE
         )
 
 
@@ -265,6 +270,12 @@ def bundled_models() -> dict[str, Path]:
     if not isinstance(assets, Path) or not assets.is_dir():  # a package inside a zip file has no folders
         return {}
     return {folder.name: folder for folder in assets.iterdir() if (folder / native.CONFIG_FILE).is_file()}
+
+
+def _check_path(path: object) -> None:
+    # An empty text, such as that of an unset variable, would be the working directory, which overwrite would replace.
+    if not isinstance(path, (str, os.PathLike)) or path == "":
+        raise CheckpointError(f"destination: got {path!r}, expected the path of a folder to write")
 
 
 def _check_option(name: str, value: object, choices: object) -> None:

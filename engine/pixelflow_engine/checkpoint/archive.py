@@ -128,6 +128,7 @@ class _StateDictPickle:
     Attributes:
         path: the file, for messages.
         storages: sizes in bytes of the storages that tensors refer to, by key; this is the result.
+        stack, marks, memo: the working state of the pickle's machine.
     """
 
     path: Path

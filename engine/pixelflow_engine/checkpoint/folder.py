@@ -35,7 +35,7 @@ def replace_folder(
             the message then says where it is.
         OSError: from the file system or ``write``; everything is as it was before.
     """
-    _check_destination(destination, overwrite, set(replaceable))
+    check_destination(destination, overwrite=overwrite, replaceable=replaceable)
     token = secrets.token_hex(4)
     temporary = destination.with_name(f".{destination.name}.{token}.partial")
     retired = destination.with_name(f".{destination.name}.{token}.old")
@@ -56,7 +56,8 @@ def replace_folder(
     _remove(retired)
 
 
-def _check_destination(destination: Path, overwrite: bool, replaceable: set[str]) -> None:
+def check_destination(destination: Path, *, overwrite: bool, replaceable: Iterable[str]) -> None:
+    """Refuse a destination that :func:`replace_folder` would refuse with the same arguments."""
     if not destination.parent.is_dir():
         raise CheckpointError(f"{destination}: the folder {destination.parent} does not exist")
     if not destination.exists():
@@ -65,7 +66,8 @@ def _check_destination(destination: Path, overwrite: bool, replaceable: set[str]
         raise CheckpointError(f"{destination}: exists already; pass overwrite to replace it")
     if not destination.is_dir():
         raise CheckpointError(f"{destination}: is a file, expected a folder to replace")
-    others = sorted(entry.name for entry in destination.iterdir() if entry.name not in replaceable or entry.is_dir())
+    known = set(replaceable)
+    others = sorted(entry.name for entry in destination.iterdir() if entry.name not in known or entry.is_dir())
     if others:
         raise CheckpointError(f"{destination}: not replaced, because it also holds {listed(others)}")
 
