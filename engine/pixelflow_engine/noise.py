@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixelflow_kernels import philox
 from pixelflow_kernels.cascade import upsample_draw_renoise
 from pixelflow_kernels.cascade.law import BLOCK_JITTER, GAMMA
 from pixelflow_kernels.cascade.reference import (
@@ -29,7 +28,7 @@ from pixelflow_kernels.cascade.reference import (
     initial_normals,
     upsample_renoise,
 )
-from pixelflow_kernels.philox import box_muller, philox4x32, seed_tensor
+from pixelflow_kernels.philox import seed_tensor
 from pixelflow_kernels.registration import interpreting
 
 from .schedule import Stage
@@ -41,11 +40,6 @@ __all__ = [
     "NoiseSource",
     "PublicNoise",
     "Shape",
-    "box_muller",
-    "correlate",
-    "counter_normals",
-    "from_blocks",
-    "philox4x32",
     "upsample_renoise",
 ]
 
@@ -181,18 +175,3 @@ def _in_rows(factor: Tensor, z: Tensor) -> Tensor:
     """Products of a fixed number of blocks each; for other sizes the library may choose another routine."""
     parts = F.pad(z, (0, 0, 0, -len(z) % _ROWS)).split(_ROWS)
     return torch.cat([part @ factor.T for part in parts])[: len(z)]
-
-
-def counter_normals(seeds: Sequence[int], stage: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Four standard normals per counter, with the same bits on every device.
-
-    Args:
-        seeds: one per image, 0 to 2^64 - 1.
-        stage: index of the stage.
-        count: number of counters per image; counters are 0 to count - 1.
-        device: the device on which to draw.
-
-    Returns:
-        ``[len(seeds), count, 4]`` float32. No value exceeds 5.77 in magnitude, because the uniforms have 24 bits.
-    """
-    return philox.counter_normals(seed_tensor(seeds, device), stage, count)

@@ -6,15 +6,22 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import Tensor
 
 from pixelflow_engine import SchedulerConfig, noise, reference
-from pixelflow_engine.noise import CounterNoise, PublicNoise, box_muller, counter_normals, philox4x32
+from pixelflow_engine.noise import CounterNoise, PublicNoise
 from pixelflow_engine.reference import noise as reference_noise
 from pixelflow_engine.schedule import make_stages
 from pixelflow_kernels import philox
 from pixelflow_kernels.cascade import upsample_draw_renoise
+from pixelflow_kernels.philox import box_muller, philox4x32, seed_tensor
 
 CPU = torch.device("cpu")
+
+
+def counter_normals(seeds: list[int], stage: int, count: int) -> Tensor:
+    return philox.counter_normals(seed_tensor(seeds), stage, count)
+
 
 # Known-answer vectors of Random123 (kat_vectors, philox4x32 with 10 rounds).
 KNOWN_ANSWERS = [
@@ -101,7 +108,7 @@ def test_entering_a_stage_has_the_bits_of_the_operation() -> None:
     x, seeds = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(2)), (5, 2**64 - 1)
     stage = make_stages(SchedulerConfig(num_stages=3))[2]
     got = CounterNoise(seeds, CPU).enter(x, stage)
-    want = upsample_draw_renoise(x, philox.seed_tensor(seeds), stage=2, alpha=stage.alpha, beta=stage.beta)
+    want = upsample_draw_renoise(x, seed_tensor(seeds), stage=2, alpha=stage.alpha, beta=stage.beta)
     assert torch.equal(got, want)
 
 

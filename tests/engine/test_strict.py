@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pixelflow_engine import Checkpoint, ModelConfig, PixelFlowConfig, PixelFlowEngine, SchedulerConfig, reference
-from pixelflow_engine import noise as engine_noise
 from pixelflow_engine import schedule as engine_schedule
 from pixelflow_engine.model import PackedTransformer
 from pixelflow_engine.reference import noise as reference_noise
+from pixelflow_kernels import philox
 from support.reference_models import normal, random_reference, seeded
 
 
@@ -24,12 +24,12 @@ class GivenNormals:
 
     def initial(self, shape: tuple[int, int, int, int]) -> Tensor:
         count = shape[1] * shape[2] * shape[3]
-        z = engine_noise.counter_normals(self.seeds, 0, -(-count // 4))
+        z = philox.counter_normals(philox.seed_tensor(self.seeds), 0, -(-count // 4))
         return z.flatten(1)[:, :count].reshape(shape)
 
     def block(self, stage: int, shape: tuple[int, int, int, int]) -> Tensor:
         batch, channels, height, width = shape
-        z = engine_noise.counter_normals(self.seeds, stage, channels * height * width // 4)
+        z = philox.counter_normals(philox.seed_tensor(self.seeds), stage, channels * height * width // 4)
         blocks = z.reshape(batch, channels, height // 2, width // 2, 4)
         return reference_noise.correlate(reference_noise.from_blocks(blocks))
 
