@@ -360,6 +360,33 @@ def test_versions_can_fail(requirement: str, pins: str, why: str) -> None:
     assert version_complaints(pyproject, "numpy==2.1") == []
 
 
+# --- source distribution -------------------------------------------------------------------------------------
+
+# What the tests read, besides what every source distribution has: they run from an unpacked one too.
+READ_BY_TESTS = (
+    *SOURCE_ROOTS.values(), "tests", "examples", "docs", "CHANGELOG.md", "CMakeLists.txt", "CONTRIBUTING.md",
+    "Makefile", "constraints.txt",
+)  # fmt: skip
+
+
+def sdist_complaints(pyproject: dict[str, Any]) -> list[str]:
+    """What a list of the distribution's files leaves out; without a list, it has all that git does not ignore."""
+    listed = pyproject["tool"]["hatch"]["build"].get("targets", {}).get("sdist", {}).get("include")
+    return [] if listed is None else [f"left out: {name}" for name in READ_BY_TESTS if name not in listed]
+
+
+def test_source_distribution() -> None:
+    assert all((ROOT / name).exists() for name in READ_BY_TESTS)
+    assert sdist_complaints(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))) == []
+
+
+def test_source_distribution_can_fail() -> None:
+    include = [name for name in READ_BY_TESTS if name != "examples"] + ["benchmarks/pixelflow_benchmarks"]
+    assert sdist_complaints({"tool": {"hatch": {"build": {"targets": {"sdist": {"include": include}}}}}}) == [
+        "left out: examples"
+    ]
+
+
 # --- tests -------------------------------------------------------------------------------------------------
 
 
