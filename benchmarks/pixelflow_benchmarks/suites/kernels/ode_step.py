@@ -48,8 +48,10 @@ def cases(problem: Problem) -> Iterator[Case]:
 
 
 def _attempt(problem: Problem, x: Tensor, velocity: Tensor, step: Tensor, weight: Tensor) -> Iterator[Case]:
-    """Yield what an attempt of Dopri5 does with its newest velocities: store the slope, and update the state or compute
-    the error norm."""
+    """Yield what an attempt of Dopri5 does with its newest velocities.
+
+    It stores the slope, and updates the state or computes the error norm.
+    """
     B, out = problem.batch, torch.empty_like(x)
     slopes = problem.normal(len(ERROR), *x.shape, seed=2, dtype=torch.float32)
     tolerance = torch.tensor(TOLERANCES, dtype=torch.float64, device=problem.device)

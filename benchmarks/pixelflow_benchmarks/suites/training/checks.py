@@ -198,8 +198,10 @@ def move_faults(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], rat
 
 
 def _candidates(data: ImageSet, label: int | None, null: int, seen: set[int]) -> list[int]:
-    """Return the indices of the unused images that a batch's image may come from: those of its label, or all of them if
-    the label was dropped."""
+    """Return the indices of the unused images that a batch's image may come from.
+
+    These are those of its label, or all of them if the label was dropped.
+    """
     fits = range(len(data)) if label is None or label == null else (data.labels == label).nonzero().flatten().tolist()
     return [i for i in fits if i not in seen]
 

@@ -112,8 +112,10 @@ class TrainingProblem:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that a step moves outside of products and attention: fused passes of the blocks, and one optimizer pass
-        over weights, gradients and state."""
+        """Bytes that a step moves outside of products and attention.
+
+        These are fused passes of the blocks, and one optimizer pass over weights, gradients and state.
+        """
         model = self.config.model
         values = (POINTWISE_FORWARD + POINTWISE_BACKWARD) * self.tokens * model.width * model.depth
         return self.dtype.itemsize * values + 4 * OPTIMIZER_VALUES * self.parameters

@@ -186,8 +186,10 @@ def refusal(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def _launched(jit: Any, device: torch.device) -> Iterator[dict[str, int]]:
-    """Yield a dictionary that has the ``registers`` and ``spills`` of the kernel launched inside once the context is
-    left; on a GPU only."""
+    """Yield a dictionary for the ``registers`` and ``spills`` of the kernel that is launched inside.
+
+    It is filled when the context is left, on a GPU only.
+    """
     usage: dict[str, int] = {}
     if device.type != "cuda" or jit is None:
         yield usage
