@@ -140,6 +140,17 @@ def test_a_manifest_says_what_was_saved(folder: Path, config: TrainConfig) -> No
     assert sorted([*manifest.files, "manifest.json"]) == visible(folder / name_of(7))
 
 
+def test_leftovers_are_deleted_and_nothing_else(folder: Path, config: TrainConfig) -> None:
+    """A folder of this name may have been somebody's: its hidden files, such as a repository's, are not ours."""
+    for name in (".git", ".step-00000004.partial", ".step-00000002.old", ".step-4.partial", ".latest.old.bak"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "HEAD").touch()
+    (folder / ".latest.partial").touch()
+    (folder / ".gitignore").touch()
+    with Checkpointer(folder, config):
+        assert visible(folder) == [".git", ".gitignore", ".latest.old.bak", ".step-4.partial"]
+
+
 def test_no_checkpoint_is_no_error(folder: Path, config: TrainConfig) -> None:
     assert restored(folder, config) is None
 

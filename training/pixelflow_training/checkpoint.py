@@ -39,7 +39,7 @@ from pixelflow_engine.errors import CheckpointError, ConfigError
 
 from .config import TrainConfig
 from .data.listing import Listing
-from .files import remove_folder, replace_text, sync
+from .files import PARTIAL, remove_folder, remove_leftovers, replace_text, sync
 from .manifest import check_data, check_recipe, read_manifest, verify, write_manifest
 from .ranks import ALONE, Ranks
 from .run import STEP
@@ -137,8 +137,7 @@ class Checkpointer:
     def _tidy(self) -> None:
         self.folder.mkdir(exist_ok=True)
         sync(self.folder.parent)
-        for leftover in self.folder.glob(".*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        remove_leftovers(self.folder, f"{STEP.pattern}|{LATEST}")
 
     # --- writing ---
 
@@ -199,7 +198,7 @@ class Checkpointer:
         return _reason(failure), "" if self.ranks.alone else f"rank {rank}: "
 
     def _partial(self, step: int) -> Path:
-        return self.folder / f".{name_of(step)}.partial"
+        return self.folder / f".{name_of(step)}.{PARTIAL}"
 
     def _publish(self, step: int) -> None:
         partial = self._partial(step)

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +17,7 @@ import yaml
 from pixelflow_engine.checkpoint.problems import listed
 
 from .config import TrainConfig
-from .files import make_folder, replace_text
+from .files import make_folder, remove_leftovers, replace_text
 
 STEP = re.compile(r"step-(\d{8,})")
 """Name of a checkpoint's folder, and of a sample sheet without its ending."""
@@ -74,8 +73,7 @@ class RunDirectory:
             os.close(self._lock)
             raise OSError(error.errno, f"{error.strerror} (to lock it)", str(self.path)) from error
         if self.model.exists():
-            for leftover in self.path.glob(".model.*"):  # of an export that was cut short
-                shutil.rmtree(leftover)
+            remove_leftovers(self.path, r"model\.\w+")  # of an export that was cut short
         return self
 
     def __exit__(
