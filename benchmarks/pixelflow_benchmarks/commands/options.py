@@ -88,7 +88,7 @@ def finish(run: Run) -> None:
         typer.Exit: with status 1, if something was wrong.
     """
     for reason, names in missing(run).items():
-        console.print(f"absent: {', '.join(dict.fromkeys(names))}: {reason}", highlight=False)
+        console.print(f"absent: {'; '.join(dict.fromkeys(names))}: {reason}", highlight=False)  # names hold commas
     if wrong := faults(run):
         console.print("\n".join(["wrong results:", *wrong]), style="red", highlight=False)
         raise typer.Exit(1)
