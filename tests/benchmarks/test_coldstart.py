@@ -221,6 +221,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "coldstart.jsonl"
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    # Where Inductor is first imported in this process, it makes its folder in the temporary one, which must stay empty.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     command = ["coldstart", "--device", "cpu", "--shape", "tiny", "--steps", "2", "--repeats", "1"]
     names = ("torch", "triton, graphs, filled cache")
     options = [word for name in names for word in ("--variant", name)]
