@@ -330,6 +330,9 @@ def launch_backward(
     Args:
         grad: gradient of ``out``.
         grad_lse: gradient of ``lse``, ``[H, T]`` with dense tokens; None for zero.
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale: as in the forward pass.
+        out, lse: results of the forward pass.
+        dq, dk, dv: filled.
         multiple_of: divides every length of queries and of keys.
         configs: launch configurations of ``delta``, ``keys`` and ``queries`` to use instead of the frozen ones.
     """

@@ -270,6 +270,8 @@ def launch_forward(
     """Fill ``out [T, H, D]`` and ``lse [H, T]``; in every tensor except ``lse`` the heads of a token are dense.
 
     Args:
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, softmax_scale: as in :func:`~.op.varlen_attention`.
+        out, lse: filled.
         multiple_of: divides every length of queries and of keys.
         config: launch configuration to use instead of the frozen one.
     """
