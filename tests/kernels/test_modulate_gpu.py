@@ -10,7 +10,7 @@ from pixelflow_kernels import PackedLayout
 from pixelflow_kernels.modulate import op
 from support import modulate
 from support.kernels import assert_filled, assert_same_bits, poisoned, poisoned_like
-from support.modulate import EPS, VARIANTS, Operands, Variant
+from support.modulate import EPS, VARIANTS, Operands, Variant, forward
 
 pytestmark = pytest.mark.gpu
 
@@ -32,19 +32,6 @@ def on_device(x: Tensor) -> Tensor:
     base = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype, device="cuda")
     base.copy_(torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()))
     return base.as_strided(x.shape, x.stride(), x.storage_offset())
-
-
-def forward(operands: Operands, layout: PackedLayout) -> tuple[Tensor, Tensor]:
-    """Through the kernel into poisoned buffers, and through the public operation; both the same bits."""
-    from pixelflow_kernels.modulate.forward import launch_forward
-
-    residual = None if operands.y is None else poisoned_like(operands.x)
-    out = poisoned_like(operands.x)
-    launch_forward(*operands, layout.image_index, None if residual is None else residual.out, out.out, EPS)
-    assert_filled(*out)
-    if residual is not None:
-        assert_filled(*residual, "residual")
-    return operands.x if residual is None else residual.out, out.out
 
 
 @by_variant

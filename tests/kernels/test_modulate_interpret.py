@@ -18,26 +18,12 @@ from pixelflow_kernels import PackedLayout
 from pixelflow_kernels.modulate import op
 from support import modulate, packs
 from support.kernels import assert_filled, assert_same_bits, plain, poisoned, poisoned_like
-from support.modulate import EPS, VARIANTS, Operands, Variant
+from support.modulate import EPS, VARIANTS, Operands, Variant, forward
 
 pytestmark = pytest.mark.interpret
 
 by_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 Config = Mapping[str, int] | None
-
-
-def forward(operands: Operands, layout: PackedLayout) -> tuple[Tensor, Tensor]:
-    """Through the kernel: residual (x itself where nothing is added) and normed."""
-    from pixelflow_kernels.modulate.forward import launch_forward
-
-    residual = None if operands.y is None else poisoned_like(operands.x)
-    out = poisoned_like(operands.x)
-    launch_forward(*operands, layout.image_index, None if residual is None else residual.out, out.out, EPS)
-    assert_filled(*out)
-    if residual is None:
-        return operands.x, out.out
-    assert_filled(*residual, "residual")
-    return residual.out, out.out
 
 
 def gradients(

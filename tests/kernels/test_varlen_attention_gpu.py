@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pixelflow_kernels.varlen_attention import backends, op, varlen_attention
 from support import attention
-from support.attention import Pack, gradient_of, pack
-from support.kernels import assert_filled, assert_same_bits, poisoned
+from support.attention import Pack, check, gradient_of, pack, run, run_backward
+from support.kernels import assert_same_bits
 
 pytestmark = pytest.mark.gpu
 
@@ -35,48 +35,6 @@ SELF: dict[str, list[int]] = {
 
 def on_device(*arguments: Any, **options: Any) -> Pack:
     return pack(*arguments, **options).to("cuda")
-
-
-def run(of: Pack, multiple_of: int = 1) -> tuple[Tensor, Tensor]:
-    """The forward kernel into poisoned outputs."""
-    from pixelflow_kernels.varlen_attention.forward import launch_forward
-
-    tokens, heads, head_dim = of.q.shape
-    out = poisoned(tokens, heads * head_dim, dtype=of.q.dtype, device="cuda")
-    lse = poisoned(heads, tokens, device="cuda")
-    view = out.out.unflatten(1, (heads, head_dim))
-    operands = (of.q, of.k, of.v, of.cu_seqlens_q, of.cu_seqlens_k)
-    launch_forward(*operands, view, lse.out, of.max_seqlen_q, of.scale, multiple_of)
-    assert_filled(*out)
-    assert_filled(*lse, "lse")
-    return view, lse.out
-
-
-def run_backward(of: Pack, grad: Tensor, out: Tensor, lse: Tensor, multiple_of: int = 1) -> list[Tensor]:
-    """The backward kernels into poisoned gradients."""
-    from pixelflow_kernels.varlen_attention.backward import launch_backward
-
-    shape = of.q.shape[1:]
-    found = [
-        poisoned(x.shape[0], shape.numel(), dtype=x.dtype, device="cuda", guard=8 * i)
-        for i, x in enumerate(of[:3], start=2)
-    ]
-    views = [x.out.unflatten(1, shape) for x in found]
-    launch_backward(
-        grad, None, of.q, of.k, of.v, out, lse, of.cu_seqlens_q, of.cu_seqlens_k, *views,
-        of.max_seqlen_q, of.max_seqlen_k, of.scale, multiple_of,
-    )  # fmt: skip
-    for name, x in zip(("dq", "dk", "dv"), found, strict=True):
-        assert_filled(*x, name)
-    return views
-
-
-def check(of: Pack, multiple_of: int = 1) -> None:
-    out, lse = run(of, multiple_of)
-    attention.assert_output(out, of)
-    attention.assert_lse(lse, of)
-    grad = gradient_of(of)
-    attention.assert_gradients(run_backward(of, grad, out, lse, multiple_of), of, grad)
 
 
 @pytest.fixture(autouse=True)
@@ -130,8 +88,8 @@ def test_a_promise_of_whole_tiles_changes_no_bits(lengths: list[int], dtype: tor
     grad = gradient_of(of)
     results = []
     for multiple_of in (1, math.gcd(*lengths)):
-        out, lse = run(of, multiple_of)
-        results.append([out, lse, *run_backward(of, grad, out, lse, multiple_of)])
+        out, lse = run(of, multiple_of=multiple_of)
+        results.append([out, lse, *run_backward(of, grad, out, lse, multiple_of=multiple_of)])
     for a, b in zip(*results, strict=True):
         assert_same_bits(a, b)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from pixelflow_kernels.varlen_attention import op
 from support import attention, packs
 from support.attention import TINY, TINY_BACKWARD, Pack, gradient_of, pack
-from support.kernels import assert_filled, assert_same_bits, plain, poisoned
+from support.kernels import assert_same_bits, plain
 
 pytestmark = pytest.mark.interpret
 
@@ -27,18 +27,7 @@ KEYS = [0, 1, 31, 63, 64, 65]
 
 
 def run(of: Pack, config: dict[str, int] = TINY, multiple_of: int = 1) -> tuple[Tensor, Tensor]:
-    """The forward kernel into poisoned outputs."""
-    from pixelflow_kernels.varlen_attention.forward import launch_forward
-
-    tokens, heads, head_dim = of.q.shape
-    out = poisoned(tokens, heads * head_dim, dtype=of.q.dtype)
-    lse = poisoned(heads, tokens, dtype=torch.promote_types(of.q.dtype, torch.float32))
-    operands = (of.q, of.k, of.v, of.cu_seqlens_q, of.cu_seqlens_k)
-    view = out.out.unflatten(1, (heads, head_dim))
-    launch_forward(*operands, view, lse.out, of.max_seqlen_q, of.scale, multiple_of, config)
-    assert_filled(*out)
-    assert_filled(*lse, "lse")
-    return view, lse.out
+    return attention.run(of, config, multiple_of)
 
 
 def run_backward(
@@ -46,30 +35,14 @@ def run_backward(
     grad: Tensor,
     out: Tensor,
     lse: Tensor,
-    multiple_of: int = 1,
     configs: dict[str, dict[str, int]] = TINY_BACKWARD,
+    multiple_of: int = 1,
 ) -> list[Tensor]:
-    """The backward kernels into poisoned gradients."""
-    from pixelflow_kernels.varlen_attention.backward import launch_backward
-
-    shape = of.q.shape[1:]
-    found = [poisoned(x.shape[0], shape.numel(), dtype=x.dtype, guard=8 * i) for i, x in enumerate(of[:3], start=2)]
-    views = [x.out.unflatten(1, shape) for x in found]
-    launch_backward(
-        grad, None, of.q, of.k, of.v, out, lse, of.cu_seqlens_q, of.cu_seqlens_k, *views,
-        of.max_seqlen_q, of.max_seqlen_k, of.scale, multiple_of, configs,
-    )  # fmt: skip
-    for name, x in zip(("dq", "dk", "dv"), found, strict=True):
-        assert_filled(*x, name)
-    return views
+    return attention.run_backward(of, grad, out, lse, configs, multiple_of)
 
 
 def check(of: Pack, config: dict[str, int] = TINY, multiple_of: int = 1) -> None:
-    out, lse = run(of, config, multiple_of)
-    attention.assert_output(out, of)
-    attention.assert_lse(lse, of)
-    grad = gradient_of(of)
-    attention.assert_gradients(run_backward(of, grad, out, lse, multiple_of), of, grad)
+    attention.check(of, config, TINY_BACKWARD, multiple_of)
 
 
 # --- any packs ---------------------------------------------------------------------------------------------
@@ -139,7 +112,7 @@ def test_whole_tiles(fixed: dict[str, int]) -> None:
     results = []
     for multiple_of in (32, 16):
         out, lse = run(of, TINY | fixed, multiple_of)
-        results.append([out, lse, *run_backward(of, grad, out, lse, multiple_of)])
+        results.append([out, lse, *run_backward(of, grad, out, lse, multiple_of=multiple_of)])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert_same_bits(a, b)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import assert_level_d
+from .kernels import assert_filled, assert_level_d, poisoned
 
 TINY = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
 TINY_BACKWARD = {"delta": {"BLOCK_M": 32, "num_warps": 4}, "keys": TINY, "queries": TINY}
@@ -198,3 +198,58 @@ def assert_gradients(found: Sequence[Tensor], of: Pack, grad: Tensor) -> None:
     )
     for name, got, a, b, scale in zip(("dq", "dk", "dv"), found, in_type, expected, scales, strict=True):
         assert_level_d(got, a, b.double(), name, scale=scale)
+
+
+def run(of: Pack, config: dict[str, int] | None = None, multiple_of: int = 1) -> tuple[Tensor, Tensor]:
+    """Run the forward kernel into poisoned outputs; return output and log-sum-exp."""
+    from pixelflow_kernels.varlen_attention.forward import launch_forward
+
+    tokens, heads, head_dim = of.q.shape
+    out = poisoned(tokens, heads * head_dim, dtype=of.q.dtype, device=of.q.device)
+    lse = poisoned(heads, tokens, dtype=torch.promote_types(of.q.dtype, torch.float32), device=of.q.device)
+    operands = (of.q, of.k, of.v, of.cu_seqlens_q, of.cu_seqlens_k)
+    view = out.out.unflatten(1, (heads, head_dim))
+    launch_forward(*operands, view, lse.out, of.max_seqlen_q, of.scale, multiple_of, config)
+    assert_filled(*out)
+    assert_filled(*lse, "lse")
+    return view, lse.out
+
+
+def run_backward(
+    of: Pack,
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    configs: dict[str, dict[str, int]] | None = None,
+    multiple_of: int = 1,
+) -> list[Tensor]:
+    """Run the backward kernels into poisoned gradients; return those of q, k and v."""
+    from pixelflow_kernels.varlen_attention.backward import launch_backward
+
+    shape = of.q.shape[1:]
+    found = [
+        poisoned(x.shape[0], shape.numel(), dtype=x.dtype, device=x.device, guard=8 * i)
+        for i, x in enumerate(of[:3], start=2)
+    ]
+    views = [x.out.unflatten(1, shape) for x in found]
+    launch_backward(
+        grad, None, of.q, of.k, of.v, out, lse, of.cu_seqlens_q, of.cu_seqlens_k, *views,
+        of.max_seqlen_q, of.max_seqlen_k, of.scale, multiple_of, configs,
+    )  # fmt: skip
+    for name, x in zip(("dq", "dk", "dv"), found, strict=True):
+        assert_filled(*x, name)
+    return views
+
+
+def check(
+    of: Pack,
+    config: dict[str, int] | None = None,
+    configs: dict[str, dict[str, int]] | None = None,
+    multiple_of: int = 1,
+) -> None:
+    """Assert level D of the kernels, forward and backward, with the given or the frozen configurations."""
+    out, lse = run(of, config, multiple_of)
+    assert_output(out, of)
+    assert_lse(lse, of)
+    grad = gradient_of(of)
+    assert_gradients(run_backward(of, grad, out, lse, configs, multiple_of), of, grad)

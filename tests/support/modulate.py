@@ -22,7 +22,7 @@ from pixelflow_kernels.modulate import (
 )
 from pixelflow_kernels.packing import Run
 
-from .kernels import assert_level_d, surrounded
+from .kernels import assert_filled, assert_level_d, poisoned_like, surrounded
 
 EPS = 1e-6
 ROUNDINGS = 6  # see sizes
@@ -225,3 +225,17 @@ def random_grads(variant: Variant, operands: Operands, seed: int = 5) -> tuple[T
     ]
     normed = surrounded(torch.randn(tokens, width, generator=generator).to(operands.x.dtype))
     return residual if "y" in variant.names else None, normed
+
+
+def forward(operands: Operands, layout: PackedLayout) -> tuple[Tensor, Tensor]:
+    """Run the kernel into poisoned outputs; return residual (x itself if nothing is added) and normed tokens."""
+    from pixelflow_kernels.modulate.forward import launch_forward
+
+    residual = None if operands.y is None else poisoned_like(operands.x)
+    out = poisoned_like(operands.x)
+    launch_forward(*operands, layout.image_index, None if residual is None else residual.out, out.out, EPS)
+    assert_filled(*out)
+    if residual is None:
+        return operands.x, out.out
+    assert_filled(*residual, "residual")
+    return residual.out, out.out
