@@ -7,7 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from .memory import GlobalMemory
 from .text import Program, float_bits, parse
 
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes a program may have
+EMULATED = tuple(SHARED)
+"""Architectures that can be emulated."""
+
 AT_ONCE = 4096  # threads that are emulated together
 
 
@@ -94,7 +97,7 @@ class EmulatedGPU(DriverBase):
         return launch
 
 
-@cache
+@lru_cache(maxsize=8)  # garbage collection takes its time with thousands of instructions
 def _program(path: str) -> tuple[Program, list[Block]]:
     program = parse(Path(path).read_text("utf-8"))
     return program, prepare(program)
@@ -117,7 +120,8 @@ def emulate(path: str, arguments: list[tuple[str, Any]], grid: tuple[int, int, i
     if len(program.parameters) - len(arguments) not in (0, 1, 2):  # Triton appends pointers to scratch memory
         raise EmulationError(f"{program.name}: {len(arguments)} arguments for {len(program.parameters)} parameters")
     values |= {name: 0 for name, _ in program.parameters[len(arguments) :]}
-    memory = GlobalMemory(_tensors(), program.threads)
+    given = [value for kind, value in arguments if kind.startswith("*") and value is not None]
+    memory = GlobalMemory(given, _tensors, program.threads)
     places = [(x, y, z) for z, y, x in itertools.product(*map(range, reversed(grid)))]
     step = max(AT_ONCE // program.threads, 1)
 
@@ -149,7 +153,7 @@ def _of(program: Program) -> Iterator[None]:
 
 
 def _tensors() -> list[torch.Tensor]:
-    """Every tensor of this process on the CPU. A kernel may access any: some are given addresses in a table."""
+    """Every tensor of this process on the CPU: some kernels are given addresses in a table."""
     kinds = (torch.Tensor, torch.nn.Parameter)
     return [x for x in gc.get_objects() if type(x) in kinds and x.layout == torch.strided and x.device.type == "cpu"]
 

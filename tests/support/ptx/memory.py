@@ -32,23 +32,34 @@ class _Access:
 
 
 class GlobalMemory:
-    """The memory of the given tensors, all of their storages; anything else is out of bounds.
+    """The memory of tensors, all of their storages; anything else is out of bounds.
 
     Args:
         tensors: CPU tensors; storages that several of them share count once.
+        others: called for further tensors when an address lies in none of these.
         threads: threads per program, by which a thread's number gives its program.
     """
 
-    def __init__(self, tensors: Iterable[torch.Tensor], threads: int) -> None:
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors if x.numel()}
-        self.bases = np.array(sorted(storages), dtype=np.uint64)
-        self.sizes = np.array([storages[int(base)].nbytes() for base in self.bases], dtype=np.uint64)
-        self.bytes = [
-            np.ctypeslib.as_array((ctypes.c_uint8 * int(size)).from_address(int(base)))
-            for base, size in zip(self.bases, self.sizes, strict=True)
-        ]
+    def __init__(
+        self, tensors: Iterable[torch.Tensor], others: Callable[[], Iterable[torch.Tensor]], threads: int
+    ) -> None:
         self.threads = threads
         self.accesses: list[_Access] = []
+        self.bytes: list[NDArray[np.uint8]] = []  # one for each storage
+        self._spans: dict[int, int] = {}  # by its address, a storage's index in that list
+        self._others: Callable[[], Iterable[torch.Tensor]] | None = others
+        self._add(tensors)
+
+    def _add(self, tensors: Iterable[torch.Tensor]) -> None:
+        for x in tensors:
+            storage = x.untyped_storage()
+            address, size = storage.data_ptr(), storage.nbytes()
+            if size and address not in self._spans:
+                self._spans[address] = len(self.bytes)
+                self.bytes.append(np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)))
+        self._bases = np.array(sorted(self._spans), np.uint64)
+        self._order = np.array([self._spans[int(base)] for base in self._bases], np.int64)
+        self._ends = np.array([self.bytes[i].size for i in self._order], np.uint64) + self._bases
 
     def load(self, addresses: Array, width: int, count: int, threads: Array, epochs: Array) -> list[Array]:
         """Read ``count`` neighbouring elements of ``width`` bytes per thread."""
@@ -81,23 +92,27 @@ class GlobalMemory:
         if (addresses % np.uint64(width)).any():
             bad = addresses[(addresses % np.uint64(width)) != 0][0]
             raise EmulationError(f"address {int(bad):#x} of {width} bytes is not aligned to them")
-        spans = np.searchsorted(self.bases, addresses, side="right").astype(np.int64) - 1
-        offsets = (addresses - self.bases[spans]).astype(np.int64) if len(self.bases) else np.full(len(addresses), -1)
-        inside = (
-            (spans >= 0) & (offsets + width <= self.sizes[spans].astype(np.int64)) if len(self.bases) else offsets > 0
-        )
+        places = np.searchsorted(self._bases, addresses, side="right").astype(np.int64) - 1
+        inside = places >= 0
+        if len(self._bases):
+            inside &= addresses + np.uint64(width) <= self._ends[places]
         if not inside.all():
-            outside = np.flatnonzero(~inside)
-            address = int(addresses[outside[0]])
+            if self._others is not None:
+                self._add(self._others())
+                self._others = None
+                yield from self._locate(addresses, width)
+                return
+            outside = addresses[~inside]
             raise EmulationError(
-                f"{len(outside)} threads access memory of no tensor, e.g. {width} bytes at {address:#x}"
+                f"{len(outside)} threads access memory of no tensor, e.g. {width} bytes at {int(outside[0]):#x}"
             )
-        if spans[0] == spans[-1] and (spans == spans[0]).all():
-            yield int(spans[0]), slice(None), offsets
+        offsets = (addresses - self._bases[places]).astype(np.int64)
+        if places[0] == places[-1] and (places == places[0]).all():
+            yield int(self._order[places[0]]), slice(None), offsets
             return
-        for span in np.unique(spans):
-            which = np.flatnonzero(spans == span)
-            yield int(span), which, offsets[which]
+        for place in np.unique(places):
+            which = np.flatnonzero(places == place)
+            yield int(self._order[place]), which, offsets[which]
 
     def written(self) -> list[Array]:
         """Return a copy of every allocation that was written to."""
@@ -130,7 +145,7 @@ class GlobalMemory:
             places, threads, epochs, wrote = _expanded(accesses, unit)
             group, member = divide(places, threads, epochs)
             if (place := _shared(group, member, wrote)) is not None:
-                return f"byte {place * unit} of {int(self.sizes[span])} at {int(self.bases[span]):#x}"
+                return f"byte {place * unit} of a storage of {self.bytes[span].size}"
         return None
 
 

@@ -1,0 +1,136 @@
+"""The attention kernels as compiled for sm_80 and sm_90, emulated: level D in every type, with the frozen tiles.
+
+The products run as ``mma.sync`` and ``wgmma``, the loads of the loop as asynchronous copies that arrive late.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from pixelflow_kernels.configs import ARCHITECTURES
+from pixelflow_kernels.varlen_attention import varlen_attention
+from support import attention, packs
+from support.attention import TINY, TINY_BACKWARD, check, gradient_of, pack, run, run_backward
+from support.compiled import compiled_for
+from support.kernels import assert_same_bits
+from support.ptx import EMULATED
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
+
+by_arch = pytest.mark.parametrize("arch", EMULATED)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+KERNELS = {"_attention_forward_kernel", "_delta_kernel", "_backward_keys_kernel", "_backward_queries_kernel"}
+
+
+@by_arch
+@pytest.mark.parametrize(("dim", "dtype"), [(72, BF16), (64, BF16), (72, FP16), (72, FP32)])
+def test_self_attention(arch: int, dim: int, dtype: torch.dtype) -> None:
+    """Members that end within a tile, at its end and after one token; one without tokens."""
+    with compiled_for(arch) as gpu:
+        check(pack([64, 1, 0, 129], None, 1, dim, dtype))
+    assert {*gpu.launched} == KERNELS
+
+
+@by_arch
+@pytest.mark.parametrize("odd", [False, True])
+def test_cross_attention(arch: int, odd: bool) -> None:
+    """With row strides that leave no vector aligned, and with ones that do."""
+    with compiled_for(arch):
+        check(pack([70, 5, 3], [33, 0, 200], 2, 72, BF16, odd=odd))
+
+
+@by_arch
+@pytest.mark.parametrize(("dim", "dtype"), [(16, FP16), (24, FP32), (96, BF16), (128, BF16)])
+def test_other_head_dims(arch: int, dim: int, dtype: torch.dtype) -> None:
+    with compiled_for(arch):
+        check(pack([33, 70], None, 1, dim, dtype), TINY, TINY_BACKWARD)
+
+
+@by_arch
+@pytest.mark.parametrize("rising", [False, True])
+def test_large_logits_outgrow_a_maximum_fixed_at_the_first_tiles(arch: int, rising: bool) -> None:
+    fixed = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "FIXED_MAX_TILES": 1}
+    with compiled_for(arch):
+        of = pack([64, 150], None, 1, 72, BF16, largest_logit=150, rising=rising)
+        out, lse = run(of, fixed)
+        attention.assert_output(out, of)
+        attention.assert_lse(lse, of)
+
+
+@by_arch
+def test_a_promise_of_whole_tiles_changes_no_bits(arch: int) -> None:
+    of = pack([128, 256], None, 1, 64, BF16)
+    grad = gradient_of(of)
+    results = []
+    with compiled_for(arch):
+        for multiple_of in (1, 128):
+            out, lse = run(of, multiple_of=multiple_of)
+            results.append([out, lse, *run_backward(of, grad, out, lse, multiple_of=multiple_of)])
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(a, b)
+
+
+@by_arch
+def test_a_members_bits_do_not_depend_on_the_others(arch: int) -> None:
+    of = pack([40, 70, 3], None, 1, 72, BF16)
+    grad, part = gradient_of(of), slice(40, 110)
+    cu_seqlens = attention.cumulative([70])
+    alone = attention.Pack(of.q[part], of.k[part], of.v[part], cu_seqlens, cu_seqlens, 70, 70, of.scale)
+    with compiled_for(arch):
+        out, lse = run(of)
+        gradients = run_backward(of, grad, out, lse)
+        out_alone, lse_alone = run(alone)
+        gradients_alone = run_backward(alone, grad[part], out_alone, lse_alone)
+    assert_same_bits(out[part], out_alone)
+    assert_same_bits(lse[:, part], lse_alone)
+    for a, b in zip(gradients, gradients_alone, strict=True):
+        assert_same_bits(a[part], b)
+
+
+@by_arch
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_a_number_stays_in_its_member(arch: int, bad: float) -> None:
+    of = pack([40, 50], None, 1, 64, BF16)
+    grad = gradient_of(of)
+    with compiled_for(arch):
+        clean, clean_lse = run(of)
+        clean_gradients = run_backward(of, grad, clean, clean_lse)
+        of.k[:40] = bad
+        of.v[:40] = bad
+        out, lse = run(of)
+        gradients = run_backward(of, grad, out, lse)
+    assert out[:40].isnan().all()
+    assert_same_bits(out[40:], clean[40:])
+    for a, b in zip(gradients, clean_gradients, strict=True):
+        assert_same_bits(a[40:], b[40:])
+
+
+@by_arch
+def test_the_public_function_in_autograd(arch: int) -> None:
+    of = pack([65, 30], None, 2, 72, BF16)
+    grad = gradient_of(of)
+    leaves = [x.detach().requires_grad_() for x in of[:3]]
+    with compiled_for(arch) as gpu:
+        out = varlen_attention(*leaves, *of[3:], backend="triton")
+        found = torch.autograd.grad(out, leaves, grad)
+    assert gpu.launched == dict.fromkeys(KERNELS, 1)
+    attention.assert_output(out.detach(), of)
+    attention.assert_gradients(found, of, grad)
+
+
+@by_arch
+@pytest.mark.skipif(packs.FUZZ == 1, reason="minutes: make fuzz")
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("dim", [8, 24, 40, 56, 64, 72, 80, 88, 96, 104, 128, 256])
+@pytest.mark.parametrize("lengths", [[2176, 40], [1, 63, 65, 600]])
+def test_every_frozen_configuration(arch: int, dtype: torch.dtype, dim: int, lengths: list[int]) -> None:
+    with compiled_for(arch):
+        check(pack(lengths, None, 1, dim, dtype))
+
+
+def test_which_architectures_are_not_emulated() -> None:
+    """The tensor memory of sm_100 is not."""
+    assert {*ARCHITECTURES} - {*EMULATED} == {100}
