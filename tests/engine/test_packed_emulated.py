@@ -13,12 +13,11 @@ from pixelflow_engine import PixelFlowEngine, Request
 from support.cascades import checkpoint_of
 from support.compiled import compiled_for
 from support.kernels import assert_level_d
-from support.ptx import EMULATED
 from support.reference_models import normal, random_reference, seeded
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
 
-by_arch = pytest.mark.parametrize("arch", EMULATED)
+by_arch = pytest.mark.parametrize("arch", [80, 90])
 BF16, FP64 = torch.bfloat16, torch.float64
 BLOCK = {"_modulate_forward_kernel", "_rope2d_forward_kernel", "_attention_forward_kernel"}
 

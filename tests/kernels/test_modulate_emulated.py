@@ -1,4 +1,4 @@
-"""The modulate kernels as compiled for sm_80 and sm_90, emulated: residual level A, norms and gradients level D."""
+"""The modulate kernels as compiled for sm_80, sm_90 and sm_100, emulated: residual level A, norms and gradients level D."""
 
 from __future__ import annotations
 

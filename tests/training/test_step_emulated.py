@@ -11,7 +11,6 @@ import torch
 from pixelflow_engine.fused import FusedOperations
 from pixelflow_engine.operations import PlainOperations
 from support.compiled import compiled_for
-from support.ptx import EMULATED
 from support.recipes import tiny_recipe
 from support.reference_models import random_reference
 from support.steps import Watched, batch_of, random_state, step_of
@@ -19,7 +18,7 @@ from support.training_packs import assert_step, draw_pack, packed_model, packed_
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
 
-by_arch = pytest.mark.parametrize("arch", EMULATED)
+by_arch = pytest.mark.parametrize("arch", [80, 90])
 GRIDS = [(3, 5), (8, 8), (2, 2), (2, 2), (1, 1), (5, 1), (1, 1)]
 FORWARD = {"_modulate_forward_kernel", "_rope2d_forward_kernel", "_attention_forward_kernel"}
 BACKWARD = {"_delta_kernel", "_backward_keys_kernel", "_backward_queries_kernel", "_modulate_backward_kernel"}

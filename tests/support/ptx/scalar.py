@@ -154,6 +154,10 @@ def _wide(a: Array, b: Array) -> Array:
 @instruction("add", "sub", "mul", "fma", "mad")
 def _arithmetic(at: Instruction) -> Step:
     name, kind = at.opcode[0], at.opcode[-1]
+    if kind in ("bf16", "f16") and "f32" in at.opcode:
+        return _mixed(name, kind, at)
+    if kind == "f32x2":
+        return computes(_both(_fused("f32", "ftz" in at.opcode) if name == "fma" else _PLAIN[name]), "b64", at)
     if kind.removesuffix("x2") in ("bf16", "f16"):
         container = "b32" if kind.endswith("x2") else "b16"
         return computes(_halves(_SIXTEEN[name], kind), container, at)
@@ -183,6 +187,30 @@ def _fused(kind: str, flush: bool) -> Callable[..., Array]:
         return lambda a, b, c: arithmetic.float32(arithmetic.fused(a, b, c))
     flushed = arithmetic.flushed
     return lambda a, b, c: flushed(arithmetic.float32(arithmetic.fused(flushed(a), flushed(b), flushed(c))))
+
+
+def _mixed(name: str, kind: str, at: Instruction) -> Step:
+    """float32 operations whose first operand, or both factors, have 16 bits."""
+    widen = {"bf16": arithmetic.from_bfloat16, "f16": arithmetic.from_float16}[kind]
+    if name == "fma":
+        fused = _fused("f32", flush=False)
+        return computes(lambda a, b, c: fused(widen(a), widen(b), c), "", at, ("b16", "b16", "f32"))
+    plain = _PLAIN[name]
+    return computes(lambda a, c: plain(widen(a), c), "", at, ("b16", "f32"))
+
+
+def _both(function: Callable[..., Array]) -> Callable[..., Array]:
+    """A function of float32 values, applied to pairs of them in 64 bits."""
+
+    def pair(*operands: Array) -> Array:
+        low, high = (
+            function(*((x >> np.uint64(shift)).astype(np.uint32).view(np.float32) for x in operands))
+            for shift in (0, 32)
+        )
+        words = (np.asarray(x).view(np.uint32).astype(np.uint64) for x in (low, high))
+        return next(words) | (next(words) << np.uint64(32))
+
+    return pair
 
 
 @instruction("div")
