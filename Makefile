@@ -3,7 +3,7 @@
 #   make test ARGS="tests/engine -k noise"     hand arguments to pytest
 #   make test JOBS=2                           run at most two test processes at once
 #   make setup PYTHON=/path/to/python3         choose the interpreter of a new .venv
-#   make aot TRITON=3.6.0                      compile with another Triton than the pinned one (also: promises)
+#   make aot TRITON=3.6.0                      compile with another Triton than the pinned one (also: promises, emulate)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -72,7 +72,7 @@ $(DEV): $(PY) pyproject.toml constraints.txt
 
 # --- targets -----------------------------------------------------------------------------------------------
 
-.PHONY: help setup quickstart test fuzz stops mutants aot promises gate tables lint types check clean
+.PHONY: help setup quickstart test fuzz stops mutants aot promises emulate gate tables lint types check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -116,7 +116,7 @@ build/triton-%: $(DEV)
 	rm -rf $@.part
 	$(PY) -m pip install --quiet --no-deps --target $@.part triton==$*
 	mv $@.part $@
-aot promises: export PYTHONPATH = $(OTHER)
+aot promises emulate: export PYTHONPATH = $(OTHER)
 
 aot: $(DEV) $(OTHER) ## compile every kernel for GPUs that are not there; cubins and figures in build/aot
 	$(PY) -m pixelflow_kernels.aot --json build/aot/report.json --cubins build/aot/cubins $(ARGS)
@@ -124,6 +124,9 @@ aot: $(DEV) $(OTHER) ## compile every kernel for GPUs that are not there; cubins
 promises: $(DEV) $(OTHER) ## compile a sample of them and hold it to what it promises
 	$(if $(TRITON),$(PY) -c 'import triton; assert triton.__version__ == "$(TRITON)"')
 	$(PY) -m pytest tests/kernels/test_machine_code.py $(ARGS)
+
+emulate: $(DEV) $(OTHER) ## run compiled kernels on the PTX emulator: their tests, the engine's and a training step's
+	$(PARALLEL) $(wildcard tests/*/test_*_emulated.py) tests/kernels/test_emulator.py $(ARGS)
 
 tables: $(DEV) ## fill the tables of the documentation in from benchmarks/results
 	$(VENV)/bin/pixelflow bench tables README.md docs/ablations.md docs/benchmarks.md docs/digits.md docs/performance.md $(ARGS)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixelflow_benchmarks.suites import curves
 from pixelflow_benchmarks.suites.curves import agreement, curves_table, measure_curves, spread_of, windows
+from pixelflow_training import step
 from support.results import run_of
 
 CPU = torch.device("cpu")
@@ -38,13 +38,13 @@ def test_a_right_model_stays_within_the_spread_of_seeds(records: list[dict[str, 
 
 
 def test_a_wrong_model_shows(records: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = curves.batch_losses
+    honest = step.batch_losses
 
     def biased(*arguments: Any) -> Tensor:
         losses = honest(*arguments)
         return losses + losses.detach().mean()
 
-    monkeypatch.setattr(curves, "batch_losses", biased)
+    monkeypatch.setattr(step, "batch_losses", biased)
     wrong = [r for r in measure_curves(["torch"], 2, 10, CPU) if r["kind"] == "agreement"]
     assert [r["right"] for r in wrong] == [False, False]
     assert "seeds by" in wrong[0]["fault"]

@@ -1,4 +1,4 @@
-"""The modulate kernels as compiled for sm_80, sm_90 and sm_100, emulated: residual level A, norms and gradients level D."""
+"""The modulate kernels as compiled, emulated: residual level A, norms and gradients level D, in every type."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
 """Loss curves of the packed training step on each backend, compared with the reference trained image by image.
 
 With one seed all of them start from the same weights and see the same batches, in float32; only the implementation
-differs. Another seed draws other weights, orders, times and noise: the difference between seeds is the yardstick.
+differs: the packed model takes the steps of ``pixelflow train``, with the backend's own clipping, AdamW and averages.
+Another seed draws other weights, orders, times and noise: the difference between seeds is the yardstick.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,16 +24,16 @@ from pixelflow_engine.errors import BackendUnavailableError
 from pixelflow_engine.reference import PixelFlowTransformer
 from pixelflow_engine.reference import training as reference_training
 from pixelflow_training.collate import Batch
-from pixelflow_training.config import DataConfig, OptimizerConfig, TrainConfig
+from pixelflow_training.config import ComputeConfig, DataConfig, OptimizerConfig, TrainConfig
 from pixelflow_training.data import ImageSet, load_digits
 from pixelflow_training.loop import build_model, learning_rate, training_batch
-from pixelflow_training.step import batch_losses
+from pixelflow_training.ranks import ALONE
+from pixelflow_training.state import TrainState
+from pixelflow_training.step import TrainStep
 
 REFERENCE = "reference"
 WINDOWS = 10
 """Number of windows over which a curve is averaged: a single step's loss is that of a few images at random times."""
-
-Losses = Callable[[Batch], Tensor]
 
 
 def recipe(steps: int, seed: int) -> TrainConfig:
@@ -77,20 +78,18 @@ def measure_curves(backends: Sequence[str], seeds: int, steps: int, device: torc
         config = recipe(steps, seed)
         weights = build_model(config).state_dict()
         reference = random_reference(config.network, weights, torch.float32).requires_grad_(True).to(device)
-        expected[seed] = _train(config, reference, partial(reference_losses, reference), device)
+        expected[seed] = _train_reference(config, reference, device)
         yield {"kind": "curve", "variant": REFERENCE, "seed": seed, "loss": expected[seed]}
     spread = spread_of(list(expected.values()))
     for name in backends:
         try:
-            found = choose(name, device, torch.float32, recipe(steps, 0).model.attention_head_dim)
+            backend = choose(name, device, torch.float32, recipe(steps, 0).model.attention_head_dim)
         except BackendUnavailableError as error:
             yield {"kind": "absent", "variant": name, "reason": str(error)}
             continue
         for seed in range(seeds):
             config = recipe(steps, seed)
-            model = build_model(config).to(device)
-            model.operations = found.operations(compiled=False)
-            losses = _train(config, model, partial(batch_losses, model), device)
+            losses = _train_packed(replace(config, compute=ComputeConfig(backend=backend.name)), device)
             yield {"kind": "curve", "variant": name, "seed": seed, "loss": losses}
             yield agreement(name, seed, losses, expected[seed], spread)
 
@@ -149,20 +148,32 @@ def curves_table(run: Run) -> TextTable:
     return TextTable(title, header, tuple(rows))
 
 
-def _train(config: TrainConfig, model: nn.Module, losses_of: Losses, device: torch.device) -> list[float]:
-    """Train in a plain loop and return the loss of every step."""
+def _train_reference(config: TrainConfig, model: PixelFlowTransformer, device: torch.device) -> list[float]:
+    """Train in a plain loop with PyTorch's AdamW and return the loss of every step."""
     data = _digits(config)
     settings, losses = config.optimizer, []
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=settings.weight_decay, fused=True)
     for step in range(config.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(settings, step, config.steps)
-        loss = losses_of(training_batch(config, data, step).to(device)).mean()
+        loss = reference_losses(model, training_batch(config, data, step).to(device)).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def _train_packed(config: TrainConfig, device: torch.device) -> list[float]:
+    """Train as ``pixelflow train`` does and return the loss of every step."""
+    data, ranks = _digits(config), replace(ALONE, device=device)
+    step = TrainStep(TrainState(config, build_model(config).to(device), ranks), config, ranks)
+    return [
+        step(
+            training_batch(config, data, number).to(device), learning_rate(config.optimizer, number, config.steps)
+        ).loss
+        for number in range(config.steps)
+    ]
 
 
 def _digits(config: TrainConfig) -> ImageSet:
