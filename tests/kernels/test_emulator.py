@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 
 from support.kernels import POISON, assert_filled, assert_same_bits, poisoned, random_bits
-from support.ptx import EmulationError, arithmetic, emulated
+from support.ptx import EmulationError, arithmetic, driver, emulated
 from support.reference_models import seeded
 
 pytestmark = [
@@ -244,3 +245,24 @@ def test_an_instruction_that_is_not_known() -> None:
     head = ".visible .entry k(\n.param .u64 k_param_0\n)\n.reqntid 32\n{\n"
     with pytest.raises(EmulationError, match=r"unknown instruction nosuch\.b32.*line 3"):
         prepare(parse(head + ".reg .b32 %r<2>;\nnosuch.b32 %r1, 0;\nret;\n}\n"))
+
+
+def _run_text(path: Path, body: str) -> torch.Tensor:
+    """Run PTX with 32 threads; ``%rd1`` is where each may store a word."""
+    head = ".visible .entry k(\n.param .u64 k_param_0\n)\n.reqntid 32\n{\n"
+    head += ".reg .b16 %rs<4>;\n.reg .b32 %r<4>;\n.reg .b64 %rd<4>;\n.reg .pred %p<2>;\n"
+    head += "mov.u32 %r1, %tid.x;\nld.param.b64 %rd2, [k_param_0];\nmad.wide.u32 %rd1, %r1, 4, %rd2;\n"
+    path.write_text(head + body + "ret;\n}\n")
+    out = torch.zeros(32, dtype=torch.int32)
+    driver.emulate(str(path), [("*i32", out)], (1, 1, 1), 0, [out])
+    return out
+
+
+def test_a_part_that_nothing_writes_has_any_bits(tmp_path: Path) -> None:
+    """The compiler leaves halves undefined that it does not use; one that is written too late is a fault."""
+    joined = "cvt.u16.u32 %rs1, %r1;\nmov.b32 %r2, {%rs2, %rs1};\n"
+    out = _run_text(tmp_path / "used", joined + "st.global.b32 [%rd1], %r2;\n")
+    assert (out >> 16).tolist() == list(range(32))
+    assert len(set((out & 0xFFFF).tolist())) == 32
+    with pytest.raises(EmulationError, match="read before it is written"):
+        _run_text(tmp_path / "late", joined + "mov.b16 %rs2, 0;\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .errors import EmulationError
 
@@ -34,7 +34,7 @@ class Name:
 
 @dataclass(frozen=True, slots=True)
 class Vector:
-    """``{a, b, ...}``; an unused part is None."""
+    """``{a, b, ...}``; a part that is not used, or that nothing writes, is None."""
 
     parts: tuple[Operand | None, ...]
 
@@ -118,7 +118,22 @@ def parse(text: str) -> Program:
         _add(program, registers, line, f"{line!r} (line {number} of the body, {python})")
     if program.blocks[-1]:
         program.blocks.append([])
+    _leave_out_undefined_parts(program)
     return program
+
+
+def _leave_out_undefined_parts(program: Program) -> None:
+    """Replace registers that no instruction writes by None where they are parts of a wider one that is put together.
+
+    LLVM joins a value and an undefined one where it works on pairs and needs only one of them.
+    """
+    targets = [at.operands[0] for block in program.blocks for at in block if at.operands]
+    written = {part for x in targets for part in (x.parts if isinstance(x, Vector) else (x,))}
+    for block in program.blocks:
+        for i, at in enumerate(block):
+            if at.opcode[0] == "mov" and isinstance(source := at.operands[1], Vector):
+                parts = tuple(x if not isinstance(x, Register) or x in written else None for x in source.parts)
+                block[i] = replace(at, operands=(at.operands[0], Vector(parts)))
 
 
 def _split(text: str) -> tuple[str, str]:
