@@ -192,6 +192,15 @@ def test_approximations_are_off_but_no_further_than_documented() -> None:
     ):
         error = np.abs(got / exact - 1).max()
         assert 2.0**-24 < error <= bound
+    y = torch.randn(1000, generator=seeded(10), dtype=torch.float64).numpy()
+    gross = arithmetic.reciprocal_gross(y)
+    assert not (gross.view(np.uint64) & np.uint64(0xFFFFFFFF)).any()
+    assert 2.0**-21 < np.abs(gross * y - 1).max() < 2.0**-19
+    edges = np.array([0.0, -0.0, 1e-310, -1e-310, np.inf, -np.inf, np.nan, 2.0**1023, -2.0])
+    with np.errstate(divide="ignore"):
+        found = arithmetic.reciprocal_gross(edges)
+    expected = np.array([np.inf, -np.inf, np.inf, -np.inf, 0.0, -0.0, np.nan, 0.0, -0.5])
+    assert_same_bits(torch.from_numpy(found), torch.from_numpy(expected))
 
 
 # --- it reports ----------------------------------------------------------------------------------------------

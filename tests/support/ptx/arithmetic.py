@@ -133,6 +133,15 @@ def rsqrt_approximate(x: Array) -> Array:
     return flushed(disturbed(x, 1.0 / np.sqrt(x.astype(F64)), 2.0**-22.9))
 
 
+def reciprocal_gross(x: Array) -> Array:
+    """``rcp.approx.ftz.f64``: of the operand's upper 32 bits, to 32 bits; denormals count as zeros."""
+    tiny, upper = np.finfo(F64).tiny, np.int64(-(1 << 32))
+    x = (np.asarray(x).view(np.int64) & upper).view(F64)
+    near = 1.0 / np.where(np.abs(x) < tiny, np.copysign(0.0, x), x)
+    near = np.where(np.abs(near) < tiny, np.copysign(0.0, near), near)
+    return np.where(np.isnan(x), np.nan, (near.view(np.int64) & upper).view(F64))
+
+
 def divide_approximate(a: Array, b: Array) -> Array:
     """``div.full.f32``: two units in the last place, and 0 where the divisor is beyond 2^126."""
     exact = a.astype(F64) / b.astype(F64)

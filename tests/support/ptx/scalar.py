@@ -259,6 +259,12 @@ def _rsqrt(at: Instruction) -> Step:
     return computes(arithmetic.rsqrt_approximate, "f32", at)
 
 
+@instruction("rcp")
+def _reciprocal(at: Instruction) -> Step:
+    _expect(at, "rcp.approx.ftz.f64")
+    return computes(arithmetic.reciprocal_gross, "f64", at)
+
+
 def _expect(at: Instruction, *names: str) -> None:
     if ".".join(at.opcode) not in names:
         raise EmulationError(f"unknown instruction {'.'.join(at.opcode)}")
@@ -275,11 +281,15 @@ def _extreme(at: Instruction) -> Step:
 
 @instruction("neg")
 def _negate(at: Instruction) -> Step:
+    if "ftz" in at.opcode:
+        return computes(lambda x: arithmetic.flushed(-x), at.opcode[-1], at)
     return computes(operator.neg, at.opcode[-1], at)
 
 
 @instruction("abs")
 def _absolute(at: Instruction) -> Step:
+    if "ftz" in at.opcode:
+        return computes(lambda x: arithmetic.flushed(np.abs(x)), at.opcode[-1], at)
     return computes(np.abs, at.opcode[-1], at)
 
 

@@ -98,6 +98,7 @@ ENDS = ("bra", "brx", "ret", "exit", "trap")
 _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _REGISTERS = re.compile(r"\.reg\s+\.(pred|[a-z](\d+))\s+%(\w+)<(\d+)>")
 _OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
+_HALF = re.compile(r"\{ \.reg \.b32 (\w+); (mov\.b64 \{\S+, \S+\}, %\w+;) \}")
 _FILE = re.compile(r"\.loc\s.*//\s*(\S+)")
 
 
@@ -157,6 +158,8 @@ def _statements(body: str) -> Iterator[tuple[int, str, str]]:
         if source := _FILE.search(raw):
             python = source[1]
         line = raw.partition("//")[0].strip()
+        if half := _HALF.fullmatch(line):  # libdevice names the part that it does not use
+            line = re.sub(rf"\b{half[1]}\b", "_", half[2])
         if not line or line.startswith((".loc", ".reg", ".file", ".pragma", "}")):
             continue
         first = first if pending else number
