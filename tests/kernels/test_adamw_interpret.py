@@ -13,11 +13,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from pixelflow_kernels.adamw import FusedAdamW, TensorTable, gradient_norm, op, reference, table
 from support import ode, packs
-from support.adamw import ALIGNED, F32, F64, ODD, SETTINGS, Lists, expected, lists
+from support.adamw import ALIGNED, F32, F64, ODD, SETTINGS, assert_is, expected, launch, lists, numbers_of
 from support.kernels import assert_same_bits, differing_bits, plain
 
 pytestmark = [
@@ -44,31 +43,6 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "CHUNK", 48)
 
 
-def numbers_of(seed: int, applied: bool = True) -> Tensor:
-    """``[9]`` float32 that no two of which are alike."""
-    drawn = torch.rand(9, generator=torch.Generator().manual_seed(seed)) + 0.1
-    drawn[0] = float(applied)
-    return drawn
-
-
-def launch(made: Lists, numbers: Tensor, zeroed: bool = False, config: dict[str, int] | None = None) -> None:
-    from pixelflow_kernels.adamw import kernels
-
-    found = TensorTable.of({name: made[name] for name in made.guarded})
-    gradient, copies = made["gradients"][0].dtype, made["copies"]
-    kernels.launch_update(
-        found.pointers, found.chunks, numbers, gradient, copies[0].dtype if copies else None, bool(made["averages"]),
-        zeroed, config=config or SMALL,
-    )  # fmt: skip
-
-
-def assert_is(made: Lists, want: dict[str, list[Tensor]]) -> None:
-    for name, tensors in want.items():
-        for i, (got, value) in enumerate(zip(made[name], tensors, strict=True)):
-            assert_same_bits(got, value, f"{name}[{i}]")
-    made.assert_inside()
-
-
 # --- the update: level A -------------------------------------------------------------------------------------
 
 sizes = st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 47, 48, 49, 64, 96, 131]), min_size=1, max_size=5)
@@ -90,7 +64,7 @@ def test_update(data: st.DataObject) -> None:
         hostile=True,
     )
     before, numbers = made.values(), numbers_of(seed)
-    launch(made, numbers, zeroed)
+    launch(made, numbers, zeroed, SMALL)
     assert_is(made, expected(before, numbers, zeroed))
 
 
@@ -98,7 +72,7 @@ def test_kept_apart(apart: None) -> None:
     """The detour that products take on one architecture keeps every bit."""
     made = lists([(130,), (16,)], hostile=True)
     before, numbers = made.values(), numbers_of(3)
-    launch(made, numbers)
+    launch(made, numbers, config=SMALL)
     assert_is(made, expected(before, numbers))
 
 
@@ -107,19 +81,17 @@ def test_kept_apart(apart: None) -> None:
 def test_a_step_that_does_not_count(zeroed: bool) -> None:
     made = lists([(131,), (0,), (48,)], hostile=True, gradient=torch.bfloat16)
     before = made.values()
-    launch(made, numbers_of(5, applied=False), zeroed)
+    launch(made, numbers_of(5, applied=False), zeroed, SMALL)
     zeros = {"gradients": [torch.zeros_like(g) for g in before["gradients"]]} if zeroed else {}
     assert_is(made, before | zeros)
 
 
 def test_many_values() -> None:
     """At the shipped configuration: 0 differing bits."""
-    from pixelflow_kernels.configs import launch_config
-
     shapes = [(100_003,), (16384,), (1,)]
     made = lists(shapes, hostile=True, copy=None)
     before, numbers = made.values(), numbers_of(11)
-    launch(made, numbers, config=launch_config("adamw.update", "all", None))
+    launch(made, numbers)
     want = expected(before, numbers)
     differing = sum(
         int(differing_bits(x, y).sum()) for name in want for x, y in zip(made[name], want[name], strict=True)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixelflow_kernels.adamw import reference
+from pixelflow_kernels.adamw import TensorTable, reference
 from support import ode
-from support.kernels import Poisoned, assert_filled, poisoned
+from support.kernels import Poisoned, assert_filled, assert_same_bits, poisoned
 
 F32, F64 = torch.float32, torch.float64
 UNIT = 2.0**-24  # unit roundoff of float32: the largest relative rounding error
@@ -83,6 +83,33 @@ def expected(before: dict[str, list[Tensor]], numbers: Tensor, zeroed: bool = Fa
         for name, value in values.items():
             after[name].append(value)
     return after
+
+
+def numbers_of(seed: int, applied: bool = True) -> Tensor:
+    """``[9]`` float32 that no two of which are alike."""
+    drawn = torch.rand(9, generator=torch.Generator().manual_seed(seed)) + 0.1
+    drawn[0] = float(applied)
+    return drawn
+
+
+def launch(made: Lists, numbers: Tensor, zeroed: bool = False, config: dict[str, int] | None = None) -> None:
+    """Launch the update of lists on the CPU, for interpreted and emulated kernels."""
+    from pixelflow_kernels.adamw import kernels
+
+    found = TensorTable.of({name: made[name] for name in made.guarded})
+    gradient, copies = made["gradients"][0].dtype, made["copies"]
+    kernels.launch_update(
+        found.pointers, found.chunks, numbers, gradient, copies[0].dtype if copies else None, bool(made["averages"]),
+        zeroed, config=config,
+    )  # fmt: skip
+
+
+def assert_is(made: Lists, want: dict[str, list[Tensor]]) -> None:
+    """Assert that the lists have the bits of others, and that nothing was written outside of the tensors."""
+    for name, tensors in want.items():
+        for i, (got, value) in enumerate(zip(made[name], tensors, strict=True)):
+            assert_same_bits(got, value, f"{name}[{i}]")
+    made.assert_inside()
 
 
 class Truth:
