@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixelflow_engine import PixelFlowEngine, Request
+from pixelflow_engine import PixelFlowEngine, Request, SamplingOutput
 from support.cascades import checkpoint_of
 from support.compiled import compiled_for
 from support.kernels import assert_level_d
@@ -83,16 +83,21 @@ def test_prompts_images_of_several_sizes_and_weights(arch: int) -> None:
 @by_arch
 def test_dopri5(arch: int) -> None:
     """The device decides on as many attempts as plain PyTorch takes; images agree to what the tolerance leaves open."""
-    options = {"solver": "dopri5", "rtol": 0.1, "atol": 0.1, "seed": [1, 2], "guidance_scale": 2.4}
-    plain = digits(torch.float32, "torch")([3, 7], output_type="pt", **options)
+    model = random_reference(61, heads=1, head_dim=24, depth=1)
+    model.proj_out_2.weight.mul_(0.3)  # so that few attempts do
+    options = {"solver": "dopri5", "rtol": 1.0, "atol": 1.0, "seed": [3, 4], "guidance_scale": 2.4}
+
+    def sampled(backend: str) -> SamplingOutput:
+        engine = PixelFlowEngine.from_checkpoint(checkpoint_of(model, 2, 8), "cpu", torch.float32, backend)
+        return engine([1, 5], output_type="pt", **options)
+
+    plain = sampled("torch")
     with compiled_for(arch) as gpu:
-        got = digits(torch.float32, "triton")([3, 7], output_type="pt", **options)
+        got = sampled("triton")
+    assert {*gpu.launched} > BLOCK | {"_begin_kernel", "_stage_kernel", "_error_kernel", "_end_kernel"}
     assert got.statuses == plain.statuses
-    assert [s.evaluations for s in got.stages] == [s.evaluations for s in plain.stages]
-    assert (got.images - plain.images).abs().max() < 1e-3
-    ode = {"_begin_kernel", "_start_kernel", "_stage_kernel", "_error_kernel", "_accept_kernel"}
-    assert {*gpu.launched} > BLOCK, gpu.launched
-    print({*gpu.launched} ^ ode)
+    assert [stage.evaluations for stage in got.stages] == [stage.evaluations for stage in plain.stages]
+    assert (got.images - plain.images).abs().max() <= 1e-3
 
 
 @by_arch

@@ -263,7 +263,7 @@ def _run_text(path: Path, body: str) -> torch.Tensor:
     head += "mov.u32 %r1, %tid.x;\nld.param.b64 %rd2, [k_param_0];\nmad.wide.u32 %rd1, %r1, 4, %rd2;\n"
     path.write_text(head + body + "ret;\n}\n")
     out = torch.zeros(32, dtype=torch.int32)
-    driver.emulate(str(path), [("*i32", out)], (1, 1, 1), 0, [out])
+    driver.emulate(str(path), [("*i32", out)], (1, 1, 1), 0)
     return out
 
 

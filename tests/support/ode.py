@@ -35,6 +35,7 @@ def hostile(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> T
     size = math.prod(shape)
     bits = torch.randint(-(2**62), 2**62, (size,), generator=generator) * 2
     x = (bits >> (64 - 8 * dtype.itemsize)).to(integer).view(dtype)
+    x = x.nan_to_num(torch.nan, torch.inf, -torch.inf)  # one kind of NaN: 16 random bits may well be the poison's
     special = torch.tensor(SPECIAL, dtype=F64).to(dtype)
     chosen = torch.randint(0, 10 * len(special), (size,), generator=generator)
     x = torch.where(chosen < 5 * len(special), torch.randn(size, generator=generator, dtype=F64).to(dtype), x)
