@@ -125,6 +125,7 @@ promises: $(DEV) $(OTHER) ## compile a sample of them and hold it to what it pro
 	$(if $(TRITON),$(PY) -c 'import triton; assert triton.__version__ == "$(TRITON)"')
 	$(PY) -m pytest tests/kernels/test_machine_code.py $(ARGS)
 
+emulate: export PIXELFLOW_EMULATE := all
 emulate: $(DEV) $(OTHER) ## run compiled kernels on the PTX emulator: their tests, the engine's and a training step's
 	$(PARALLEL) $(wildcard tests/*/test_*_emulated.py) tests/kernels/test_emulator.py $(ARGS)
 

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from pixelflow_engine import PixelFlowEngine, Request, SamplingOutput
 from support.cascades import checkpoint_of
-from support.compiled import compiled_for
+from support.compiled import compiled_for, thorough, with_products
 from support.kernels import assert_level_d
 from support.reference_models import normal, random_reference, seeded
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
 
-by_arch = pytest.mark.parametrize("arch", [80, 90])
 BF16, FP64 = torch.bfloat16, torch.float64
 BLOCK = {"_modulate_forward_kernel", "_rope2d_forward_kernel", "_attention_forward_kernel"}
 
@@ -43,8 +42,8 @@ def digits(dtype: torch.dtype, backend: str) -> PixelFlowEngine:
     return PixelFlowEngine.from_pretrained("digits", "cpu", dtype, backend)
 
 
-@by_arch
-@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@with_products
+@pytest.mark.parametrize("dtype", [BF16, pytest.param(torch.float32, marks=thorough)])
 def test_digits(arch: int, dtype: torch.dtype) -> None:
     """The bundled model, as a user calls it."""
     options = {"seed": [1, 2], "num_inference_steps": [2, 2, 2], "guidance_scale": 2.4}
@@ -55,7 +54,7 @@ def test_digits(arch: int, dtype: torch.dtype) -> None:
     assert_close(got, plain, truth)
 
 
-@by_arch
+@with_products
 def test_prompts_images_of_several_sizes_and_weights(arch: int) -> None:
     model = random_reference(64, heads=1, head_dim=24, depth=2, num_classes=0, cross_attention_dim=12)
     text = normal((4, 9, 12), seeded(65), torch.float32)
@@ -80,7 +79,7 @@ def test_prompts_images_of_several_sizes_and_weights(arch: int) -> None:
     assert_close(got, plain, truth)
 
 
-@by_arch
+@with_products
 def test_dopri5(arch: int) -> None:
     """The device decides on as many attempts as plain PyTorch takes; images agree to what the tolerance leaves open."""
     model = random_reference(61, heads=1, head_dim=24, depth=1)
@@ -100,7 +99,7 @@ def test_dopri5(arch: int) -> None:
     assert (got.images - plain.images).abs().max() <= 1e-3
 
 
-@by_arch
+@with_products
 def test_gradients_of_the_velocity(arch: int) -> None:
     """Through every kernel's backward pass, to the pixels."""
     g = seeded(67)

@@ -27,12 +27,12 @@ from pixelflow_kernels.ode_step import (
     take_accepted_,
 )
 from support import ode
-from support.compiled import compiled_for
+from support.compiled import by_arch, compiled_for
 from support.kernels import assert_filled, assert_same_bits, poisoned_like
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"),
-    pytest.mark.parametrize("arch", [80, 90]),
+    by_arch,
     # numpy's, about infinities and NaN put in on purpose
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from pixelflow_kernels import PackedLayout
 from pixelflow_kernels.rope2d import backward, norm_rope2d_q_norm_k, op, qk_norm_rope2d, reference, rope2d
 from support import packs, rope
-from support.compiled import compiled_for
+from support.compiled import by_arch, compiled_for
 from support.kernels import assert_level_d, assert_same_bits, plain, random_bits, surrounded
 from support.reference_models import seeded
 from support.rope import EPS
@@ -25,7 +25,7 @@ from support.rope_checks import check_backward, check_forward, check_rotation, o
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"),
-    pytest.mark.parametrize("arch", [80, 90]),
+    by_arch,
 ]
 
 TYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,13 @@ from torch._library.custom_ops import OPDEFS, CustomOpDef
 from pixelflow_kernels import aot
 
 from .ptx import EmulatedGPU, emulated
+
+thorough = pytest.mark.skipif(os.environ.get("PIXELFLOW_EMULATE") != "all", reason="minutes of compiling: make emulate")
+"""For emulated tests that a normal run leaves out."""
+
+by_arch = pytest.mark.parametrize("arch", [pytest.param(80, marks=thorough), 90, 100])
+with_products = pytest.mark.parametrize("arch", [pytest.param(80, marks=thorough), 90])
+"""Architectures for which kernels are emulated; those with products of matrices not for sm_100."""
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 
 from pixelflow_engine.fused import FusedOperations
 from pixelflow_engine.operations import PlainOperations
-from support.compiled import compiled_for
+from support.compiled import compiled_for, thorough, with_products
 from support.recipes import tiny_recipe
 from support.reference_models import random_reference
 from support.steps import Watched, batch_of, random_state, step_of
@@ -18,16 +18,15 @@ from support.training_packs import assert_step, draw_pack, packed_model, packed_
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
 
-by_arch = pytest.mark.parametrize("arch", [80, 90])
 GRIDS = [(3, 5), (8, 8), (2, 2), (2, 2), (1, 1), (5, 1), (1, 1)]
 FORWARD = {"_modulate_forward_kernel", "_rope2d_forward_kernel", "_attention_forward_kernel"}
 BACKWARD = {"_delta_kernel", "_backward_keys_kernel", "_backward_queries_kernel", "_modulate_backward_kernel"}
 UPDATE = {"_squares_kernel", "_norm_kernel", "_numbers_kernel", "_update_kernel"}
 
 
-@by_arch
+@with_products
 @pytest.mark.parametrize("text", [False, True], ids=["classes", "text"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=thorough)], ids=str)
 def test_losses_and_gradients(arch: int, dtype: torch.dtype, text: bool) -> None:
     """As close to the reference in float64, image by image, as the packed model on plain operations."""
     shape = {"num_classes": 0, "cross_attention_dim": 12} if text else {}
@@ -40,7 +39,7 @@ def test_losses_and_gradients(arch: int, dtype: torch.dtype, text: bool) -> None
     assert_step(found, plain, reference_step(reference, pack, torch.float64))
 
 
-@by_arch
+@with_products
 def test_the_update_is_adamws(arch: int, tmp_path: Path) -> None:
     """Two steps in bfloat16: the weights, moments and averages of AdamW in float64 from the same gradients."""
     config = tiny_recipe(tmp_path, "compute.backend=triton", "compute.dtype=bfloat16", "optimizer.weight_decay=0.3")

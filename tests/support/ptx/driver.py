@@ -97,7 +97,7 @@ class EmulatedGPU(DriverBase):
         return launch
 
 
-@lru_cache(maxsize=8)  # garbage collection takes its time with thousands of instructions
+@lru_cache(maxsize=32)  # an instruction is many objects, and garbage collection looks at all of them
 def _program(path: str) -> tuple[Program, list[Block]]:
     program = parse(Path(path).read_text("utf-8"))
     return program, prepare(program)

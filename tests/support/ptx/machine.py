@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import EmulationError
-from .memory import Array, GlobalMemory, SharedMemory
+from .memory import UNSIGNED, Array, GlobalMemory, SharedMemory
 from .text import Program, Register
 
 Bools = NDArray[np.bool_]
@@ -25,7 +25,7 @@ class Machine:
 
     Attributes:
         registers: a register's bits for every thread as unsigned integers (bool for predicates); a single value where
-            it is the same constant for all; None until it is written.
+            it is the same constant for all; None until it is written. A register that nothing writes has any bits.
         mask: threads that execute the current block; None for all.
         programs, threads: number of programs, and of threads in each.
         local: each thread's program, among those that are emulated together.
@@ -48,6 +48,8 @@ class Machine:
         self.programs, self.threads = len(places), program.threads
         count = self.programs * self.threads
         self.registers: list[Array | None] = [None] * program.registers
+        for register in program.undefined:
+            self.registers[register.index] = _any_bits(count, register.bits)
         self.mask: Bools | None = None
         self.local = np.repeat(np.arange(self.programs), self.threads)
         self.thread = first * self.threads + np.arange(count)
@@ -96,6 +98,12 @@ class Machine:
         """Return a value for each of the active threads."""
         value = np.broadcast_to(value, self.count)
         return value if active is None else value[active]
+
+
+def _any_bits(count: int, bits: int) -> Array:
+    """Bits that differ from thread to thread, so that a result which depends on them is wrong in most."""
+    mixed = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(64 - bits)
+    return mixed.astype(bool if bits == 1 else UNSIGNED[bits // 8])
 
 
 def run(

@@ -462,19 +462,11 @@ def _split(at: Instruction, target: Vector, read: Read) -> Step:
     return step
 
 
-def _undefined(width: int) -> Read:
-    """Bits that differ from thread to thread, so that a result which depends on them is wrong in most."""
-    factor, shift = np.uint64(0x9E3779B97F4A7C15), np.uint64(64 - width)
-    return lambda machine: ((machine.thread.astype(np.uint64) + np.uint64(1)) * factor >> shift).astype(
-        UNSIGNED[width // 8]
-    )
-
-
 def _join(at: Instruction, source: Vector) -> Step:
     target = at.operands[0]
     assert isinstance(target, Register)
     width = target.bits // len(source.parts)
-    reads = [_undefined(width) if x is None else reader(x, f"b{width}") for x in source.parts]
+    reads = [reader(x, f"b{width}") for x in source.parts if x is not None]
     wide = UNSIGNED[target.bits // 8]
 
     def step(machine: Machine) -> None:

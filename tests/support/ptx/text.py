@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from .errors import EmulationError
 
@@ -34,7 +34,7 @@ class Name:
 
 @dataclass(frozen=True, slots=True)
 class Vector:
-    """``{a, b, ...}``; a part that is not used, or that nothing writes, is None."""
+    """``{a, b, ...}``; a part that is not used is None."""
 
     parts: tuple[Operand | None, ...]
 
@@ -79,6 +79,7 @@ class Program:
         blocks: instructions between labels, branches and barriers.
         labels: label -> index of its block.
         tables: label of a branch table -> its labels.
+        undefined: registers that nothing writes. LLVM has some, where it works on pairs and needs only one of them.
     """
 
     name: str = ""
@@ -88,6 +89,7 @@ class Program:
     blocks: list[list[Instruction]] = field(default_factory=lambda: [[]])
     labels: dict[str, int] = field(default_factory=dict)
     tables: dict[str, list[str]] = field(default_factory=dict)
+    undefined: list[Register] = field(default_factory=list)
 
     def uses(self, name: str) -> bool:
         """Return whether some opcode begins so."""
@@ -119,22 +121,14 @@ def parse(text: str) -> Program:
         _add(program, registers, line, f"{line!r} (line {number} of the body, {python})")
     if program.blocks[-1]:
         program.blocks.append([])
-    _leave_out_undefined_parts(program)
+    program.undefined = _unwritten(program, registers.values())
     return program
 
 
-def _leave_out_undefined_parts(program: Program) -> None:
-    """Replace registers that no instruction writes by None where they are parts of a wider one that is put together.
-
-    LLVM joins a value and an undefined one where it works on pairs and needs only one of them.
-    """
+def _unwritten(program: Program, registers: Iterable[Register]) -> list[Register]:
     targets = [at.operands[0] for block in program.blocks for at in block if at.operands]
     written = {part for x in targets for part in (x.parts if isinstance(x, Vector) else (x,))}
-    for block in program.blocks:
-        for i, at in enumerate(block):
-            if at.opcode[0] == "mov" and isinstance(source := at.operands[1], Vector):
-                parts = tuple(x if not isinstance(x, Register) or x in written else None for x in source.parts)
-                block[i] = replace(at, operands=(at.operands[0], Vector(parts)))
+    return [register for register in registers if register not in written]
 
 
 def _split(text: str) -> tuple[str, str]:
