@@ -90,7 +90,7 @@ def widths(draw: st.DrawFn) -> int:
     return min(draw(packs.heads()) * draw(st.sampled_from([64, 72, 80, 96, 128])), 1152)
 
 
-@packs.draws(300)
+@packs.draws(200)
 @given(
     variant=st.sampled_from([*VARIANTS.values()]),
     lengths=st.lists(st.integers(0, 5 if packs.FUZZ == 1 else 65), max_size=4),

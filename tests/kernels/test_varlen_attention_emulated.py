@@ -23,7 +23,10 @@ KERNELS = {"_attention_forward_kernel", "_delta_kernel", "_backward_keys_kernel"
 
 
 @with_products
-@pytest.mark.parametrize(("dim", "dtype"), [(72, BF16), (64, BF16), (72, FP16), pytest.param(72, FP32, marks=thorough)])
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [(72, BF16), (72, FP16), *(pytest.param(*other, marks=thorough) for other in ((64, BF16), (72, FP32)))],
+)
 def test_self_attention(arch: int, dim: int, dtype: torch.dtype) -> None:
     """Members that end within a tile, at its end and after one token; one without tokens."""
     with compiled_for(arch) as gpu:
@@ -32,7 +35,7 @@ def test_self_attention(arch: int, dim: int, dtype: torch.dtype) -> None:
 
 
 @with_products
-@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("odd", [pytest.param(False, marks=thorough), True])
 def test_cross_attention(arch: int, odd: bool) -> None:
     """With row strides that leave no vector aligned, and with ones that do."""
     with compiled_for(arch):
@@ -42,7 +45,10 @@ def test_cross_attention(arch: int, odd: bool) -> None:
 @with_products
 @pytest.mark.parametrize(
     ("dim", "dtype"),
-    [(24, FP32), (96, BF16), *(pytest.param(*other, marks=thorough) for other in ((16, FP16), (128, BF16)))],
+    [
+        (24, FP32),
+        *(pytest.param(*other, marks=thorough) for other in ((16, FP16), (96, BF16), (128, BF16))),
+    ],
 )
 def test_other_head_dims(arch: int, dim: int, dtype: torch.dtype) -> None:
     with compiled_for(arch):

@@ -48,7 +48,7 @@ def check(of: Pack, config: dict[str, int] = TINY, multiple_of: int = 1) -> None
 # --- any packs ---------------------------------------------------------------------------------------------
 
 
-@packs.draws(240)
+@packs.draws(160)
 @given(
     q_lengths=packs.lengths(max_tokens=200, min_length=0),
     cross=st.booleans(),

@@ -18,8 +18,8 @@ from .ptx import EmulatedGPU, emulated
 thorough = pytest.mark.skipif(os.environ.get("PIXELFLOW_EMULATE") != "all", reason="minutes of compiling: make emulate")
 """For emulated tests that a normal run leaves out."""
 
-by_arch = pytest.mark.parametrize("arch", [pytest.param(80, marks=thorough), 90, 100])
-with_products = pytest.mark.parametrize("arch", [pytest.param(80, marks=thorough), 90])
+with_products = pytest.mark.parametrize("arch", [90, pytest.param(80, marks=thorough)])
+by_arch = pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=thorough) for arch in (80, 100))])
 """Architectures for which kernels are emulated; those with products of matrices not for sm_100."""
 
 
