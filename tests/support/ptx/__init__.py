@@ -14,7 +14,7 @@ Approximate instructions (``ex2.approx``, ``rsqrt.approx``, ``div.full``) are of
 permits, in a direction that depends on the operand.
 """
 
-from .driver import EMULATED, EmulatedGPU, emulated
+from .driver import EmulatedGPU, emulated
 from .errors import EmulationError
 
-__all__ = ["EMULATED", "EmulatedGPU", "EmulationError", "emulated"]
+__all__ = ["EmulatedGPU", "EmulationError", "emulated"]

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from . import warps  # noqa: F401  (enters its instructions)
+from . import moves, scalar, warps  # noqa: F401  (they enter their instructions)
 from .errors import EmulationError
+from .instructions import INSTRUCTIONS, reader
 from .machine import Machine, Step
 from .memory import Array
-from .scalar import INSTRUCTIONS, reader
 from .text import ENDS, Immediate, Instruction, Name, Program
 
 End = Callable[[Machine], tuple[str, Array]]

@@ -25,9 +25,6 @@ from .memory import GlobalMemory
 from .text import Program, float_bits, parse
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have
-EMULATED = tuple(SHARED)
-"""Architectures that can be emulated; the last one without products of matrices, which use memory of their own."""
-
 AT_ONCE = 4096  # threads that are emulated together
 
 

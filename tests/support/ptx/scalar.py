@@ -1,7 +1,4 @@
-"""Instructions of single threads: arithmetic, conversions, moves, loads and stores.
-
-Each entry of ``INSTRUCTIONS`` makes an instruction a step, a function of the machine's state.
-"""
+"""Instructions of single threads that compute: arithmetic, bits and comparisons."""
 
 from __future__ import annotations
 
@@ -13,91 +10,10 @@ import numpy as np
 
 from . import arithmetic
 from .errors import EmulationError
-from .machine import Bools, Machine, Step
-from .memory import UNSIGNED, Array
-from .text import Address, Immediate, Instruction, Name, Operand, Register, Vector
-
-Builder = Callable[[Instruction], Step]
-Read = Callable[[Machine], Array]
-INSTRUCTIONS: dict[str, Builder] = {}
-
-TYPES: dict[str, Any] = {
-    **{f"{kind}{bits}": np.dtype(f"{code}{bits // 8}") for bits in (8, 16, 32, 64) for kind, code in
-       (("u", "u"), ("b", "u"), ("s", "i"))},
-    "f16": np.dtype("f2"), "f32": np.dtype("f4"), "f64": np.dtype("f8"), "pred": np.dtype(bool),
-}  # fmt: skip
-
-
-def instruction(*names: str) -> Callable[[Builder], Builder]:
-    """Decorator that enters a builder for opcodes that begin so."""
-
-    def enter(builder: Builder) -> Builder:
-        INSTRUCTIONS.update(dict.fromkeys(names, builder))
-        return builder
-
-    return enter
-
-
-def reader(operand: Operand, kind: str) -> Read:
-    """Return a function that reads an operand as a PTX type."""
-    dtype = TYPES[kind]
-    if isinstance(operand, Register):
-        index, wide = operand.index, max(operand.bits // 8, 1)
-
-        def read(machine: Machine) -> Array:
-            value = machine.registers[index]
-            if value is None:
-                raise EmulationError("a register is read before it is written")
-            if wide > dtype.itemsize:
-                value = value.astype(UNSIGNED[dtype.itemsize])
-            elif wide < dtype.itemsize:
-                raise EmulationError(f"a register of {8 * wide} bits is read as {kind}")
-            return value.view(dtype)
-
-        return read
-    if isinstance(operand, Immediate):
-        if kind == "pred":
-            value = np.bool_(operand.value != 0)
-        else:
-            size = dtype.itemsize
-            value = UNSIGNED[size](operand.value & ((1 << 8 * size) - 1)).view(dtype)
-        return lambda machine: value
-    if isinstance(operand, Name):
-        name = operand.text
-        if name.startswith("%"):
-            return lambda machine: machine.special[name].view(dtype)
-        if name == "global_smem":
-            zero = dtype.type(0)
-            return lambda machine: zero
-    raise EmulationError(f"{operand} cannot be read as {kind}")
-
-
-def bits(value: Array, register: Register) -> Array:
-    """Return a result as a register's bits, sign- or zero-extended by its type."""
-    value = np.asarray(value)
-    if register.bits == 1:
-        return value
-    wanted = UNSIGNED[register.bits // 8]
-    if value.itemsize * 8 == register.bits:
-        return value.view(wanted)
-    extended = value.astype(np.dtype(f"{value.dtype.kind}{register.bits // 8}"))
-    return extended.view(wanted)
-
-
-def computes(function: Callable[..., Array], kind: str, at: Instruction, kinds: tuple[str, ...] | None = None) -> Step:
-    """A step that writes ``function`` of the operands, read as ``kind`` or as ``kinds``, to the first operand."""
-    target = at.operands[0]
-    if not isinstance(target, Register):
-        raise EmulationError(f"expected a register, got {target}")
-    sources = [reader(x, k) for x, k in zip(at.operands[1:], kinds or [kind] * len(at.operands), strict=False)]
-    guard = at.guard
-
-    def step(machine: Machine) -> None:
-        result = function(*(read(machine) for read in sources))
-        machine.put(target, bits(result, target), machine.active(guard))
-
-    return step
-
+from .instructions import TYPES, computes, expect, instruction
+from .machine import Step
+from .memory import Array
+from .text import Instruction
 
 # --- arithmetic --------------------------------------------------------------------------------------------
 
@@ -106,7 +22,7 @@ def _halves(function: Callable[..., Array], kind: str) -> Callable[..., Array]:
     """A function of float32 or float64 values, applied to 16-bit values or pairs of them, and rounded."""
     widen, narrow = {
         "bf16": (arithmetic.from_bfloat16, arithmetic.bfloat16_bits),
-        "f16": (arithmetic.from_float16, _half_bits),
+        "f16": (arithmetic.from_float16, arithmetic.float16_bits),
     }[kind.removesuffix("x2")]
 
     def single(*operands: Array) -> Array:
@@ -118,11 +34,6 @@ def _halves(function: Callable[..., Array], kind: str) -> Callable[..., Array]:
         return low | (high << np.uint32(16))
 
     return pair if kind.endswith("x2") else single
-
-
-def _half_bits(x: Array) -> Array:
-    """float32, rounded to odd from a wider value, to float16."""
-    return arithmetic.float16_bits(x)
 
 
 def _sum(a: Array, b: Array) -> Array:
@@ -247,13 +158,13 @@ def _root(at: Instruction) -> Step:
 
 @instruction("ex2")
 def _exp2(at: Instruction) -> Step:
-    _expect(at, "ex2.approx.ftz.f32")
+    expect(at, "ex2.approx.ftz.f32")
     return computes(arithmetic.exp2_approximate, "f32", at)
 
 
 @instruction("rsqrt")
 def _rsqrt(at: Instruction) -> Step:
-    _expect(at, "rsqrt.approx.ftz.f32", "rsqrt.approx.f64")
+    expect(at, "rsqrt.approx.ftz.f32", "rsqrt.approx.f64")
     if at.opcode[-1] == "f64":
         return computes(lambda x: 1.0 / np.sqrt(x), "f64", at)
     return computes(arithmetic.rsqrt_approximate, "f32", at)
@@ -261,13 +172,8 @@ def _rsqrt(at: Instruction) -> Step:
 
 @instruction("rcp")
 def _reciprocal(at: Instruction) -> Step:
-    _expect(at, "rcp.approx.ftz.f64")
+    expect(at, "rcp.approx.ftz.f64")
     return computes(arithmetic.reciprocal_gross, "f64", at)
-
-
-def _expect(at: Instruction, *names: str) -> None:
-    if ".".join(at.opcode) not in names:
-        raise EmulationError(f"unknown instruction {'.'.join(at.opcode)}")
 
 
 @instruction("min", "max")
@@ -355,7 +261,7 @@ def _field(at: Instruction) -> Step:
 @instruction("prmt")
 def _permute(at: Instruction) -> Step:
     """Picks four bytes of two words; a selector's highest bit replicates the byte's sign."""
-    _expect(at, "prmt.b32")
+    expect(at, "prmt.b32")
 
     def pick(a: Array, b: Array, selector: Array) -> Array:
         both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
@@ -399,178 +305,3 @@ def _compare(at: Instruction) -> Step:
 def _select(at: Instruction) -> Step:
     kind = at.opcode[-1]
     return computes(lambda a, b, p: np.where(p, a, b).astype(a.dtype), kind, at, (kind, kind, "pred"))
-
-
-# --- conversions and moves ---------------------------------------------------------------------------------
-
-
-_CONVERSIONS: dict[str, tuple[Callable[..., Array], tuple[str, ...]]] = {
-    "cvt.f32.bf16": (arithmetic.from_bfloat16, ("b16",)),
-    "cvt.f64.bf16": (lambda x: arithmetic.from_bfloat16(x).astype(np.float64), ("b16",)),
-    "cvt.f32.f16": (arithmetic.from_float16, ("b16",)),
-    "cvt.f64.f16": (lambda x: arithmetic.from_float16(x).astype(np.float64), ("b16",)),
-    "cvt.f64.f32": (lambda x: x.astype(np.float64), ("f32",)),
-    "cvt.rn.f32.f64": (arithmetic.float32, ("f64",)),
-    "cvt.rn.bf16.f32": (arithmetic.bfloat16_bits, ("f32",)),
-    "cvt.rn.f16.f32": (arithmetic.float16_bits, ("f32",)),
-    "cvt.rn.bf16.f64": (lambda x: arithmetic.bfloat16_bits(arithmetic.narrowed_odd(x)), ("f64",)),
-    "cvt.rn.f16.f64": (lambda x: arithmetic.float16_bits(arithmetic.narrowed_odd(x)), ("f64",)),
-    "cvt.rna.tf32.f32": (arithmetic.tf32, ("f32",)),
-    "cvt.rn.bf16x2.f32": (lambda a, b: _packed(arithmetic.bfloat16_bits, a, b), ("f32", "f32")),
-    "cvt.rn.f16x2.f32": (lambda a, b: _packed(arithmetic.float16_bits, a, b), ("f32", "f32")),
-}
-
-
-def _packed(narrow: Callable[[Array], Array], high: Array, low: Array) -> Array:
-    return (narrow(high).astype(np.uint32) << np.uint32(16)) | narrow(low).astype(np.uint32)
-
-
-@instruction("cvt")
-def _convert(at: Instruction) -> Step:
-    name = ".".join(at.opcode)
-    if name in _CONVERSIONS:
-        function, kinds = _CONVERSIONS[name]
-        return computes(function, "", at, kinds)
-    to, source = at.opcode[-2:]
-    if source[0] in "us" and to[0] == "f" and at.opcode[1] == "rn":
-        return computes(lambda x: x.astype(TYPES[to]), source, at)
-    if source[0] in "us" and to[0] in "us" and len(at.opcode) == 3:
-        return computes(lambda x: x.astype(TYPES[to]), source, at)
-    raise EmulationError(f"unknown instruction {name}")
-
-
-@instruction("mov")
-def _move(at: Instruction) -> Step:
-    kind = at.opcode[-1]
-    target, source = at.operands
-    if isinstance(target, Vector):
-        return _split(at, target, reader(source, kind))
-    if isinstance(source, Vector):
-        return _join(at, source)
-    return computes(lambda x: x, kind, at)
-
-
-def _split(at: Instruction, target: Vector, read: Read) -> Step:
-    parts = [(i, x) for i, x in enumerate(target.parts) if isinstance(x, Register)]
-
-    def step(machine: Machine) -> None:
-        value, active = read(machine), machine.active(at.guard)
-        for i, register in parts:
-            shifted = value >> value.dtype.type(i * register.bits)
-            machine.put(register, shifted.astype(UNSIGNED[register.bits // 8]), active)
-
-    return step
-
-
-def _join(at: Instruction, source: Vector) -> Step:
-    target = at.operands[0]
-    assert isinstance(target, Register)
-    width = target.bits // len(source.parts)
-    reads = [reader(x, f"b{width}") for x in source.parts if x is not None]
-    wide = UNSIGNED[target.bits // 8]
-
-    def step(machine: Machine) -> None:
-        total = wide(0)
-        for i, read in enumerate(reads):
-            total = total | (read(machine).astype(wide) << wide(i * width))
-        machine.put(target, np.asarray(total), machine.active(at.guard))
-
-    return step
-
-
-# --- loads and stores --------------------------------------------------------------------------------------
-
-
-def address_of(operand: Operand, kind: str) -> Read:
-    """Return a function that computes an address."""
-    if not isinstance(operand, Address):
-        raise EmulationError(f"expected an address, got {operand}")
-    read = reader(operand.base, kind)
-    offset = TYPES[kind].type(operand.offset & ((1 << 8 * TYPES[kind].itemsize) - 1))
-    return lambda machine: read(machine) + offset
-
-
-@instruction("ld")
-def _load(at: Instruction) -> Step:
-    kind = at.opcode[-1]
-    dtype = TYPES[kind]
-    targets = _registers(at.operands[0])
-    if at.opcode[1] == "param":
-        return _parameter(at, targets[0], kind)
-    space, width, guard = at.opcode[1], dtype.itemsize, at.guard
-    address = address_of(at.operands[1], "u64" if space == "global" else "u32")
-
-    def step(machine: Machine) -> None:
-        active = machine.active(guard)
-        where = machine.full(address(machine), active)
-        found = _fetch(machine, space, where, width, len(targets), active)
-        for register, value in zip(targets, found, strict=True):
-            result = bits(value.view(dtype), register)
-            if active is not None:
-                spread = np.zeros(machine.count, result.dtype)
-                spread[active] = result
-                result = spread
-            machine.put(register, result, active)
-
-    return step
-
-
-def _fetch(machine: Machine, space: str, where: Array, width: int, count: int, active: Bools | None) -> list[Array]:
-    if space == "global":
-        threads, epochs = machine.full(machine.thread, active), machine.full(machine.epochs, active)
-        return machine.memory.load(where, width, count, threads, epochs)
-    if space == "shared":
-        indices = machine.shared.indices(where, machine.full(machine.local, active), width * count) // width
-        elements = machine.shared.elements(width)
-        return [elements[indices + i] for i in range(count)]
-    raise EmulationError(f"unknown memory {space}")
-
-
-def _registers(operand: Operand) -> list[Register]:
-    parts = operand.parts if isinstance(operand, Vector) else (operand,)
-    found = [x for x in parts if isinstance(x, Register)]
-    if len(found) != len(parts):
-        raise EmulationError(f"expected registers, got {operand}")
-    return found
-
-
-def _parameter(at: Instruction, target: Register, kind: str) -> Step:
-    operand = at.operands[1]
-    if not isinstance(operand, Address) or not isinstance(operand.base, Name) or operand.offset:
-        raise EmulationError(f"expected a parameter, got {operand}")
-    name = operand.base.text
-    size = TYPES[kind].itemsize
-
-    def step(machine: Machine) -> None:
-        value = UNSIGNED[size](machine.parameters[name] & ((1 << 8 * size) - 1))
-        machine.put(target, bits(value.view(TYPES[kind]), target), machine.active(at.guard))
-
-    return step
-
-
-@instruction("st")
-def _store(at: Instruction) -> Step:
-    kind, space = at.opcode[-1], at.opcode[1]
-    width = TYPES[kind].itemsize
-    address = address_of(at.operands[0], "u64" if space == "global" else "u32")
-    source = at.operands[1]
-    parts = source.parts if isinstance(source, Vector) else (source,)
-    reads = [reader(x, f"b{8 * width}") for x in parts if x is not None]
-
-    def step(machine: Machine) -> None:
-        active = machine.active(at.guard)
-        where = machine.full(address(machine), active)
-        values = [machine.full(read(machine), active) for read in reads]
-        if space == "global":
-            threads, epochs = machine.full(machine.thread, active), machine.full(machine.epochs, active)
-            machine.memory.store(where, width, values, threads, epochs)
-            return
-        programs = machine.full(machine.local, active)
-        indices = machine.shared.indices(where, programs, width * len(values)) // width
-        elements = machine.shared.elements(width)
-        for i, value in enumerate(values):
-            elements[indices + i] = value
-
-    if space not in ("global", "shared"):
-        raise EmulationError(f"unknown memory {space}")
-    return step

@@ -12,9 +12,9 @@ import numpy as np
 
 from . import arithmetic
 from .errors import EmulationError
+from .instructions import address_of, expect, instruction, reader, registers_of
 from .machine import WARP, Bools, Machine, Step
 from .memory import Array
-from .scalar import _expect, _registers, address_of, instruction, reader
 from .text import Immediate, Instruction, Vector
 
 LANE = np.arange(WARP)
@@ -45,7 +45,7 @@ def _shuffle(at: Instruction) -> Step:
     mode = at.opcode[2]
     if at.opcode[1] != "sync" or mode not in ("bfly", "idx") or at.operands[3] != Immediate(31):
         raise EmulationError(f"unknown instruction {'.'.join(at.opcode)}")
-    target = _registers(at.operands[0])[0]
+    target = registers_of(at.operands[0])[0]
     read, lane = reader(at.operands[1], "b32"), reader(at.operands[2], "u32")
 
     def step(machine: Machine) -> None:
@@ -60,8 +60,8 @@ def _shuffle(at: Instruction) -> Step:
 
 @instruction("redux")
 def _reduce(at: Instruction) -> Step:
-    _expect(at, "redux.sync.add.s32", "redux.sync.add.u32")
-    target, read = _registers(at.operands[0])[0], reader(at.operands[1], "u32")
+    expect(at, "redux.sync.add.s32", "redux.sync.add.u32")
+    target, read = registers_of(at.operands[0])[0], reader(at.operands[1], "u32")
 
     def step(machine: Machine) -> None:
         active = machine.active(at.guard)
@@ -75,7 +75,7 @@ def _reduce(at: Instruction) -> Step:
 @instruction("bar")
 def _warp_barrier(at: Instruction) -> Step:
     """``bar.warp.sync``: threads of a warp run together anyway."""
-    _expect(at, "bar.warp.sync")
+    expect(at, "bar.warp.sync")
 
     def step(machine: Machine) -> None:
         whole_warps(machine.active(at.guard))
@@ -83,7 +83,7 @@ def _warp_barrier(at: Instruction) -> Step:
     return step
 
 
-@instruction("fence", "wgmma_fence")
+@instruction("fence")
 def _fence(at: Instruction) -> Step:
     """Memory is always in order here."""
     return lambda machine: None
@@ -92,9 +92,7 @@ def _fence(at: Instruction) -> Step:
 # --- matrices in shared memory -----------------------------------------------------------------------------
 
 
-def _matrix_rows(
-    at: Instruction, machine: Machine, active: Bools | None, read: Array, count: int
-) -> tuple[Array, Array]:
+def _matrix_rows(machine: Machine, active: Bools | None, read: Array, count: int) -> tuple[Array, Array]:
     """Return indices (warp, count, 8 rows) of the rows, in units of 16 bytes, and which warps are active."""
     warps = whole_warps(active)
     addresses = _lanes(machine, read)[:, : 8 * count]
@@ -108,11 +106,11 @@ def _matrix_rows(
 def _load_matrix(at: Instruction) -> Step:
     """8 x 8 matrices of 16 bits: lanes 8 i to 8 i + 7 give the rows of matrix i, register i gets its fragment."""
     count, transposed = int(at.opcode[4][1:]), "trans" in at.opcode
-    targets, address = _registers(at.operands[0]), address_of(at.operands[1], "u32")
+    targets, address = registers_of(at.operands[0]), address_of(at.operands[1], "u32")
 
     def step(machine: Machine) -> None:
         active = machine.active(at.guard)
-        indices, chosen = _matrix_rows(at, machine, active, address(machine), count)
+        indices, chosen = _matrix_rows(machine, active, address(machine), count)
         matrices = np.zeros((len(chosen), count, 8, 8), np.uint16)
         matrices[chosen] = machine.shared.bytes.view(np.uint16).reshape(-1, 8)[indices]
         if transposed:
@@ -133,7 +131,7 @@ def _store_matrix(at: Instruction) -> Step:
 
     def step(machine: Machine) -> None:
         active = machine.active(at.guard)
-        indices, chosen = _matrix_rows(at, machine, active, address(machine), count)
+        indices, chosen = _matrix_rows(machine, active, address(machine), count)
         matrices = np.empty((len(chosen), count, 8, 8), np.uint16)
         for i, read in enumerate(reads):
             matrices[:, i, GROUP[:, None], COLUMNS] = _pairs(_lanes(machine, read(machine)))
@@ -189,13 +187,13 @@ def _fragment_b(words: Array, kind: str) -> Array:
 @instruction("mma")
 def _product(at: Instruction) -> Step:
     kind = at.opcode[7]
-    _expect(
+    expect(
         at,
         f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32",
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32",
     )
-    targets = _registers(at.operands[0])
-    a, b, c = ([reader(x, "b32") for x in _registers(operand)] for operand in at.operands[1:4])
+    targets = registers_of(at.operands[0])
+    a, b, c = ([reader(x, "b32") for x in registers_of(operand)] for operand in at.operands[1:4])
 
     def step(machine: Machine) -> None:
         active = machine.active(at.guard)
@@ -264,13 +262,13 @@ def _group_product(at: Instruction) -> Step:
     if at.opcode[1] != "mma_async" or shape is None or at.opcode[5:7] != ("f32", kind) or kind not in _WIDEN:
         raise EmulationError(f"unknown instruction {'.'.join(at.opcode)}")
     columns, depth = int(shape[1]), 32 // width
-    targets = _registers(at.operands[0])
+    targets = registers_of(at.operands[0])
     first, second, keep, *signs = at.operands[1:]
-    from_registers = isinstance(first, Vector)
+    fromregisters_of = isinstance(first, Vector)
     if signs[:2] != [Immediate(1), Immediate(1)] or len(targets) != columns // 2:
         raise EmulationError(f"unknown form of wgmma: {at.operands[3:]}")
     transposed = [x == Immediate(1) for x in signs[2:]] or [False, False]
-    read_a = [reader(x, "b32") for x in _registers(first)] if from_registers else [reader(first, "u64")]
+    read_a = [reader(x, "b32") for x in registers_of(first)] if fromregisters_of else [reader(first, "u64")]
     read_b, kept = reader(second, "u64"), reader(keep, "pred")
     old = [reader(x, "f32") for x in targets]
 
@@ -285,7 +283,7 @@ def _group_product(at: Instruction) -> Step:
         groups = whole_warps(active, WARPGROUP)
         chosen = np.flatnonzero(np.ones(machine.count // WARPGROUP, bool) if groups is None else groups)
         program = machine.local[::WARPGROUP][chosen]
-        if from_registers:
+        if fromregisters_of:
             words = np.stack([_lanes(machine, read(machine)) for read in read_a])
             a = _fragment_a(words, kind).reshape(-1, 64, depth)[chosen]
         else:
