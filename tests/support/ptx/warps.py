@@ -264,11 +264,11 @@ def _group_product(at: Instruction) -> Step:
     columns, depth = int(shape[1]), 32 // width
     targets = registers_of(at.operands[0])
     first, second, keep, *signs = at.operands[1:]
-    fromregisters_of = isinstance(first, Vector)
+    from_registers = isinstance(first, Vector)
     if signs[:2] != [Immediate(1), Immediate(1)] or len(targets) != columns // 2:
         raise EmulationError(f"unknown form of wgmma: {at.operands[3:]}")
     transposed = [x == Immediate(1) for x in signs[2:]] or [False, False]
-    read_a = [reader(x, "b32") for x in registers_of(first)] if fromregisters_of else [reader(first, "u64")]
+    read_a = [reader(x, "b32") for x in registers_of(first)] if from_registers else [reader(first, "u64")]
     read_b, kept = reader(second, "u64"), reader(keep, "pred")
     old = [reader(x, "f32") for x in targets]
 
@@ -283,7 +283,7 @@ def _group_product(at: Instruction) -> Step:
         groups = whole_warps(active, WARPGROUP)
         chosen = np.flatnonzero(np.ones(machine.count // WARPGROUP, bool) if groups is None else groups)
         program = machine.local[::WARPGROUP][chosen]
-        if fromregisters_of:
+        if from_registers:
             words = np.stack([_lanes(machine, read(machine)) for read in read_a])
             a = _fragment_a(words, kind).reshape(-1, 64, depth)[chosen]
         else:
