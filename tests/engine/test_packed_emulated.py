@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from pixelflow_engine import PixelFlowEngine, Request, SamplingOutput
 from support.cascades import checkpoint_of
-from support.compiled import compiled_for, thorough, with_products
+from support.compiled import compiled_for, compiles, thorough, with_products
 from support.kernels import assert_level_d
 from support.reference_models import normal, random_reference, seeded
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
+pytestmark = compiles
 
 BF16, FP64 = torch.bfloat16, torch.float64
 BLOCK = {"_modulate_forward_kernel", "_rope2d_forward_kernel", "_attention_forward_kernel"}

@@ -6,7 +6,6 @@ Every tensor lies between red zones of poison.
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
@@ -15,11 +14,11 @@ from torch import Tensor
 from pixelflow_kernels.adamw import FusedAdamW, gradient_norm, kernels, op, reference, table
 from support import ode
 from support.adamw import ALIGNED, F32, F64, ODD, SETTINGS, assert_is, expected, launch, lists, numbers_of
-from support.compiled import by_arch, compiled_for
+from support.compiled import by_arch, compiled_for, compiles
 from support.kernels import assert_same_bits, plain
 
 pytestmark = [
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"),
+    compiles,
     by_arch,
     # numpy's, about infinities and NaN put in on purpose
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -21,12 +20,12 @@ from pixelflow_kernels.cascade import (
 from pixelflow_kernels.philox import seed_tensor
 from support import cascade
 from support.cascade import ALPHA, BETA, SEEDS
-from support.compiled import by_arch, compiled_for
+from support.compiled import by_arch, compiled_for, compiles
 from support.kernels import assert_filled, assert_same_bits, plain, poisoned
 from support.packs import draws
 
 pytestmark = [
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"),
+    compiles,
     by_arch,
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy's, about infinities put in on purpose
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
+from support.compiled import compiles
 from support.kernels import POISON, assert_filled, assert_same_bits, poisoned, random_bits
 from support.ptx import EmulationError, arithmetic, driver, emulated
 from support.reference_models import seeded
 
 pytestmark = [
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"),
+    compiles,
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
 by_arch = pytest.mark.parametrize("arch", [80, 90])

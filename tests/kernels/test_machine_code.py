@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,12 +23,11 @@ from pixelflow_kernels import aot
 from pixelflow_kernels.configs import ARCHITECTURES
 from pixelflow_kernels.listing import Instruction, loops, parse
 from pixelflow_kernels.machine_code import Promises, Report, Specimen, compile_specimen, count
+from support.compiled import compiles
 from support.packs import FUZZ
 
 SAMPLE = 4  # specimens of one operation on one architecture
 TINY = "rope2d.rotate/fp32/c64-d16"
-
-compiles = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
 
 
 def sample(op: str, arch: int) -> list[Specimen]:

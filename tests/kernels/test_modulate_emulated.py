@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from support import modulate
-from support.compiled import by_arch, compiled_for
+from support.compiled import by_arch, compiled_for, compiles
 from support.kernels import assert_same_bits
 from support.modulate import VARIANTS, Variant, forward
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
+pytestmark = compiles
 
 by_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 RAGGED = [1, 0, 33, 65, 0, 31]

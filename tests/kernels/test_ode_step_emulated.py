@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -27,11 +25,11 @@ from pixelflow_kernels.ode_step import (
     take_accepted_,
 )
 from support import ode
-from support.compiled import by_arch, compiled_for
+from support.compiled import by_arch, compiled_for, compiles
 from support.kernels import assert_filled, assert_same_bits, poisoned_like
 
 pytestmark = [
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"),
+    compiles,
     by_arch,
     # numpy's, about infinities and NaN put in on purpose
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),

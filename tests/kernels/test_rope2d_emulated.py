@@ -6,8 +6,6 @@ tests differ in what makes other kernels: architecture, type, width, alignment.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from hypothesis import given
@@ -17,14 +15,14 @@ from torch import Tensor
 from pixelflow_kernels import PackedLayout
 from pixelflow_kernels.rope2d import backward, norm_rope2d_q_norm_k, op, qk_norm_rope2d, reference, rope2d
 from support import packs, rope
-from support.compiled import by_arch, compiled_for
+from support.compiled import by_arch, compiled_for, compiles
 from support.kernels import assert_level_d, assert_same_bits, plain, random_bits, surrounded
 from support.reference_models import seeded
 from support.rope import EPS
 from support.rope_checks import check_backward, check_forward, check_rotation, operands, places
 
 pytestmark = [
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"),
+    compiles,
     by_arch,
 ]
 

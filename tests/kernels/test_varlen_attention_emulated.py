@@ -5,18 +5,16 @@ The products run as ``mma.sync`` and ``wgmma``, the loads of the loop as asynchr
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from pixelflow_kernels.varlen_attention import varlen_attention
 from support import attention
 from support.attention import TINY, TINY_BACKWARD, check, gradient_of, pack, run, run_backward
-from support.compiled import compiled_for, thorough, with_products
+from support.compiled import compiled_for, compiles, thorough, with_products
 from support.kernels import assert_same_bits
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
+pytestmark = compiles
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KERNELS = {"_attention_forward_kernel", "_delta_kernel", "_backward_keys_kernel", "_backward_queries_kernel"}

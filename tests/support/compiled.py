@@ -15,6 +15,8 @@ from pixelflow_kernels import aot
 
 from .ptx import EmulatedGPU, emulated
 
+compiles = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
+
 thorough = pytest.mark.skipif(os.environ.get("PIXELFLOW_EMULATE") != "all", reason="minutes of compiling: make emulate")
 """For emulated tests that a normal run leaves out."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,13 @@ import torch
 
 from pixelflow_engine.fused import FusedOperations
 from pixelflow_engine.operations import PlainOperations
-from support.compiled import compiled_for, thorough, with_products
+from support.compiled import compiled_for, compiles, thorough, with_products
 from support.recipes import tiny_recipe
 from support.reference_models import random_reference
 from support.steps import Watched, batch_of, random_state, step_of
 from support.training_packs import assert_step, draw_pack, packed_model, packed_step, reference_step
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile")
+pytestmark = compiles
 
 GRIDS = [(3, 5), (8, 8), (2, 2), (2, 2), (1, 1), (5, 1), (1, 1)]
 FORWARD = {"_modulate_forward_kernel", "_rope2d_forward_kernel", "_attention_forward_kernel"}
