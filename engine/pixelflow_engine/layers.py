@@ -89,12 +89,12 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor, layout: PackedLayout) -> Tenso
 
 def _by_runs(rows: Tensor, layout: PackedLayout) -> list[Tensor]:
     """Per-image vectors ``[n, C]`` split by run, ``[count, 1, C]`` each."""
-    return [part[:, None] for part in rows.split([count for count, _ in _shapes(layout)])]
+    return [part[:, None] for part in rows.split([count for count, _ in shapes_of_runs(layout)])]
 
 
 def _tokens(x: Tensor, layout: PackedLayout) -> list[Tensor]:
     """Tokens ``[T, ...]`` split by run, ``[count, N, ...]`` each."""
-    shapes = _shapes(layout)
+    shapes = shapes_of_runs(layout)
     parts = x.split([count * length for count, length in shapes])
     return [torch.unflatten(part, 0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -105,7 +105,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
-def _shapes(layout: PackedLayout) -> list[tuple[int, int]]:
+def shapes_of_runs(layout: PackedLayout) -> list[tuple[int, int]]:
     """Number of images and tokens per image of each run; a pack without images counts as one empty run."""
     return [(run.count, run.grid[0] * run.grid[1]) for run in layout.runs] or [(0, 0)]
 

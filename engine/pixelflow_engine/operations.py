@@ -188,29 +188,37 @@ class Operations(Protocol):
 class PlainOperations:
     """The operations in plain PyTorch (``backend="torch"``); differentiable, on any device."""
 
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout) -> Tensor:
+        """``x (1 + scale) + shift`` with each token's vectors; see :func:`layers.modulate`."""
+        return layers.modulate(x, shift, scale, layout)
+
+    def add_gated(self, x: Tensor, y: Tensor, gate: Tensor, layout: PackedLayout) -> Tensor:
+        """``x + gate y`` with each token's vector; see :func:`layers.add_gated`."""
+        return layers.add_gated(x, y, gate, layout)
+
     def layer_norm_modulate(self, x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout) -> Tensor:
         """See :class:`Operations`."""
-        return layers.modulate(layers.layer_norm(x), shift, scale, layout)
+        return self.modulate(layers.layer_norm(x), shift, scale, layout)
 
     def add_gated_layer_norm_modulate(
         self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Operations`."""
-        x = layers.add_gated(x, y, gate, layout)
-        return x, layers.modulate(layers.layer_norm(x), shift, scale, layout)
+        x = self.add_gated(x, y, gate, layout)
+        return x, self.modulate(layers.layer_norm(x), shift, scale, layout)
 
     def add_gated_rms_norm_modulate(
         self, x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Operations`."""
-        x = layers.add_gated(x, y, gate, layout)
-        return x, layers.modulate(layers.rms_norm(x, weight), shift, scale, layout)
+        x = self.add_gated(x, y, gate, layout)
+        return x, self.modulate(layers.rms_norm(x, weight), shift, scale, layout)
 
     def add_gated_rms_norm(
         self, x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, layout: PackedLayout
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Operations`."""
-        x = layers.add_gated(x, y, gate, layout)
+        x = self.add_gated(x, y, gate, layout)
         return x, layers.rms_norm(x, weight)
 
     def add_rms_norm_modulate(
@@ -218,7 +226,7 @@ class PlainOperations:
     ) -> tuple[Tensor, Tensor]:
         """See :class:`Operations`."""
         x = x + y
-        return x, layers.modulate(layers.rms_norm(x, weight), shift, scale, layout)
+        return x, self.modulate(layers.rms_norm(x, weight), shift, scale, layout)
 
     def rotation(self, layout: PackedLayout, head_dim: int, dtype: torch.dtype) -> Rotation:
         """Cosine and sine of every token: two tensors ``[T, D / 2]``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 
 from pixelflow_kernels import PackedLayout
 
-from . import layers, onednn
+from . import onednn
 from .fused import PackedAttention
-from .layers import rms_norm
+from .layers import rms_norm, shapes_of_runs
 from .operations import Linear, PlainOperations, Rotation, SideBySide
 
 
@@ -27,37 +28,13 @@ class TraceableOperations(PackedAttention, PlainOperations):
     def __init__(self) -> None:
         super().__init__("torch")
 
-    def layer_norm_modulate(self, x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout) -> Tensor:
-        """See :class:`pixelflow_engine.operations.Operations`."""
-        return _modulate(layers.layer_norm(x), shift, scale, layout).to(x.dtype)
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout) -> Tensor:
+        """See :class:`pixelflow_engine.operations.PlainOperations`."""
+        return _modulate(x, shift[layout.image_index], scale[layout.image_index])
 
-    def add_gated_layer_norm_modulate(
-        self, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout
-    ) -> tuple[Tensor, Tensor]:
-        """See :class:`pixelflow_engine.operations.Operations`."""
-        x = _add_gated(x, y, gate, layout)
-        return x, self.layer_norm_modulate(x, shift, scale, layout)
-
-    def add_gated_rms_norm_modulate(
-        self, x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout
-    ) -> tuple[Tensor, Tensor]:
-        """See :class:`pixelflow_engine.operations.Operations`."""
-        x = _add_gated(x, y, gate, layout)
-        return x, _modulate(layers.rms_norm(x, weight), shift, scale, layout).to(x.dtype)
-
-    def add_gated_rms_norm(
-        self, x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, layout: PackedLayout
-    ) -> tuple[Tensor, Tensor]:
-        """See :class:`pixelflow_engine.operations.Operations`."""
-        x = _add_gated(x, y, gate, layout)
-        return x, layers.rms_norm(x, weight)
-
-    def add_rms_norm_modulate(
-        self, x: Tensor, y: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout
-    ) -> tuple[Tensor, Tensor]:
-        """See :class:`pixelflow_engine.operations.Operations`."""
-        x = x + y
-        return x, _modulate(layers.rms_norm(x, weight), shift, scale, layout).to(x.dtype)
+    def add_gated(self, x: Tensor, y: Tensor, gate: Tensor, layout: PackedLayout) -> Tensor:
+        """See :class:`pixelflow_engine.operations.PlainOperations`."""
+        return _add_gated(x, y, gate[layout.image_index])
 
     def linear(self, x: Tensor, layer: Linear) -> Tensor:
         """A product by oneDNN on a CPU in float32, otherwise the layer itself."""
@@ -73,8 +50,8 @@ class TraceableOperations(PackedAttention, PlainOperations):
 class KnownPackOperations(PlainOperations):
     """Plain operations for graphs specialized to a pack, as in training, whose packs have few shapes.
 
-    - Neighboring images of one size are a batch in the graph: per-image vectors are broadcast, and their gradients are
-      sums over a dimension, whereas the gradient of a gather accumulates token by token.
+    - Per-image vectors are gathered by token, which fuses with what uses them. Their gradients are sums over the tokens
+      of each image, whereas a gather's own derivative accumulates token by token.
     - Attention is PyTorch's own, one call per size, with its own derivative.
     - Queries, keys and values are one product.
     - Within a head, queries and keys have the first channels of all 2-D RoPE pairs before the second ones, so that
@@ -82,13 +59,15 @@ class KnownPackOperations(PlainOperations):
       channels, which the order does not affect. The reordering happens on the weights, which are copied anyway for
       concatenation.
     - GELU is written with the logistic function, which is cheaper to compute than the hyperbolic tangent.
-
-    Args:
-        by_onednn: whether oneDNN computes products on a CPU; by default this depends on the CPU vendor.
     """
 
-    def __init__(self, by_onednn: bool | None = None) -> None:
-        self.by_onednn = onednn.ahead() if by_onednn is None else by_onednn
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout) -> Tensor:
+        """See :class:`pixelflow_engine.operations.PlainOperations`."""
+        return _modulate(x, _rows_of_tokens(shift, layout), _rows_of_tokens(scale, layout))
+
+    def add_gated(self, x: Tensor, y: Tensor, gate: Tensor, layout: PackedLayout) -> Tensor:
+        """See :class:`pixelflow_engine.operations.PlainOperations`."""
+        return _add_gated(x, y, _rows_of_tokens(gate, layout))
 
     def queries_keys_values(
         self,
@@ -107,24 +86,38 @@ class KnownPackOperations(PlainOperations):
         weight = torch.cat([*(_halves_apart(layer.weight, heads) for layer in apart), last.weight])
         biases = [_halves_apart(layer.bias, heads) for layer in apart if layer.bias is not None]
         bias = torch.cat([*biases, last.bias]) if last.bias is not None else None
-        by_onednn = self.by_onednn and all(onednn.multiplies(u, layer) for layer in layers)
-        product = onednn.linear(u, weight, bias) if by_onednn else F.linear(u, weight, bias)
-        width = layers[0].weight.shape[0]
-        qk, v = product.split([2 * width, width], dim=-1)
+        q, k, v = F.linear(u, weight, bias).chunk(3, dim=-1)
         # `cat` materializes the permuted weights, so that vectors are read; a mere permutation would be read value by
         # value.
-        norms = torch.unflatten(torch.cat([_halves_apart(q_weight, heads), _halves_apart(k_weight, heads)]), 0, (2, -1))
-        q, k = _rotate_halves(rms_norm(torch.unflatten(qk, -1, (2, -1)), norms), rotation, heads).unbind(1)
+        norms = torch.cat([_halves_apart(q_weight, heads), _halves_apart(k_weight, heads)]).chunk(2)
+        q, k = (_rotate_halves(rms_norm(x, weight), rotation, heads) for x, weight in zip((q, k), norms, strict=True))
         return q, k, torch.unflatten(v, -1, (heads, -1))
-
-    def linear(self, x: Tensor, layer: Linear) -> Tensor:
-        """A product by oneDNN on CPUs where it is preferred, otherwise the layer itself."""
-        return _linear(x, layer) if self.by_onednn else layer(x)
 
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
         """GELU by the logistic function: ``(1 + tanh a) / 2 = sigmoid(2 a)``."""
-        y = self.linear(x, layer)
+        y = layer(x)
         return y * torch.sigmoid((y + 0.044715 * y * y * y) * (2 * math.sqrt(2 / math.pi)))
+
+
+class _RowsOfTokens(torch.autograd.Function):
+    """``rows[index]`` for images in runs of equal sizes, ``(images, tokens of each)``."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, runs: tuple[tuple[int, int], ...]) -> Tensor:
+        ctx.runs = runs
+        return rows[index]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        parts = grads[0].split([images * tokens for images, tokens in ctx.runs])
+        sums = [torch.unflatten(part, 0, run).sum(1) for part, run in zip(parts, ctx.runs, strict=True)]
+        return torch.cat(sums), None, None
+
+
+def _rows_of_tokens(rows: Tensor, layout: PackedLayout) -> Tensor:
+    """Per-image vectors ``[n, C]`` by token, ``[T, C]``."""
+    runs = tuple(shapes_of_runs(layout))
+    return _RowsOfTokens.apply(rows, layout.image_index, runs)  # type: ignore[no-untyped-call]
 
 
 def _halves_apart(rows: Tensor, heads: int) -> Tensor:
@@ -133,8 +126,8 @@ def _halves_apart(rows: Tensor, heads: int) -> Tensor:
 
 
 def _rotate_halves(x: Tensor, rotation: Rotation, heads: int) -> Tensor:
-    """:func:`layers.rotate` for pairs split across the halves of a head: ``x [T, ..., C] -> [T, ..., H, D]``."""
-    cos, sin = (table[:, None, None] for table in rotation)
+    """:func:`layers.rotate` for pairs split across the halves of a head: ``x [T, C] -> [T, H, D]``."""
+    cos, sin = (table[:, None] for table in rotation)
     a, b = torch.unflatten(x.to(cos.dtype), -1, (heads, -1)).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -143,10 +136,11 @@ def _linear(x: Tensor, layer: Linear) -> Tensor:
     return onednn.linear(x, layer.weight, layer.bias) if onednn.multiplies(x, layer) else layer(x)
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor, layout: PackedLayout) -> Tensor:
-    index = layout.image_index
-    return x.to(scale.dtype) * (1 + scale[index]) + shift[index]
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``x (1 + scale) + shift``, all ``[T, C]``, in the dtype of ``x``."""
+    return (x.to(scale.dtype) * (1 + scale) + shift).to(x.dtype)
 
 
-def _add_gated(x: Tensor, y: Tensor, gate: Tensor, layout: PackedLayout) -> Tensor:
-    return x + (gate[layout.image_index] * y.to(gate.dtype)).to(y.dtype)
+def _add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """``x + gate y``, all ``[T, C]``; the product is rounded to the dtype of ``y``."""
+    return x + (gate * y.to(gate.dtype)).to(y.dtype)

@@ -25,7 +25,7 @@ from pixelflow_benchmarks.suites.training.runs import EngineRun, ReferenceRun
 from pixelflow_engine.checkpoint import load_checkpoint
 from pixelflow_training import loop
 from pixelflow_training.collate import Batch
-from pixelflow_training.data import ImageSet
+from pixelflow_training.data import ImageSet, Loader
 from support.training_bench import CPU, TINY, WEIGHTS, fixed_gradients, opponents, run
 
 
@@ -113,7 +113,8 @@ def test_an_image_may_not_come_twice_and_noise_is_noise(monkeypatch: pytest.Monk
     data = TINY.images()
     one = ImageSet(data.images[:1].expand(4, -1, -1, -1), data.labels[:1].expand(4))
     who = run(PLAIN)
-    who.data = one
+    assert isinstance(who, EngineRun)
+    who.loader = Loader(one, who.recipe, first_step=0)
     (fault,) = batch_faults(who.draw(), TINY, ImageSet(data.images[:3], data.labels[:3]))
     assert "of no image that is left" in fault
     monkeypatch.setattr(torch, "randn", lambda *shape, **more: torch.zeros(*shape))
@@ -179,10 +180,19 @@ def test_the_engines_step_is_that_of_the_command(tmp_path: Path, monkeypatch: py
         assert torch.equal(average, expected[name]), name
 
 
+def test_images_reach_the_device_as_bytes() -> None:
+    """As in training: what is made of them is made there."""
+    who = run(PLAIN)
+    assert isinstance(who, EngineRun)
+    on_gpu = EngineRun(replace(TINY, device=torch.device("cuda", 0)), who.train_step)
+    assert on_gpu.loader.device == torch.device("cuda", 0)
+    assert on_gpu.data.images.dtype == torch.uint8
+
+
 def test_both_loops_take_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one batch: the same loss, norm and weights, but for rounding. Adam divides by it where a gradient is small."""
     batch, ends = TINY.fixed_batch(), []
-    monkeypatch.setattr(EngineRun, "draw", lambda self: batch)
+    monkeypatch.setattr(EngineRun, "_batch", lambda self: batch)
     monkeypatch.setattr(ReferenceRun, "_batch", lambda self: training_runs.listed(batch, TINY.config))
     for name in (PLAIN, REFERENCE):
         who = run(name)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +9,6 @@ from torch import Tensor, nn
 
 from pixelflow_engine import onednn
 from pixelflow_engine.operations import SideBySide
-from pixelflow_engine.traceable import KnownPackOperations
 from support.kernels import assert_level_d
 
 pytestmark = pytest.mark.skipif(not onednn.ONEDNN, reason="this PyTorch was built without oneDNN")
@@ -115,24 +112,3 @@ def test_who_may_be_multiplied() -> None:
     assert not onednn.multiplies(x.to("meta"), nn.Linear(3, 7, device="meta"))
     other = type("Other", (nn.Linear,), {})(3, 7)
     assert not onednn.multiplies(x, other), "somebody's own layer would not be called"
-
-
-@pytest.mark.parametrize(
-    ("said", "mkl", "ahead"),
-    [
-        ("vendor_id\t: GenuineIntel\n", True, False),
-        ("vendor_id\t: GenuineIntel\n", False, True),
-        ("vendor_id\t: AuthenticAMD\n", True, True),
-        ("", True, True),
-        (None, True, True),
-    ],
-)
-def test_mkl_is_preferred_on_its_makers_processors(
-    said: str | None, mkl: bool, ahead: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if said is not None:
-        (tmp_path / "cpuinfo").write_text(said)
-    monkeypatch.setattr(onednn, "PROCESSORS", tmp_path / "cpuinfo")
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
-    assert onednn.ahead() is ahead
-    assert KnownPackOperations().by_onednn is ahead

@@ -226,8 +226,8 @@ def test_opcheck() -> None:
         for uint8 in (False, True):
             pack = small_pack(draw, uint8)
             arguments = (*pack.arguments(), pack.shape()[0], 2)
-            torch.library.opcheck(op._training_pairs, (*arguments, torch.float32))
-            torch.library.opcheck(op._training_pairs, (*arguments, torch.bfloat16))
+            torch.library.opcheck(op._training_pairs, (*arguments, torch.float32, False))
+            torch.library.opcheck(op._training_pairs, (*arguments, torch.bfloat16, False))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])

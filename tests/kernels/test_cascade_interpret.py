@@ -123,7 +123,7 @@ def test_an_empty_batch_starts_nothing() -> None:
     assert_untouched(buffer)
     assert op._launch_initial_normals(none, 3, 2, 2).shape == (0, 3, 2, 2)
     pack = cascade.make_pack(seed=0, stages=2, patch_size=4, channels=3, smallest=(1, 1), halvings=[])
-    for out in op._launch_training_pairs(*pack.arguments(), 0, 4, torch.float32):
+    for out in op._launch_training_pairs(*pack.arguments(), 0, 4, torch.float32, False):
         assert out.shape == (0, 48)
 
 
@@ -212,8 +212,8 @@ def test_what_a_cuda_call_runs(draw: bool) -> None:
         if values[i] is not None:  # a mirror lies beside none: what is read in between must show
             between = ~values[i] if values[i].dtype == torch.bool else values[i]
             values[i] = torch.stack([values[i], between], -1)[..., 0]
-    got = op._launch_training_pairs(*values, pack.shape()[0], 4, torch.float32)
-    for a, b in zip(got, plain(op._training_pairs)(*values, pack.shape()[0], 4, torch.float32), strict=True):
+    got = op._launch_training_pairs(*values, pack.shape()[0], 4, torch.float32, False)
+    for a, b in zip(got, plain(op._training_pairs)(*values, pack.shape()[0], 4, torch.float32, False), strict=True):
         assert_same_bits(a, b)
 
 

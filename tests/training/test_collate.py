@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pixelflow_engine.config import PixelFlowConfig
 from pixelflow_engine.reference import Stage, make_stages, training_pair
+from pixelflow_kernels import philox
 from pixelflow_kernels.cascade.reference import block_normals, from_blocks
 from pixelflow_kernels.philox import TRAINING
 from pixelflow_training.collate import Batch, make_batch
@@ -125,6 +126,27 @@ def test_bytes_are_pairs_of_their_signed_values(case: dict[str, Any]) -> None:
         tolerance = (2 + 4 * S + 8 * 6.8) * U
         assert (got_x[i] - x_tau).abs().max() < tolerance
         assert (got_target[i] - target).abs().max() < tolerance
+
+
+def test_compiled_code_draws_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for one image and for packs of other sizes, which share the code."""
+    config = tiny_config(num_stages=3, resolution=32)
+    compile_counted, graphs = torch.compile, []
+
+    def counted(function: Any, **options: Any) -> Any:
+        graphs.append(options)
+        return compile_counted(function, **options)
+
+    philox.compiled_normals_at.cache_clear()
+    monkeypatch.setattr(torch, "compile", counted)
+    for count in (7, 1, 24):
+        plan = make_plan(config, count, 60 + count)
+        images = torch.randint(0, 256, (count, 3, 32, 32), generator=seeded(count), dtype=torch.uint8)
+        plain = make_batch(images, torch.arange(count), plan, config)
+        fast = make_batch(images, torch.arange(count), plan, config, compiled=True)
+        assert torch.equal(fast.tokens, plain.tokens)
+        assert torch.equal(fast.targets, plain.targets)
+    assert len(graphs) == 1, "only compiled batches compile, and only once"
 
 
 def test_a_wrong_time_image_noise_or_side_would_show() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pixelflow_engine import compilation, onednn
+from pixelflow_engine import compilation
 from pixelflow_engine.backends import choose
 from pixelflow_engine.compilation import compile_blocks
 from pixelflow_engine.model import PackedTransformer
@@ -67,22 +67,21 @@ def model_and_pack(
     return packed_model(reference, KnownPackOperations(), dtype), draw_pack(reference, grids, seed + 1)
 
 
-@pytest.mark.parametrize("by_onednn", [True, False])
 @pytest.mark.parametrize("name", SHAPES)
-def test_losses_and_gradients_are_the_references(name: str, by_onednn: bool) -> None:
+def test_losses_and_gradients_are_the_references(name: str) -> None:
     """Before anything is compiled: one product for three, channels in another order."""
     shape, grids = SHAPES[name]
     reference = random_reference(50, **shape)
     pack = draw_pack(reference, grids, 51)
-    found = packed_step(packed_model(reference, KnownPackOperations(by_onednn), torch.float32), pack)
+    found = packed_step(packed_model(reference, KnownPackOperations(), torch.float32), pack)
     assert_step(found, reference_step(reference, pack, torch.float32), reference_step(reference, pack, torch.float64))
 
 
 def test_compiled_they_are_the_references_too() -> None:
-    """Through Inductor, with oneDNN's products."""
+    """Through Inductor."""
     reference = random_reference(60, heads=2, head_dim=24, depth=1)
     pack = draw_pack(reference, [(4, 4), (4, 4), (2, 2)], 61)
-    model = packed_model(reference, KnownPackOperations(by_onednn=True), torch.float32)
+    model = packed_model(reference, KnownPackOperations(), torch.float32)
     compile_blocks(model)
     found = packed_step(model, pack)
     assert_step(found, reference_step(reference, pack, torch.float32), reference_step(reference, pack, torch.float64))
@@ -90,7 +89,7 @@ def test_compiled_they_are_the_references_too() -> None:
 
 
 def test_in_float64_nothing_differs_but_the_order_of_sums() -> None:
-    """No oneDNN there; a channel in a wrong place would be an error of size one."""
+    """A channel in a wrong place would be an error of size one."""
     model, pack = model_and_pack(70, RAGGED, torch.float64, heads=2, head_dim=24, depth=2)
     ours = packed_step(model, pack)
     model.operations = PlainOperations()
@@ -137,11 +136,12 @@ def test_who_knows_packs() -> None:
     )
 
 
-@pytest.mark.skipif(not onednn.ONEDNN, reason="this PyTorch was built without oneDNN")
-def test_queries_keys_and_values_are_one_product_by_onednn() -> None:
+def test_queries_keys_and_values_are_one_product() -> None:
     model, pack = model_and_pack(90, MIXED, heads=2, head_dim=8, depth=1)
-    model.operations = KnownPackOperations(by_onednn=True)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        losses_of(model, pack)
-    called = [event.name for event in profiler.events()]
-    assert called.count("pixelflow::onednn_linear") == 4  # of three, of attention's output, and the MLP's two
+    calls = []
+    for operations in (PlainOperations(), KnownPackOperations()):
+        model.operations = operations
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            losses_of(model, pack)
+        calls.append([event.name for event in profiler.events()].count("aten::linear"))
+    assert calls[0] - calls[1] == 2, "six products of a block become four"

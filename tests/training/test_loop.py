@@ -349,9 +349,9 @@ def test_every_step_and_seed_changes_an_image_in_its_own_way(
 ) -> None:
     honest, shown = loop.make_batch, []
 
-    def watching(images: Tensor, labels: Tensor, plan: Plan, network: PixelFlowConfig) -> Batch:
+    def watching(images: Tensor, labels: Tensor, plan: Plan, network: PixelFlowConfig, **options: Any) -> Batch:
         shown.append(images[plan.position.argsort()])
-        return honest(images, labels, plan, network)
+        return honest(images, labels, plan, network, **options)
 
     monkeypatch.setattr(loop, "make_batch", watching)
     whole, _ = load_digits(DataConfig(), 16, 1)
@@ -392,9 +392,9 @@ def test_images_that_nothing_changes_stay_bytes(
 ) -> None:
     honest, seen = loop.make_batch, []
 
-    def watching(images: Tensor, *rest: Any) -> Batch:
+    def watching(images: Tensor, *rest: Any, **options: Any) -> Batch:
         seen.append(images.dtype)
-        return honest(images, *rest)
+        return honest(images, *rest, **options)
 
     for module in (loop, evaluation):
         monkeypatch.setattr(module, "make_batch", watching)

@@ -48,8 +48,10 @@ def run(
     """
     from . import loop
     from .config import load_config
+    from .heap import keep_freed_memory
     from .signals import EXIT_AT_ONCE, EXIT_STOPPED, TrainingStopped
 
+    keep_freed_memory()
     try:
         folder = loop.train(load_config(config, overrides or ()), output, quiet, fresh=fresh, from_step=from_step)
     except TrainingStopped as stopped:

@@ -94,7 +94,7 @@ class Batch:
         )
 
 
-def make_batch(images: Tensor, labels: Tensor, plan: Plan, config: PixelFlowConfig) -> Batch:
+def make_batch(images: Tensor, labels: Tensor, plan: Plan, config: PixelFlowConfig, *, compiled: bool = False) -> Batch:
     """Build the pack that a plan describes, on the device of the images.
 
     Args:
@@ -102,6 +102,7 @@ def make_batch(images: Tensor, labels: Tensor, plan: Plan, config: PixelFlowConf
         labels: ``[n]`` int64, in the same order.
         plan: stages, times, label drops, flips and noise seeds.
         config: model and scheduler.
+        compiled: whether a CPU draws noise by compiled code, with the same bits.
 
     Raises:
         ValueError: the number of images or labels differs from the plan's, or the image size does not suit the model.
@@ -125,6 +126,7 @@ def make_batch(images: Tensor, labels: Tensor, plan: Plan, config: PixelFlowConf
         patch_size=p,
         seeds=plan.noise_seed.to(device),
         flip=plan.flip.to(device),
+        compiled=compiled,
     )
     null = config.model.num_classes
     return Batch(

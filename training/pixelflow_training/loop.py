@@ -56,7 +56,8 @@ def training_batch(config: TrainConfig, data: TrainingImages, step: int, rank: i
     plan = plan_step(config, step, len(data), rank, world_size)
     taken = data.take(plan)
     images = augment(taken.images, config.data.augment, plan.affine)
-    return replace(make_batch(images, taken.labels, plan, config.network), skipped=taken.skipped)
+    batch = make_batch(images, taken.labels, plan, config.network, compiled=config.compute.compile)
+    return replace(batch, skipped=taken.skipped)
 
 
 def train(

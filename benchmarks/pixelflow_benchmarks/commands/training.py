@@ -37,7 +37,9 @@ def command(
     from pixelflow_benchmarks.suites.training.opponents import BATCHES, ON_CPU, ON_GPU, PUBLIC, TrainingOpponents
     from pixelflow_benchmarks.suites.training.problem import TrainingProblem
     from pixelflow_benchmarks.suites.training.table import training_table
+    from pixelflow_training.heap import keep_freed_memory
 
+    keep_freed_memory()  # as `pixelflow train` does; for the benefit of all variants
     deadline = time.perf_counter() + budget_seconds
     where = place_of(device)
     on_gpu = where.type == "cuda"

@@ -13,6 +13,7 @@ from torch.library import custom_op
 
 from pixelflow_kernels.checks import check_device, check_dtype
 from pixelflow_kernels.packing import PackedLayout
+from pixelflow_kernels.philox import compiled_normals_at, normals_at
 from pixelflow_kernels.registration import launched_by
 
 from . import reference
@@ -115,6 +116,7 @@ def training_pairs(
     noise: Tensor | None = None,
     flip: Tensor | None = None,
     token_dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Make noisy training inputs and target velocities for samples of all stages, as one pack.
 
@@ -141,6 +143,8 @@ def training_pairs(
         noise: ``[T, c * p * p]`` float32, eps in the layout of the tokens; given instead of ``seeds``.
         flip: ``[n]`` bool, whether each sample shows its image mirrored left to right; eps is not mirrored.
         token_dtype: dtype of the noisy images: float32, bf16 or fp16.
+        compiled: whether a CPU draws noise by compiled code, with the same bits. The first call takes seconds. A kernel
+            draws its own noise, so this has no effect on CUDA.
 
     Returns:
         Tokens ``[T, c * p * p]`` in ``token_dtype`` and targets of the same shape in float32. The values of a patch are
@@ -170,7 +174,18 @@ def training_pairs(
         check_device("noise", noise, "images", images)
     check_dtype("token_dtype", token_dtype, TOKEN_DTYPES)
     return _training_pairs(
-        images, index, flip, layout.cu_seqlens, spans, tau, seeds, noise, layout.num_tokens, patch_size, token_dtype
+        images,
+        index,
+        flip,
+        layout.cu_seqlens,
+        spans,
+        tau,
+        seeds,
+        noise,
+        layout.num_tokens,
+        patch_size,
+        token_dtype,
+        compiled,
     )
 
 
@@ -300,11 +315,15 @@ def _training_pairs(
     num_tokens: int,
     patch_size: int,
     token_dtype: torch.dtype,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor]:
     outside = (index < 0) | (index >= images.shape[0])
     if bool(outside.any()):
         raise ValueError(f"index: got {index[outside][0].item()}, expected 0 to {images.shape[0] - 1}")
-    tokens, targets = reference.training_pairs(images, index, flip, cu_seqlens, spans, tau, seeds, noise, patch_size)
+    draw = compiled_normals_at() if compiled else normals_at
+    tokens, targets = reference.training_pairs(
+        images, index, flip, cu_seqlens, spans, tau, seeds, noise, patch_size, draw
+    )
     return tokens.to(token_dtype), targets
 
 
@@ -321,6 +340,7 @@ def _launch_training_pairs(
     num_tokens: int,
     patch_size: int,
     token_dtype: torch.dtype,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor]:
     from . import pairs
 
@@ -355,6 +375,7 @@ def _fake_training_pairs(
     num_tokens: int,
     patch_size: int,
     token_dtype: torch.dtype,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor]:
     tokens = images.new_empty(num_tokens, images.shape[1] * patch_size**2, dtype=token_dtype)
     return tokens, torch.empty_like(tokens, dtype=torch.float32)

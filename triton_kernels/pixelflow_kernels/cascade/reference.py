@@ -6,7 +6,7 @@ Source: arXiv 2504.07963, equations 3 to 6.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from pixelflow_kernels.philox import SAMPLING, TRAINING, counter_normals, normal
 from .law import DEVIATION_SCALE, MEAN_SCALE
 
 Shape = tuple[int, int, int]
+Draw = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 # --- noise -------------------------------------------------------------------------------------------------
 
@@ -34,8 +35,8 @@ def block_normals(seeds: Tensor, stage: int, shape: Shape, purpose: int = SAMPLI
     return counter_normals(seeds, stage, math.prod(blocks), purpose).reshape(len(seeds), *blocks, 4)
 
 
-def training_normals(parts: Sequence[tuple[Tensor, int, Shape]]) -> list[Tensor]:
-    """Draw :func:`block_normals` with the training purpose for several ``(seeds, stage, shape)`` in one pass."""
+def training_normals(parts: Sequence[tuple[Tensor, int, Shape]], draw: Draw) -> list[Tensor]:
+    """Draw :func:`block_normals` with the training purpose for several ``(seeds, stage, shape)`` in one call."""
     blocks = [(c, height // 2, width // 2) for _, _, (c, height, width) in parts]
     counts = [math.prod(shape) for shape in blocks]
     device = parts[0][0].device
@@ -44,7 +45,7 @@ def training_normals(parts: Sequence[tuple[Tensor, int, Shape]]) -> list[Tensor]
     for (of_part, stage, _), count in zip(parts, counts, strict=True):
         positions.append(torch.arange(count, device=device).repeat(len(of_part)))
         stages.append(torch.full_like(positions[-1], stage))
-    drawn = normals_at(seeds, torch.cat(positions), torch.cat(stages), TRAINING).split([len(p) for p in positions])
+    drawn = draw(seeds, torch.cat(positions), torch.cat(stages), TRAINING).split([len(p) for p in positions])
     return [z.reshape(-1, *shape, 4) for z, shape in zip(drawn, blocks, strict=True)]
 
 
@@ -141,8 +142,12 @@ def training_pairs(
     seeds: Tensor | None,
     noise: Tensor | None,
     patch_size: int,
+    draw: Draw = normals_at,
 ) -> tuple[Tensor, Tensor]:
-    """Compute packed inputs and targets ``[T, c * p * p]`` float32 of all samples (see ``op.training_pairs``)."""
+    """Compute packed inputs and targets ``[T, c * p * p]`` float32 of all samples (see ``op.training_pairs``).
+
+    ``draw`` is ``normals_at``, compiled or not.
+    """
     p, (_, channels, height, width) = patch_size, images.shape
     tokens = torch.empty(int(cu_seqlens[-1]), channels * p * p, device=images.device)
     targets = torch.empty_like(tokens)
@@ -154,7 +159,7 @@ def training_pairs(
     normals = {}
     if seeds is not None and members:
         parts = [(seeds[chosen], len(spans) - 1 - d, shapes[d]) for d, chosen in members.items()]
-        normals = dict(zip(members, training_normals(parts), strict=True))
+        normals = dict(zip(members, training_normals(parts, draw), strict=True))
     for d, chosen in members.items():
         rows = (cu_seqlens[chosen, None] + torch.arange(whole >> 2 * d, device=images.device)).flatten()
         image = signed(images[index[chosen]])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pixelflow_engine.ranges import NOTHING, ranges_told
 from pixelflow_engine.reference import PixelFlowTransformer
-from pixelflow_training import loop
+from pixelflow_training import data, loop
 from pixelflow_training.collate import Batch
 from pixelflow_training.step import TrainStep
 
@@ -90,20 +90,19 @@ class EngineRun(LocalRun):
     def __init__(self, problem: TrainingProblem, train_step: TrainStep) -> None:
         super().__init__(problem, train_step.state.model, train_step.state.optimizer)
         self.train_step, self.model = train_step, train_step.model
+        self.loader = data.Loader(self.data, train_step.config, first_step=0, device=problem.device)
 
     def step(self, phases: Phases) -> None:
         """See :class:`~.problem.TrainingRun`."""
         with phases("batch"):
-            batch = self.draw().to(self.problem.device)
+            batch = self._batch()
         with ranges_told(lambda name: phases(name) if name in PHASES else NOTHING) if phases.timed else NOTHING:
             done = self.train_step(batch, self.recipe.optimizer.lr)
         self.reported = torch.tensor(done.loss), torch.tensor(done.norm)
 
     def draw(self) -> Batch:
         """See :class:`~.problem.TrainingRun`."""
-        batch = loop.training_batch(self.recipe, self.data, self.position)
-        self.position += 1
-        return batch
+        return self._batch().to(torch.device("cpu"))
 
     def gradients(self, batch: Batch) -> Gradients:
         """See :class:`~.problem.TrainingRun`."""
@@ -128,6 +127,11 @@ class EngineRun(LocalRun):
         """See :class:`LocalRun`."""
         copied = self.model is not self.train_step.state.model
         return super().held() + (_bytes(self.model.parameters()) if copied else 0)
+
+    def _batch(self) -> Batch:
+        """Make the next batch on the device, from images that are moved there as bytes."""
+        self.position += 1
+        return loop.training_batch(self.train_step.config, self.loader, self.position - 1)
 
     def _losses(self, batch: Batch) -> Tensor:
         """Compute the loss of each image and leave the gradients in the parameters."""
