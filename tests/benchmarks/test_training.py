@@ -21,8 +21,15 @@ from pixelflow_benchmarks.cli import bench
 from pixelflow_benchmarks.harness import timing
 from pixelflow_benchmarks.harness.timing import Timing
 from pixelflow_benchmarks.opponents.random_models import SHAPES, random_reference, random_weights
+from pixelflow_benchmarks.suites.training import measure
 from pixelflow_benchmarks.suites.training.checks import images_of
-from pixelflow_benchmarks.suites.training.measure import breakdown, check_and_time, figures, measure_training
+from pixelflow_benchmarks.suites.training.measure import (
+    breakdown,
+    check_and_time,
+    figures,
+    measure_training,
+    steps_in_a_row,
+)
 from pixelflow_benchmarks.suites.training.opponents import PLAIN, PUBLIC
 from pixelflow_benchmarks.suites.training.phases import OTHER, PHASES, PhaseClock
 from pixelflow_benchmarks.suites.training.problem import REFERENCE, TrainingProblem, TrainingRun
@@ -97,6 +104,13 @@ def test_a_batch_has_equally_many_images_of_each_stage(batch: int) -> None:
 
 
 # --- parts of a step ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("took", "steps"), [([0.03, 0.02], 10), ([0.1, 0.17], 4), ([0.35], 1), ([7.0, 2.0], 1), ([], 1)]
+)
+def test_short_steps_are_timed_in_a_row(took: list[float], steps: int) -> None:
+    assert steps_in_a_row(took) == steps
 
 
 @pytest.mark.parametrize("name", [PLAIN, REFERENCE])
@@ -195,6 +209,16 @@ def test_a_record_says_what_was_measured() -> None:
         assert sum(r["shares"].values()) == pytest.approx(1)
         assert not {"fault", "peak_bytes", "joules"} & set(r), "a CPU has no counters"
     assert found[REFERENCE]["times"][REFERENCE]["median"] == 1
+
+
+def test_seconds_are_those_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def turns_of_four_seconds(turns: Mapping[str, Callable[[], None]], *_: Any) -> timing.Runs:
+        return timing.Runs({name: Timing((4.0, 4.0)) for name in turns}, {})
+
+    monkeypatch.setattr(measure, "time_runs", turns_of_four_seconds)
+    record = measured({})[PLAIN]
+    assert record["seconds"]["median"] == 4.0 / record["steps_in_a_row"]
+    assert record["steps_in_a_row"] > 1, "steps of a tiny model are short"
 
 
 def raising(said: str) -> Callable[..., Any]:

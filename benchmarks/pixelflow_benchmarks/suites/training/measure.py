@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -31,6 +31,9 @@ from .opponents import PUBLIC, TrainingOpponents
 from .phases import UNTIMED, PhaseClock
 from .problem import REFERENCE, Gradients, TrainingProblem, TrainingRun
 
+TURN_SECONDS, MOST_STEPS = 0.4, 10
+"""A turn of a variant takes about so long, and at most so many steps: they follow one another, as in training, where a
+short step finds in the caches what the last one left there."""
 BREAKDOWN_STEPS, BREAKDOWN_SECONDS = 10, 5.0
 """Number of steps, and seconds, over which the shares of a step's parts are measured: no further step is begun after
 these seconds. These steps follow those that are timed as a whole."""
@@ -114,22 +117,25 @@ def check_and_time(
         else:
             _blame(records[name], faults)
     # Steps come last, as they move the weights that the other variants are checked with.
+    took = {}
     for name, run in runs.items():
         if name not in records or not records[name]["right"] or name in lacking:
             continue
         try:
             weights = run.probe()
-            run.step(UNTIMED)
+            took[name], _ = seconds_of(partial(run.step, UNTIMED), problem.device)
             _blame(records[name], move_faults(weights, run.probe(), rate))
         except Exception as error:
             _note(first_line(error), records[name], lacking)
     right = {name: runs[name] for name, record in records.items() if record["right"] and name not in lacking}
-    calls = {name: partial(run.step, UNTIMED) for name, run in right.items()}
-    timed = time_runs(calls, problem.device, repeats, end_of_turns(deadline))
+    in_a_row = steps_in_a_row([took[name] for name in right])
+    turns = {name: partial(take_steps, run, in_a_row) for name, run in right.items()}
+    timed = time_runs(turns, problem.device, repeats, end_of_turns(deadline))
+    timings = {name: Timing(tuple(s / in_a_row for s in timing.turns)) for name, timing in timed.timings.items()}
     for name, said in timed.failed.items():
         _note(said, records[name], lacking)
     for name, record in records.items():  # each as soon as it is complete: an interrupted run keeps those before
-        if name in timed.timings:
+        if name in timings:
             try:
                 beside = _beside(problem, right[name])
                 _blame(record, _step_faults(right[name]))
@@ -137,10 +143,11 @@ def check_and_time(
                 _note(first_line(error), record, lacking)
             else:
                 if record["right"]:
-                    record |= figures(problem, timed.timings[name], ceilings) | beside
-                    others = {other: timed.timings[other] for other in (REFERENCE, PUBLIC) if other in timed.timings}
-                    record["times"] = {o: timed.timings[name].times_faster_than(its) for o, its in others.items()}
-                    if time.perf_counter() < deadline and (energy := joules_of(calls[name], problem.device)):
+                    record |= figures(problem, timings[name], ceilings) | beside | {"steps_in_a_row": in_a_row}
+                    others = {other: timings[other] for other in (REFERENCE, PUBLIC) if other in timings}
+                    record["times"] = {o: timings[name].times_faster_than(its) for o, its in others.items()}
+                    one_step = partial(take_steps, right[name], 1)
+                    if time.perf_counter() < deadline and (energy := joules_of(one_step, problem.device)):
                         record |= energy
         yield lacking.get(name, record)
 
@@ -162,6 +169,17 @@ def figures(problem: TrainingProblem, timing: Timing, ceilings: Ceilings) -> Rec
         "floor_seconds": floor,
         "fraction_of_floor": floor / timing.median,
     }
+
+
+def steps_in_a_row(took: Sequence[float]) -> int:
+    """Return the number of steps of a turn, the same for all variants, given the seconds of a step of each."""
+    return min(max(round(TURN_SECONDS / min(took)), 1), MOST_STEPS) if took else 1
+
+
+def take_steps(run: TrainingRun, count: int) -> None:
+    """Run steps one after another."""
+    for _ in range(count):
+        run.step(UNTIMED)
 
 
 def breakdown(run: TrainingRun, device: torch.device, steps: int = BREAKDOWN_STEPS) -> dict[str, float]:
