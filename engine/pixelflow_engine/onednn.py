@@ -1,8 +1,7 @@
 """Matrix products on a CPU through oneDNN, as custom operations with a derivative.
 
 For compiled sampling: with GELU and bias applied where the product is written, it is ahead of MKL there. Inductor uses
-oneDNN only for constant weights and known sizes, so each product is a custom operation, one node
-of the graph.
+oneDNN only for constant weights and known sizes, so each product is a custom operation, one node of the graph.
 
     y = x W^T + b        dx = dy W        dW = dy^T x        db = sum of dy over tokens
 """
