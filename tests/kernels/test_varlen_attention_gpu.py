@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,12 +38,22 @@ def on_device(*arguments: Any, **options: Any) -> Pack:
     return pack(*arguments, **options).to("cuda")
 
 
+SHORTCUTS = ("allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+
+
 @pytest.fixture(autouse=True)
-def plain_products_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernels are compared with is not computed in TF32 nor summed in less than fp32."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
+def plain_products_in_full() -> Iterator[None]:
+    """What the kernels are compared with is not computed in TF32 nor summed in less than fp32.
+
+    Not by ``monkeypatch``, which would delete what is no attribute of the object itself.
+    """
+    settings = torch.backends.cuda.matmul
+    before = [getattr(settings, name) for name in SHORTCUTS]
+    for name in SHORTCUTS:
+        setattr(settings, name, False)
+    yield
+    for name, value in zip(SHORTCUTS, before, strict=True):
+        setattr(settings, name, value)
 
 
 # --- level D -----------------------------------------------------------------------------------------------

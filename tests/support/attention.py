@@ -31,7 +31,8 @@ class Pack(NamedTuple):
         """Return the pack on another device, with the same strides."""
         moved = []
         for x in (self.q, self.k, self.v):
-            extra = x.stride(0) - 3 * x.shape[1] * x.shape[2] if x.shape[0] else 0
+            # PyTorch does not keep the stride of a dimension of size 1.
+            extra = x.stride(0) - 3 * x.shape[1] * x.shape[2] if x.shape[0] > 1 else 0
             moved.append(_slice(x.to(device), x.dtype, extra))
         return Pack(*moved, self.cu_seqlens_q.to(device), self.cu_seqlens_k.to(device), *self[5:])
 
