@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,15 @@ def test_a_command_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     assert read == [""]
 
 
+@pytest.fixture
+def not_under_nohup() -> Iterator[None]:
+    """Under ``nohup`` a hangup is ignored, here and in every child."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("not_under_nohup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_who_is_told_to_end_ends_what_it_runs(number: signal.Signals, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
@@ -158,6 +168,7 @@ def test_who_is_told_to_end_ends_what_it_runs(number: signal.Signals, tmp_path: 
         assert held.read() == ""
 
 
+@pytest.mark.usefixtures("not_under_nohup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_who_is_told_to_end_while_a_command_starts_ends_it(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
