@@ -19,7 +19,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep up to 2 GiB of freed memory for later tensors, in this process, until it ends.
 
     When a step on a CPU is done, all its activations are free. By default glibc then returns most of them to the
-    system, and the next step takes a page fault for every 4 KiB. The peak is not affected.
+    system, and the next step takes a page fault for every 4 KiB. The peak rises a little.
 
     Returns:
         whether it does; not with another C library, or where an environment variable sets these options.
