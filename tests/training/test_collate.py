@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from pixelflow_engine.config import PixelFlowConfig
@@ -128,25 +129,27 @@ def test_bytes_are_pairs_of_their_signed_values(case: dict[str, Any]) -> None:
         assert (got_target[i] - target).abs().max() < tolerance
 
 
-def test_compiled_code_draws_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for one image and for packs of other sizes, which share the code."""
+def test_compiled_code_draws_the_same_noise() -> None:
+    """Also for one image and for packs of other sizes, which share one graph."""
     config = tiny_config(num_stages=3, resolution=32)
-    compile_counted, graphs = torch.compile, []
-
-    def counted(function: Any, **options: Any) -> Any:
-        graphs.append(options)
-        return compile_counted(function, **options)
-
     philox.compiled_normals_at.cache_clear()
-    monkeypatch.setattr(torch, "compile", counted)
+    torch._dynamo.reset()
+    graphs = []
     for count in (7, 1, 24):
         plan = make_plan(config, count, 60 + count)
         images = torch.randint(0, 256, (count, 3, 32, 32), generator=seeded(count), dtype=torch.uint8)
+        before = graphs_compiled()
         plain = make_batch(images, torch.arange(count), plan, config)
+        assert graphs_compiled() == before, "only compiled batches compile"
         fast = make_batch(images, torch.arange(count), plan, config, compiled=True)
+        graphs.append(graphs_compiled() - before)
         assert torch.equal(fast.tokens, plain.tokens)
         assert torch.equal(fast.targets, plain.targets)
-    assert len(graphs) == 1, "only compiled batches compile, and only once"
+    assert graphs == [1, 0, 0]
+
+
+def graphs_compiled() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def test_a_wrong_time_image_noise_or_side_would_show() -> None:
