@@ -30,9 +30,9 @@ from pixelflow_kernels.cascade.reference import (
 )
 from pixelflow_kernels.philox import seed_tensor
 from pixelflow_kernels.registration import interpreting
+from pixelflow_kernels.transfers import uploaded
 
 from .schedule import Stage
-from .uploads import uploaded
 
 __all__ = [
     "MAX_SEED",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pixelflow_kernels.ode_step import ARRIVED, RUNNING, Adaptive
+from pixelflow_kernels.transfers import uploaded
 
 from .config import PixelFlowConfig
 from .fusion import follow_weights
@@ -26,7 +27,6 @@ from .solvers import step_length, two_step_lengths
 from .stage_pack import Layouts, ModulationTable, StagePack
 from .stages import OnStep, StageOutcome, States
 from .tableaus import at_slopes, methods_of
-from .uploads import uploaded
 
 MOST_PROGRAMS = 64
 """Maximum number of programs that an engine keeps: four stages for sixteen kinds of batches."""

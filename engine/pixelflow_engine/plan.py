@@ -9,12 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pixelflow_kernels.transfers import uploaded
+
 from .config import PixelFlowConfig
 from .noise import Shape
 from .operations import Text
 from .schedule import Stage, make_stages
 from .solvers import Tolerance
-from .uploads import uploaded
 
 Solver = Literal["euler", "heun", "ab2", "dopri5"]
 SOLVERS: tuple[Solver, ...] = ("euler", "heun", "ab2", "dopri5")

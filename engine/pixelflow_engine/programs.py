@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pixelflow_kernels import ode_step
 from pixelflow_kernels.ode_step import Adaptive
+from pixelflow_kernels.transfers import numbers
 
 from .graphs import Capture, Launch, load_
 from .layers import at_least_fp32
@@ -25,7 +26,6 @@ from .schedule import Stage
 from .solvers import Tolerance
 from .stage_pack import StagePack
 from .tableaus import DOPRI5, FIXED_STEPS, Tableau
-from .uploads import numbers
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pixelflow_kernels.transfers import numbers
+
 from .model import PackedTransformer, Prompts
 from .operations import Text
-from .uploads import numbers
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pixelflow_kernels.transfers import uploaded
+
 from .operations import Text
 from .plan import Condition, Group
-from .uploads import uploaded
 
 K = TypeVar("K")
 

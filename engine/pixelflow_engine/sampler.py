@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pixelflow_kernels.ode_step import ARRIVED, MAX_ATTEMPTS, NONFINITE, UNDERFLOW
+from pixelflow_kernels.transfers import numbers
 
 from .clocks import Clock
 from .errors import ConvergenceError
@@ -24,7 +25,6 @@ from .output import Latents
 from .plan import SamplingPlan, StagePlan
 from .ranges import named
 from .stages import Stages, States
-from .uploads import numbers
 
 REMEMBERING = ("ab2", "dopri5")
 """Solvers that reuse slopes of earlier steps, so that a callback cannot replace the state."""

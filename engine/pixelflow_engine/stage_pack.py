@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixelflow_kernels import PackedLayout
+from pixelflow_kernels.transfers import numbers, pinned, uploaded
 
 from .model import PackedTransformer, Surroundings
 from .noise import Shape
 from .plan import Condition, StagePlan
 from .stages import States
-from .uploads import numbers, pinned, uploaded
 
 MOST_LAYOUTS = 32
 """Maximum number of layouts that an engine keeps, at twelve bytes per token of host memory."""

@@ -18,6 +18,7 @@ from pixelflow_training import loop
 from pixelflow_training.checkpoint import Checkpointer
 from pixelflow_training.config import TrainConfig
 from pixelflow_training.state import TrainState
+from pixelflow_training.step import TrainStep
 from support.disk import Disk
 from support.recipes import tiny_recipe
 
@@ -76,15 +77,15 @@ def in_process(target: Callable[..., None], *arguments: Any) -> int | None:
 
 
 def at_step(step: int, act: Callable[[], None]) -> None:
-    """Call ``act`` when the batch of a step (from 0) is requested."""
-    honest = loop.training_batch
+    """Call ``act`` when a step (from 0) begins, before it is launched; its batch was made during the one before."""
+    honest = TrainStep.begin
 
-    def watching(config: TrainConfig, data: Any, now: int, *share: int) -> Any:
-        if now == step:
+    def watching(self: TrainStep, *arguments: Any) -> Any:
+        if self.state.step == step:
             act()
-        return honest(config, data, now, *share)
+        return honest(self, *arguments)
 
-    loop.training_batch = watching
+    TrainStep.begin = watching
 
 
 def send(number: signal.Signals) -> None:

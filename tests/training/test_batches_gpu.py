@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from pixelflow_training.collate import make_batch
+from pixelflow_training.data import Loader, open_data
+from pixelflow_training.loop import training_batch
 from pixelflow_training.loss import image_losses
 from pixelflow_training.plan import plan_step
+from pixelflow_training.state import TrainState
+from pixelflow_training.step import TrainStep
 from support.recipes import tiny_recipe
 from support.reference_models import seeded
+from support.steps import random_state
 
 pytestmark = pytest.mark.gpu
 
@@ -23,9 +28,27 @@ def test_a_batch_of_a_device_is_that_of_a_cpu(tmp_path: Path) -> None:
     labels = torch.arange(24) % 10
     here = make_batch(images, labels, plan, config.network)
     there = make_batch(images.cuda(), labels.cuda(), plan, config.network)
-    for name in ("tokens", "targets", "t_model", "labels", "latent_size", "stage"):
+    for name in ("tokens", "targets", "t_model", "labels", "latent_size"):
         assert getattr(there, name).is_cuda, name
         assert torch.equal(getattr(there, name).cpu(), getattr(here, name)), name
+
+
+def test_nothing_waits_until_a_step_is_finished(tmp_path: Path) -> None:
+    """Images to the device, batch, and all launches of a step: so the next batch is made while the device computes."""
+    config = tiny_recipe(tmp_path, "compute.device=cuda", "data.augment.rotate=10")
+    data, _ = open_data(config)
+    step = TrainStep(TrainState(config, random_state(config).model.cuda()), config)
+    with Loader(data, config, 0, device="cuda") as loader:
+        assert step(training_batch(config, loader, 0), 1e-3).finite  # compiles, and makes what is made once
+        batch = training_batch(config, loader, 1)
+        torch.cuda.synchronize()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            begun = step.begin(batch, 1e-3)
+            training_batch(config, loader, 2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert step.finish(begun).finite
 
 
 def test_losses_repeat_and_are_near_float64(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from pixelflow_training.checkpoint import Checkpointer, name_of
 from pixelflow_training.config import TrainConfig
 from pixelflow_training.manifest import Manifest, read_manifest, verify
 from pixelflow_training.state import TrainState
+from pixelflow_training.step import TrainStep
 from support.disk import Disk, PowerCut
 from support.packs import FUZZ
 from support.recipes import tiny_recipe
@@ -266,7 +267,7 @@ def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before(folder: Path, 
 def test_a_failed_save_stops_training_at_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No room from step 4's checkpoint on: step 5 tells, though no save is due there."""
     config = tiny_recipe(tmp_path, "checkpoint.every=2", "eval_every=100")
-    honest, begun = loop.training_batch, []
+    honest, begun = TrainStep.begin, []
     save_in_background, saves = module.async_save, []
     disk = Disk(tmp_path / "run" / "checkpoints", 0, "full")
 
@@ -274,15 +275,15 @@ def test_a_failed_save_stops_training_at_the_next_step(tmp_path: Path, monkeypat
         saves.append(save_in_background(*arguments, **options))
         return saves[-1]
 
-    def filling(config: TrainConfig, data: Any, step: int, *share: int) -> Any:
-        begun.append(step)
+    def filling(self: TrainStep, *arguments: Any) -> Any:
+        begun.append(self.state.step)
         wait(saves)
-        if step == 3:
+        if self.state.step == 3:
             disk.__enter__()
-        return honest(config, data, step, *share)
+        return honest(self, *arguments)
 
     monkeypatch.setattr(module, "async_save", kept)
-    monkeypatch.setattr(loop, "training_batch", filling)
+    monkeypatch.setattr(TrainStep, "begin", filling)
     try:
         with pytest.raises(OSError, match=r"step-00000004: .* No space left on device; the last one is step-00000002"):
             loop.train(config, tmp_path / "run", quiet=True)

@@ -116,8 +116,9 @@ def test_images_of_a_source_are_named_as_it_names_them(tmp_path: Path, monkeypat
     with pytest.raises(FloatingPointError):
         loop.train(config, tmp_path / "run", quiet=True, source=source)
     batches = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
-    assert [batch["samples"] for batch in batches] == [line["samples"] for line in lines(tmp_path / "run")] == named
-    assert len(named) == 2
+    assert [batch["samples"] for batch in batches] == [line["samples"] for line in lines(tmp_path / "run")]
+    assert [batch["samples"] for batch in batches] == named[:2], "a third one was made ahead"
+    assert len(batches) == 2
 
 
 def test_a_gradient_that_is_not_finite_counts_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

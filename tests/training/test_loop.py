@@ -27,7 +27,7 @@ from pixelflow_training.collate import Batch
 from pixelflow_training.config import DataConfig, OptimizerConfig, TrainConfig, load_config
 from pixelflow_training.data import ImageSet, load_digits
 from pixelflow_training.plan import Plan, plan_step
-from pixelflow_training.step import batch_losses, stage_means, stage_sums
+from pixelflow_training.step import TrainStep, batch_losses, stage_means, stage_sums
 from support.recipes import tiny_recipe
 from support.reference_models import randomize, seeded
 
@@ -124,13 +124,13 @@ def test_the_model_loads_in_the_engine(run: tuple[TrainConfig, Path]) -> None:
 def test_the_log_is_written_as_it_happens(
     recipe: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, seen = loop.training_batch, []
+    honest, seen = TrainStep.begin, []
 
-    def looking(config: TrainConfig, data: ImageSet, step: int, *share: int) -> Batch:
-        seen.append([(line["event"], line["step"]) for line in records(tmp_path / "run")] if step else [])
-        return honest(config, data, step, *share)
+    def looking(self: TrainStep, *arguments: Any) -> Any:
+        seen.append([(line["event"], line["step"]) for line in records(tmp_path / "run")] if self.state.step else [])
+        return honest(self, *arguments)
 
-    monkeypatch.setattr(loop, "training_batch", looking)
+    monkeypatch.setattr(TrainStep, "begin", looking)
     loop.train(recipe("steps=3", "eval_every=2"), tmp_path / "run", quiet=True)
     assert seen == [[], [("train", 1)], [("train", 1), ("train", 2), ("held_out", 2)]]
 
@@ -503,7 +503,7 @@ def test_speed_is_images_over_the_time_that_they_took(
 
         return timed
 
-    monkeypatch.setattr(loop, "training_batch", advancing(loop.training_batch, 1.0))
+    monkeypatch.setattr(TrainStep, "begin", advancing(TrainStep.begin, 1.0))
     monkeypatch.setattr(loop, "held_out_loss", advancing(loop.held_out_loss, 100.0))
     monkeypatch.setattr(watch, "time", SimpleNamespace(perf_counter=lambda: now))
     loop.train(recipe("log_every=4", "eval_every=3", "steps=8"), tmp_path / "run", quiet=True)

@@ -23,6 +23,7 @@ from pixelflow_training.cli import train
 from pixelflow_training.config import TrainConfig
 from pixelflow_training.run import Log, RunDirectory
 from pixelflow_training.signals import EXIT_AT_ONCE, EXIT_STOPPED, StopRequests, TrainingStopped
+from pixelflow_training.step import TrainStep
 from support.disk import Disk
 from support.packs import FUZZ
 from support.recipes import tiny_recipe
@@ -62,14 +63,14 @@ class StopError(Exception):
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
     """Do something when a step (from 0) begins."""
-    honest = loop.training_batch
+    honest = TrainStep.begin
 
-    def watching(config: TrainConfig, data: Any, now: int, *share: int) -> Any:
-        if now == step:
+    def watching(self: TrainStep, *arguments: Any) -> Any:
+        if self.state.step == step:
             act()
-        return honest(config, data, now, *share)
+        return honest(self, *arguments)
 
-    monkeypatch.setattr(loop, "training_batch", watching)
+    monkeypatch.setattr(TrainStep, "begin", watching)
 
 
 def fail() -> None:

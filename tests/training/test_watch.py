@@ -21,7 +21,7 @@ from pixelflow_training.curves import read_curves
 from pixelflow_training.ranks import ALONE, Ranks
 from pixelflow_training.run import Silence
 from pixelflow_training.state import TrainState
-from pixelflow_training.step import Stepped
+from pixelflow_training.step import Stepped, TrainStep
 from pixelflow_training.watch import Watch, peak_of, summary
 from support.recipes import tiny_recipe
 
@@ -123,7 +123,7 @@ def test_saves_evaluations_and_pictures_are_not_training(tmp_path: Path, monkeyp
 
         return timed
 
-    monkeypatch.setattr(loop, "training_batch", advancing(loop.training_batch, 1.0))
+    monkeypatch.setattr(TrainStep, "begin", advancing(TrainStep.begin, 1.0))
     monkeypatch.setattr(loop, "held_out_loss", advancing(loop.held_out_loss, 100.0))
     monkeypatch.setattr(loop, "save_samples", advancing(lambda *_: {"file": "samples/none.png", "failed": 0}, 100.0))
     monkeypatch.setattr(Checkpointer, "save", advancing(Checkpointer.save, 100.0))

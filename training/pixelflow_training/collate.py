@@ -13,6 +13,7 @@ from pixelflow_engine.config import PixelFlowConfig
 from pixelflow_engine.schedule import make_stages
 from pixelflow_kernels import PackedLayout
 from pixelflow_kernels.cascade import training_pairs
+from pixelflow_kernels.transfers import uploaded
 
 from .data import SkippedImage
 from .plan import Plan
@@ -95,7 +96,7 @@ class Batch:
 
 
 def make_batch(images: Tensor, labels: Tensor, plan: Plan, config: PixelFlowConfig, *, compiled: bool = False) -> Batch:
-    """Build the pack that a plan describes, on the device of the images.
+    """Build the pack that a plan describes, on the device of the images; the host does not wait for it.
 
     Args:
         images: ``[n, c, H, W]`` uint8, or float32 in [-1, 1], in the order of the plan.
@@ -121,11 +122,11 @@ def make_batch(images: Tensor, labels: Tensor, plan: Plan, config: PixelFlowConf
         images,
         layout,
         index=torch.arange(len(plan), device=device),
-        spans=torch.tensor([(stage.start, stage.end) for stage in stages], dtype=torch.float64, device=device),
-        tau=torch.from_numpy(tau)[plan.stage, plan.time].to(device),
+        spans=uploaded(torch.tensor([(stage.start, stage.end) for stage in stages], dtype=torch.float64), device),
+        tau=uploaded(torch.from_numpy(tau)[plan.stage, plan.time], device),
         patch_size=p,
-        seeds=plan.noise_seed.to(device),
-        flip=plan.flip.to(device),
+        seeds=uploaded(plan.noise_seed, device),
+        flip=uploaded(plan.flip, device),
         compiled=compiled,
     )
     null = config.model.num_classes
@@ -133,8 +134,8 @@ def make_batch(images: Tensor, labels: Tensor, plan: Plan, config: PixelFlowConf
         tokens=tokens,
         targets=targets,
         layout=layout,
-        t_model=torch.from_numpy(t_model)[plan.stage, plan.time].float().to(device),
-        labels=torch.where(plan.drop.to(device), null, labels.to(device)) if null > 0 else None,
-        latent_size=torch.tensor([columns for _, columns in grids], device=device),
+        t_model=uploaded(torch.from_numpy(t_model)[plan.stage, plan.time].float(), device),
+        labels=labels.to(device).masked_fill(uploaded(plan.drop, device), null) if null > 0 else None,
+        latent_size=uploaded(torch.tensor([columns for _, columns in grids]), device),
         stage=plan.stage,
     )

@@ -12,6 +12,7 @@ import torch
 
 from pixelflow_engine.model import PackedTransformer
 
+from .ahead import Ahead
 from .begin import begin_or_resume, take_first_weights
 from .checkpoint import Checkpointer
 from .collate import Batch, make_batch
@@ -138,6 +139,9 @@ def train(
         data = stack.enter_context(
             Loader(train_set, config, state.step, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
         )
+        ahead = Ahead(
+            lambda step: training_batch(config, data, step, ranks.rank, ranks.world_size).to(ranks.device), config.steps
+        )
         watch = stack.enter_context(Watch(config, state, log, ranks, quiet))
 
         def look(seen: Collection[str] = ()) -> None:
@@ -160,10 +164,12 @@ def train(
         # A step may have been saved before its evaluation, or be the last step now but not when it was done.
         look(ranks.first_does(lambda: log.events(state.step)))
         while state.step < config.steps:
-            batch = training_batch(config, data, state.step, ranks.rank, ranks.world_size).to(ranks.device)
+            batch = ahead.take(state.step)
             note_skipped(batch, state.step + 1, skipped, ranks)
             lr = learning_rate(config.optimizer, state.step, config.steps)
-            done = train_step(batch, lr, parts_of_step(config, state.step, ranks.world_size))
+            begun = train_step.begin(batch, lr, parts_of_step(config, state.step, ranks.world_size))
+            ahead.prepare(state.step + 1)
+            done = train_step.finish(begun)
             state.step += 1
             findings.add(state, done)
             watch.step(done, lr)

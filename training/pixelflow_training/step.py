@@ -16,6 +16,7 @@ from pixelflow_engine.graphs import Capture
 from pixelflow_engine.layers import at_least_fp32
 from pixelflow_engine.model import PackedTransformer, Surroundings
 from pixelflow_engine.ranges import named
+from pixelflow_kernels.transfers import Download
 
 from .collate import Batch
 from .config import TrainConfig
@@ -48,6 +49,21 @@ class Stepped:
     def finite(self) -> bool:
         """Whether loss and gradient norm are finite; if not, the step has changed nothing."""
         return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A step that was launched and not yet waited for.
+
+    Attributes:
+        numbers: the losses of this rank's images, then the gradient norm, on their way to the host.
+        stages: the stage of each image, in the order of the losses.
+        tokens: number of tokens of this rank's images.
+    """
+
+    numbers: Download
+    stages: list[int]
+    tokens: int
 
 
 class TrainStep:
@@ -85,7 +101,11 @@ class TrainStep:
             self.graphs = StepGraphs(self.model, self.launch, self.update, capture, config)
 
     def __call__(self, batch: Batch, lr: float, parts: int = 1) -> Stepped:
-        """Run one step; nothing is changed if the loss or the gradient norm is not finite on any rank.
+        """Run one step: :meth:`begin` and :meth:`finish`."""
+        return self.finish(self.begin(batch, lr, parts))
+
+    def begin(self, batch: Batch, lr: float, parts: int = 1) -> Begun:
+        """Launch a step without waiting for it; nothing is changed if loss or gradient norm is not finite on any rank.
 
         Args:
             batch: this rank's share, on the model's device.
@@ -102,11 +122,14 @@ class TrainStep:
         else:
             self.update.prepare(lr)
             losses, norm = self.launch(mine, [batch.smallest()] * (parts - len(mine)))
-        *each, size = torch.cat([losses, norm[None]]).tolist()  # a single synchronization for all numbers
-        of_stages = stage_sums(
-            each, [s for part in mine for s in part.stage.tolist()], self.config.scheduler.num_stages
-        )
-        total, tokens, *sums = self.ranks.total([math.fsum(each), batch.layout.num_tokens, *of_stages])
+        stages = [s for part in mine for s in part.stage.tolist()]
+        return Begun(Download(torch.cat([losses, norm[None]])), stages, batch.layout.num_tokens)
+
+    def finish(self, begun: Begun) -> Stepped:
+        """Wait for a step's numbers, the only ones that the host reads, and complete it; steps end in their order."""
+        *each, size = begun.numbers.wait().tolist()
+        of_stages = stage_sums(each, begun.stages, self.config.scheduler.num_stages)
+        total, tokens, *sums = self.ranks.total([math.fsum(each), begun.tokens, *of_stages])
         stepped = Stepped(total / self.config.batch_size, stage_means(sums), size, round(tokens))
         self.update.finish(stepped.finite)
         if self.graphs is None:

@@ -15,6 +15,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from .transfers import uploaded
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -93,12 +95,13 @@ class PackedLayout:
             image, token = image + count, token + count * length
         lengths = torch.tensor([0] + [h * w for h, w in sizes], dtype=torch.int64, device="cpu")
         empty = [host(0)]
+        place = torch.device("cpu" if device is None else device)
         return cls(
             grids=tuple(sizes),
-            cu_seqlens=lengths.cumsum(0).to(torch.int32).to(device),
-            image_index=torch.cat(images or empty).to(device),
-            row=torch.cat(rows or empty).to(device),
-            column=torch.cat(columns or empty).to(device),
+            cu_seqlens=uploaded(lengths.cumsum(0).to(torch.int32), place),
+            image_index=uploaded(torch.cat(images or empty), place),
+            row=uploaded(torch.cat(rows or empty), place),
+            column=uploaded(torch.cat(columns or empty), place),
             runs=tuple(runs),
         )
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pixelflow_kernels.transfers import uploaded
 from pixelflow_training.config import AugmentConfig
 
 
@@ -34,7 +35,7 @@ def augment(images: Tensor, config: AugmentConfig, affine: Tensor) -> Tensor:
         return images
     if images.dtype == torch.uint8:
         images = to_signed(images)
-    turn, size, across, down = affine.to(images.device, torch.float64)[..., None, None].unbind(1)
+    turn, size, across, down = uploaded(affine.double(), images.device)[..., None, None].unbind(1)
     angle, inverse = turn * math.radians(config.rotate), 1 / (1 + size * config.scale)
     cos, sin = torch.cos(angle) * inverse, torch.sin(angle) * inverse
     y, x = (

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from pixelflow_kernels.transfers import uploaded
 from pixelflow_training.config import TrainConfig
 from pixelflow_training.plan import Plan, plan_step
 
@@ -125,7 +126,7 @@ class Loader:
         self._next_step += 1
         if self.device.type == "cpu":
             return taken
-        images, labels = (x.to(self.device, non_blocking=True) for x in (taken.images, taken.labels))
+        images, labels = (uploaded(x, self.device) for x in (taken.images, taken.labels))
         return Taken(images, labels, taken.skipped)
 
     def _receive(self, coming: Iterator[Taken]) -> Taken:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from pixelflow_kernels.transfers import uploaded
+
 CHUNK = 16384
 """Number of values per program: a multiple of every block size, and of 16, which preserves alignment."""
 
@@ -131,4 +133,4 @@ def _upload(numbers: Tensor, device: torch.device) -> Tensor:
             "tensors: got some that are new or have moved while a CUDA graph is captured, expected static ones: keep "
             "the gradients' memory, and make one update before the capture"
         )
-    return numbers.pin_memory().to(device, non_blocking=True)
+    return uploaded(numbers, device)

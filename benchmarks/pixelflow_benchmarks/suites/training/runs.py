@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pixelflow_engine.ranges import NOTHING, ranges_told
 from pixelflow_engine.reference import PixelFlowTransformer
 from pixelflow_training import data, loop
+from pixelflow_training.ahead import Ahead
 from pixelflow_training.collate import Batch
 from pixelflow_training.step import TrainStep
 
@@ -90,14 +91,18 @@ class EngineRun(LocalRun):
     def __init__(self, problem: TrainingProblem, train_step: TrainStep) -> None:
         super().__init__(problem, train_step.state.model, train_step.state.optimizer)
         self.train_step, self.model = train_step, train_step.model
-        self.loader = data.Loader(self.data, train_step.config, first_step=0, device=problem.device)
+        config = train_step.config
+        self.loader = data.Loader(self.data, config, first_step=0, device=problem.device)
+        self.ahead = Ahead(lambda step: loop.training_batch(config, self.loader, step), config.steps)
 
     def step(self, phases: Phases) -> None:
-        """See :class:`~.problem.TrainingRun`."""
-        with phases("batch"):
-            batch = self._batch()
+        """See :class:`~.problem.TrainingRun`. As in training, the next batch is made while the device computes."""
+        batch = self._batch()
         with ranges_told(lambda name: phases(name) if name in PHASES else NOTHING) if phases.timed else NOTHING:
-            done = self.train_step(batch, self.recipe.optimizer.lr)
+            begun = self.train_step.begin(batch, self.recipe.optimizer.lr)
+            with phases("batch"):
+                self.ahead.prepare(self.position)
+            done = self.train_step.finish(begun)
         self.reported = torch.tensor(done.loss), torch.tensor(done.norm)
 
     def draw(self) -> Batch:
@@ -129,9 +134,9 @@ class EngineRun(LocalRun):
         return super().held() + (_bytes(self.model.parameters()) if copied else 0)
 
     def _batch(self) -> Batch:
-        """Make the next batch on the device, from images that are moved there as bytes."""
+        """Return the next batch, made on the device from images that are moved there as bytes."""
         self.position += 1
-        return loop.training_batch(self.train_step.config, self.loader, self.position - 1)
+        return self.ahead.take(self.position - 1)
 
     def _losses(self, batch: Batch) -> Tensor:
         """Compute the loss of each image and leave the gradients in the parameters."""

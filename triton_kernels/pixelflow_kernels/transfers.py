@@ -1,4 +1,4 @@
-"""Transfers from the host to a device for which the host does not wait."""
+"""Transfers between host and device for which the host does not wait."""
 
 from __future__ import annotations
 
@@ -24,3 +24,25 @@ def uploaded(values: Tensor, device: torch.device) -> Tensor:
 def numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Copy Python numbers to a device as a tensor ``[n]``; the host does not wait."""
     return uploaded(torch.tensor(values, dtype=dtype, device="cpu"), device)
+
+
+class Download:
+    """A copy of a device's values on its way to the host.
+
+    Only :meth:`wait` waits, and not for what was launched after the download began.
+
+    Args:
+        values: on any device.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._host = values.detach().to("cpu", non_blocking=True)  # page-locked, if it comes from CUDA
+        self._done = torch.cuda.Event() if values.is_cuda else None
+        if self._done is not None:
+            self._done.record(torch.cuda.current_stream(values.device))
+
+    def wait(self) -> Tensor:
+        """Return the values on the host."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host
