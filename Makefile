@@ -72,7 +72,7 @@ $(DEV): $(PY) pyproject.toml constraints.txt
 
 # --- targets -----------------------------------------------------------------------------------------------
 
-.PHONY: help setup quickstart test fuzz stops mutants aot promises emulate gate tables lint types check clean
+.PHONY: help setup quickstart test fuzz stops mutants aot promises emulate rehearse gate tables lint types check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -128,6 +128,20 @@ promises: $(DEV) $(OTHER) ## compile a sample of them and hold it to what it pro
 emulate: export PIXELFLOW_EMULATE := all
 emulate: $(DEV) $(OTHER) ## run compiled kernels on the PTX emulator: their tests, the engine's and a training step's
 	$(PARALLEL) $(wildcard tests/*/test_*_emulated.py) tests/kernels/test_emulator.py $(ARGS)
+
+# The device is torch's modes and doubles around each test; kernels are emulated, or computed in plain PyTorch.
+REHEARSE = $(PARALLEL) -p support.rehearsal -m gpu
+rehearse: export PYTHONPATH = tests
+rehearse: export OMP_NUM_THREADS := 1
+rehearse: $(DEV) ## run the tests for GPUs on a simulated device; ARGS="tests/kernels/test_rope2d_gpu.py" for some
+ifeq ($(strip $(ARGS)),)
+	@code=0; \
+	PIXELFLOW_REHEARSE_KERNELS=plain $(REHEARSE) tests/engine || code=$$?; \
+	$(REHEARSE) tests/training tests/kernels || code=$$?; \
+	exit $$code
+else
+	$(REHEARSE) $(ARGS)
+endif
 
 tables: $(DEV) ## fill the tables of the documentation in from benchmarks/results
 	$(VENV)/bin/pixelflow bench tables README.md docs/ablations.md docs/benchmarks.md docs/digits.md docs/performance.md $(ARGS)

@@ -33,7 +33,7 @@ def compiled_for(arch: int) -> Iterator[EmulatedGPU]:
     (:mod:`support.ptx`). Plain implementations run as ever (:func:`support.kernels.plain`).
     """
     with pytest.MonkeyPatch.context() as patch, emulated(arch) as gpu:
-        for operation in _operations():
+        for operation in operations():
             patch.setitem(operation._backend_fns, "cpu", operation._backend_fns["cuda"])
         for name, module in list(sys.modules.items()):
             if name.startswith("pixelflow_") and hasattr(module, "arch_of"):
@@ -43,7 +43,8 @@ def compiled_for(arch: int) -> Iterator[EmulatedGPU]:
         yield gpu
 
 
-def _operations() -> list[CustomOpDef]:
+def operations() -> list[CustomOpDef]:
+    """The project's operations that launch kernels."""
     for op in aot.operations():
         for module in ("op", "kernels", "forward", "backward"):
             if importlib.util.find_spec(f"pixelflow_kernels.{op}.{module}"):

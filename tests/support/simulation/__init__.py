@@ -1,0 +1,20 @@
+"""A CUDA device simulated on a CPU, so that tests for GPUs can be rehearsed without one.
+
+Tensors "on the device" lie in the CPU's memory and are told apart by their storages. What holds on a real device is
+enforced, and an error where it is violated:
+
+- Operations do not mix devices, apart from copies, indices and numbers, and random numbers come from a generator of the
+  device (:mod:`.placement`).
+- Kernels are compiled by Triton for the architecture and emulated (:mod:`support.ptx`); what they are given lies on the
+  device.
+- What waits for the device is an error in ``torch.cuda.set_sync_debug_mode("error")`` and while a graph is captured
+  (:mod:`.runtime`). A capture executes nothing; a replay repeats the operations on the same memory, which has to be
+  there still.
+
+Not simulated: time, and therefore missing synchronisation between streams; several devices; how a device's libraries
+round. :mod:`support.rehearsal` is the plugin for pytest.
+"""
+
+from .device import SimulatedDevice
+
+__all__ = ["SimulatedDevice"]
