@@ -116,8 +116,9 @@ def sample(
     ):
         if value not in known:
             raise ValueError(f"{name}: got {value!r}, expected one of {known}")
-    high = at_least_fp32(model.proj_out_2.weight.dtype)
-    x = noise.initial((batch, channels, height // shrink, width // shrink))
+    weights = model.proj_out_2.weight
+    high = at_least_fp32(weights.dtype)
+    x = noise.initial((batch, channels, height // shrink, width // shrink)).to(weights.device)
     ends = []
     for stage in make_stages(num_stages):
         if stage.index > 0:
@@ -126,7 +127,7 @@ def sample(
         if solver == "euler":
             tau, t_model = euler_times(stage, num_inference_steps[stage.index], shift)
             for step in range(len(t_model)):
-                t = t_model[step].to(x.dtype if state == "public" else torch.float32).expand(batch)
+                t = t_model[step].to(x.device, x.dtype if state == "public" else torch.float32).expand(batch)
                 v_dtype = None if state == "public" else high
                 v = guided_velocity(model, x, t, weight, class_labels, text, null_text, v_dtype)
                 x = euler_step(x, v, tau[step], tau[step + 1])

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .missing import MISSING
 from .residents import Storages
 from .runtime import Runtime, SimulatedGenerator
 
@@ -91,6 +92,11 @@ class Placement:
         return tree_map(placed, out)
 
 
+def faking() -> bool:
+    """Whether tensors are fakes, which know their device."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 class _Calls(TorchFunctionMode):
     """Calls of torch's functions: those that ask where a tensor is, and those that name a device."""
 
@@ -100,7 +106,7 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, here = dict(kwargs or {}), self.placement
-        if isinstance(func, torch._ops.OpOverload):  # by another mode, or by an operation of the project
+        if isinstance(func, torch._ops.OpOverload) or faking():  # by another mode, or by an operation of the project
             return func(*args, **kwargs)
         if (getter := GETTERS.get(func)) is not None:
             return getter(args[0] in here.device)
@@ -183,6 +189,8 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, here = kwargs or {}, self.placement
+        if faking():
+            return func(*args, **kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         there = [x in here.device for x in tensors]
         if not any(there):
@@ -199,11 +207,8 @@ class _Operations(TorchDispatchMode):
             )
         if self._waits(name, func, args, kwargs, tensors, there):
             here.runtime.wait(str(func))
-        if name == "_addmm_activation":
-            out = torch.addmm(*args)
-            out = torch.nn.functional.gelu(out, approximate="tanh") if kwargs.get("use_gelu") else out.relu()
-        else:
-            out = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            out = MISSING.get(func._schema.name, func)(*args, **kwargs)
         return self._results(out, tensors)
 
     def _run(self, operation: CustomOpDef, func: Any, args: Any, kwargs: Any) -> Any:

@@ -49,6 +49,13 @@ class Generator(metaclass=_GeneratorType):
     """Stands for ``torch.Generator``."""
 
 
+class Autocast(torch.autocast):
+    """Of the device, whose operations are the CPU's."""
+
+    def __init__(self, device_type: str, *arguments: Any, **options: Any) -> None:
+        super().__init__("cpu", *arguments, **options)
+
+
 class Stream:
     """A stream; whatever is submitted to it is done already."""
 
@@ -274,6 +281,7 @@ class Runtime:
         for name, double in self.doubles().items():
             patch.setattr(torch.cuda, name, double)
         patch.setattr(torch, "Generator", Generator)
+        patch.setattr(torch, "autocast", Autocast)
         for name in ("range_push", "range_pop"):
             patch.setattr(torch.cuda.nvtx, name, lambda *_: None)
         for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
