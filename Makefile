@@ -136,7 +136,7 @@ rehearse: export OMP_NUM_THREADS := 1
 rehearse: $(DEV) ## run the tests for GPUs on a simulated device; ARGS="tests/kernels/test_rope2d_gpu.py" for some
 ifeq ($(strip $(ARGS)),)
 	@code=0; \
-	PIXELFLOW_REHEARSE_KERNELS=plain $(REHEARSE) tests/engine || code=$$?; \
+	PIXELFLOW_REHEARSE_KERNELS=plain $(REHEARSE) tests/engine tests/benchmarks || code=$$?; \
 	$(REHEARSE) tests/training tests/kernels || code=$$?; \
 	exit $$code
 else

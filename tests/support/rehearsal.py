@@ -15,6 +15,8 @@ from types import FrameType
 import pytest
 import torch
 
+from pixelflow_benchmarks.harness import ceilings, timing
+
 from .simulation import SimulatedDevice
 
 ARCH = int(os.environ.get("PIXELFLOW_ARCH", "90"))
@@ -40,6 +42,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def _device() -> SimulatedDevice:
     return SimulatedDevice(ARCH, KERNELS == "emulated")
+
+
+@pytest.fixture(autouse=True)
+def _quick_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks measure nothing here: a GPU's ceilings and repetitions would take hours."""
+    monkeypatch.setattr(ceilings, "GPU_SIZES", (2**16, 64))
+    monkeypatch.setattr(timing, "UNROLL", 2)
+    monkeypatch.setattr(timing, "TURNS_SECONDS", 2.0)
 
 
 @pytest.fixture(autouse=True)

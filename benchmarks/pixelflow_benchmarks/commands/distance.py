@@ -17,7 +17,8 @@ def command(
         typer.Option(help="Instead of a checkpoint: a model of this shape with random weights."),
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Images; classes in turn.")] = 20,
-    steps: Annotated[int, typer.Option(min=2, help="Euler's, at each stage.")] = 10,
+    # With two steps, all velocities would be those near the end of a stage.
+    steps: Annotated[int, typer.Option(min=3, help="Euler's, at each stage.")] = 10,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     output: Output = None,
 ) -> None:

@@ -8,6 +8,9 @@ import torch
 
 from .timing import REPEATS, Call, time_calls
 
+GPU_SIZES, CPU_SIZES = (2**30, 8192), (2**27, 1024)
+"""Bytes that are copied, more than any cache holds, and the side of the matrices that are multiplied."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
@@ -45,7 +48,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = RE
         dtype: type of the matrix product.
         repeats: see :func:`~pixelflow_benchmarks.harness.timing.time_calls`.
     """
-    copied, side = (2**30, 8192) if device.type == "cuda" else (2**27, 1024)
+    copied, side = GPU_SIZES if device.type == "cuda" else CPU_SIZES
     source = torch.empty(copied, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     a = torch.randn(side, side, device=device).to(dtype)

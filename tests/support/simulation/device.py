@@ -18,7 +18,7 @@ from support.compiled import operations
 from support.ptx import EmulatedGPU, emulated
 from support.ptx import driver as emulator
 
-from .placement import Placement
+from .placement import HOST_POINTER, Placement
 from .runtime import Runtime
 
 
@@ -67,7 +67,7 @@ class SimulatedDevice:
             with _disable_current_modes(), torch._C.DisableTorchFunction():
                 for _, value in arguments:
                     if isinstance(value, Tensor) and value not in self.runtime.device:
-                        raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+                        raise ValueError(HOST_POINTER)
                 emulate(path, arguments, grid, shared)
 
         return launch

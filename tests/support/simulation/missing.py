@@ -18,16 +18,39 @@ def addmm_activation(bias: Tensor, a: Tensor, b: Tensor, *, use_gelu: bool = Fal
     return torch.nn.functional.gelu(out, approximate="tanh") if use_gelu else out.relu()
 
 
-def varlen_attn(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
-                is_causal: bool = False, scale: float | None = None, *more: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def varlen_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *more: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     """FlashAttention."""
     out, lse = reference.attention(q, k, v, cu_q, cu_k, _scale(q, scale))
     return out, lse, torch.zeros(2, dtype=torch.uint64)
 
 
-def varlen_attn_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor,
-                         cu_k: Tensor, max_q: int, max_k: int, is_causal: bool, rng_state: Tensor,
-                         scale: float | None = None, *more: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def varlen_attn_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool,
+    rng_state: Tensor,
+    scale: float | None = None,
+    *more: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     """FlashAttention's gradients."""
     return reference.attention_backward(grad, None, q, k, v, cu_q, cu_k, _scale(q, scale))
 

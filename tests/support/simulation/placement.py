@@ -26,6 +26,7 @@ MIXED = {"copy_", "_foreach_copy_", "_to_copy", "index", "index_put", "index_put
 """Operations on tensors of two devices."""
 WAIT = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
 """Operations whose result, or the size of it, the host waits for."""
+HOST_POINTER = "Pointer argument cannot be accessed from Triton (cpu tensor?)"
 GETTERS = {
     Tensor.device.__get__: lambda on_device: CUDA if on_device else CPU,
     Tensor.is_cuda.__get__: bool,
@@ -199,6 +200,10 @@ class _Operations(TorchDispatchMode):
         name = func._schema.name.split("::")[-1]
         others = [x for x, on_device in zip(tensors, there, strict=True) if not on_device and x.dim() > 0]
         if (operation := here.operations.get(func._schema.name)) is not None:
+            # Where they are launched, all that kernels are given is checked; a table's addresses stay on the host.
+            values = [on_device for x, on_device in zip(tensors, there, strict=True) if x.is_floating_point()]
+            if not here.emulated and not all(values):
+                raise ValueError(HOST_POINTER)
             return self._results(self._run(operation, func, args, kwargs), tensors)
         if others and name not in MIXED:
             raise RuntimeError(

@@ -152,11 +152,17 @@ class CUDAGraph:
 
     def __init__(self, keep_graph: bool = False) -> None:
         self.recorded: _Recorded | None = None
+        self.runtime: Runtime | None = None
 
     def replay(self) -> None:
-        """Repeat the operations."""
+        """Repeat the operations, of which none waits."""
         assert self.recorded is not None, "a graph that was reset, or never captured"
-        self.recorded.replay()
+        assert self.runtime is not None
+        mode, self.runtime.sync_debug_mode = self.runtime.sync_debug_mode, "default"
+        try:
+            self.recorded.replay()
+        finally:
+            self.runtime.sync_debug_mode = mode
 
     def reset(self) -> None:
         """Give up what it owns."""
@@ -234,7 +240,7 @@ class Runtime:
         assert record.nodes, "an empty graph is warned of"
         with _disable_current_modes():
             graph.recorded = _Recorded(record, [slot.tensor() for slot in record.slots if isinstance(slot, _Outside)])
-        graph.recorded.replayable = True
+        graph.recorded.replayable, graph.runtime = True, self
 
     def doubles(self) -> dict[str, Any]:
         """What stands for the names of ``torch.cuda``."""

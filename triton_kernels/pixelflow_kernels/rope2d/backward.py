@@ -64,12 +64,12 @@ def _norm_tokens_backward(
             table_tail = load_table(table_ptr, row, column, tail, WIDTH, HEAD_DIM)
             grad_main = turn(grad_main, table_main, CONJUGATE=True)
             grad_tail = turn(grad_tail, table_tail, CONJUGATE=True)
-        scale = tl.rsqrt((tl.sum(x_main * x_main) + tl.sum(x_tail * x_tail)) / WIDTH + EPS)
+        scale = tl.rsqrt((tl.sum(x_main * x_main) + tl.sum(x_tail * x_tail)) * (1 / WIDTH) + EPS)
         x_main, x_tail = x_main * scale, x_tail * scale
         sum_main += grad_main * x_main
         sum_tail += grad_tail * x_tail
         grad_main, grad_tail = grad_main * weight_main, grad_tail * weight_tail
-        along = (tl.sum(grad_main * x_main) + tl.sum(grad_tail * x_tail)) / WIDTH
+        along = (tl.sum(grad_main * x_main) + tl.sum(grad_tail * x_tail)) * (1 / WIDTH)
         out_ptr = grad_x_ptr + token * stride_grad_x_token
         tl.store(out_ptr + main, (scale * (grad_main - x_main * along)).to(low), mask=main < WIDTH)
         tl.store(out_ptr + tail, (scale * (grad_tail - x_tail * along)).to(low), mask=tail < WIDTH)

@@ -45,7 +45,7 @@ def _norm_token(
     out_ptr += token.to(tl.int64) * stride_out_token
     x_main = load_high(x_ptr, main, WIDTH, high)
     x_tail = load_high(x_ptr, tail, WIDTH, high)
-    scale = tl.rsqrt((tl.sum(x_main * x_main) + tl.sum(x_tail * x_tail)) / WIDTH + EPS)
+    scale = tl.rsqrt((tl.sum(x_main * x_main) + tl.sum(x_tail * x_tail)) * (1 / WIDTH) + EPS)
     # Rounded to the tensor's dtype as a separate norm would do, whether or not a rotation follows.
     y_main = (load_high(weight_ptr, main, WIDTH, high) * (x_main * scale)).to(low)
     y_tail = (load_high(weight_ptr, tail, WIDTH, high) * (x_tail * scale)).to(low)
