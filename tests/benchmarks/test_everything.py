@@ -146,14 +146,16 @@ def test_a_command_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def not_under_nohup() -> Iterator[None]:
-    """Under ``nohup`` a hangup is ignored, here and in every child."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def nothing_ignored() -> Iterator[None]:
+    """Here and in every child, a hangup is ignored under ``nohup``, and an interrupt in the background of a script."""
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("not_under_nohup")
+@pytest.mark.usefixtures("nothing_ignored")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_who_is_told_to_end_ends_what_it_runs(number: signal.Signals, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
@@ -168,7 +170,7 @@ def test_who_is_told_to_end_ends_what_it_runs(number: signal.Signals, tmp_path: 
         assert held.read() == ""
 
 
-@pytest.mark.usefixtures("not_under_nohup")
+@pytest.mark.usefixtures("nothing_ignored")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_who_is_told_to_end_while_a_command_starts_ends_it(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch

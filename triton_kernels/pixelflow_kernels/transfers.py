@@ -36,7 +36,7 @@ class Download:
     """
 
     def __init__(self, values: Tensor) -> None:
-        self._host = values.detach().to("cpu", non_blocking=True)  # page-locked, if it comes from CUDA
+        self._host = values.detach().to("cpu", non_blocking=True, copy=True)  # page-locked, if it comes from CUDA
         self._done = torch.cuda.Event() if values.is_cuda else None
         if self._done is not None:
             self._done.record(torch.cuda.current_stream(values.device))
