@@ -6,6 +6,7 @@ values. Where the two loops differ, in batches, optimizer and averages, each has
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -93,7 +94,8 @@ class EngineRun(LocalRun):
         self.train_step, self.model = train_step, train_step.model
         config = train_step.config
         self.loader = data.Loader(self.data, config, first_step=0, device=problem.device)
-        self.ahead = Ahead(lambda step: loop.training_batch(config, self.loader, step), config.steps)
+        # Not up to the recipe's last step: there is always a next one, which a step has to make.
+        self.ahead = Ahead(lambda step: loop.training_batch(config, self.loader, step), sys.maxsize)
 
     def step(self, phases: Phases) -> None:
         """See :class:`~.problem.TrainingRun`. As in training, the next batch is made while the device computes."""
