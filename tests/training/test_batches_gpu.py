@@ -31,6 +31,7 @@ def test_a_batch_of_a_device_is_that_of_a_cpu(tmp_path: Path) -> None:
     for name in ("tokens", "targets", "t_model", "labels", "latent_size"):
         assert getattr(there, name).is_cuda, name
         assert torch.equal(getattr(there, name).cpu(), getattr(here, name)), name
+    assert torch.equal(there.stage, here.stage), "which stays on the CPU"
 
 
 def test_nothing_waits_until_a_step_is_finished(tmp_path: Path) -> None:
