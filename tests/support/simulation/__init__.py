@@ -11,8 +11,9 @@ enforced, and an error where it is violated:
   (:mod:`.runtime`). A capture executes nothing; a replay repeats the operations on the same memory, which has to be
   there still.
 
-Not simulated: time, and therefore missing synchronisation between streams; several devices; how a device's libraries
-round. :mod:`support.rehearsal` is the plugin for pytest.
+Not simulated: time, and therefore missing synchronisation between streams; peaks of memory, which are what is allocated
+now; the global random state; compiled models, since ``torch.compile`` returns what it is given; several devices; how a
+device's libraries round. :mod:`support.rehearsal` is the plugin for pytest.
 """
 
 from .device import SimulatedDevice
