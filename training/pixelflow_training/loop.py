@@ -139,9 +139,7 @@ def train(
         data = stack.enter_context(
             Loader(train_set, config, state.step, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
         )
-        ahead = Ahead(
-            lambda step: training_batch(config, data, step, ranks.rank, ranks.world_size).to(ranks.device), config.steps
-        )
+        ahead = Ahead(lambda step: training_batch(config, data, step, ranks.rank, ranks.world_size), config.steps)
         watch = stack.enter_context(Watch(config, state, log, ranks, quiet))
 
         def look(seen: Collection[str] = ()) -> None:
