@@ -23,11 +23,11 @@ from pixelflow_training.cli import train
 from pixelflow_training.config import TrainConfig
 from pixelflow_training.run import Log, RunDirectory
 from pixelflow_training.signals import EXIT_AT_ONCE, EXIT_STOPPED, StopRequests, TrainingStopped
-from pixelflow_training.step import TrainStep
 from support.disk import Disk
 from support.packs import FUZZ
 from support.recipes import tiny_recipe
 from support.runs import (
+    at_step,
     digest,
     in_process,
     lines,
@@ -63,14 +63,7 @@ class StopError(Exception):
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
     """Do something when a step (from 0) begins."""
-    honest = TrainStep.begin
-
-    def watching(self: TrainStep, *arguments: Any) -> Any:
-        if self.state.step == step:
-            act()
-        return honest(self, *arguments)
-
-    monkeypatch.setattr(TrainStep, "begin", watching)
+    at_step(step, act, monkeypatch.setattr)
 
 
 def fail() -> None:
