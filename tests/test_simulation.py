@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -122,7 +122,7 @@ def test_operations_launch_their_kernels(device: SimulatedDevice) -> None:
             launch_euler(x.cuda(), v, step.cuda(), None, torch.empty_like(found), 2)
 
 
-def test_or_are_what_they_mean() -> None:
+def test_operations_may_be_plain_pytorch_instead() -> None:
     layout = PackedLayout.from_grids([(2, 3)])
     x, rows = torch.randn(6, 16), torch.randn(2, 1, 16)
     with SimulatedDevice(90, emulated=False).active() as emulator:
@@ -159,8 +159,9 @@ PASSES = {
 
 
 @pytest.mark.parametrize("waits", WAITS.values(), ids=WAITS)
-def test_waiting_is_an_error_if_asked_for_and_in_a_capture(gpu: torch.device, waits: object) -> None:
-    assert callable(waits)
+def test_waiting_is_an_error_if_asked_for_and_in_a_capture(
+    gpu: torch.device, waits: Callable[[torch.Tensor], object]
+) -> None:
     x, graph = torch.ones(4, device=gpu), torch.cuda.CUDAGraph()
     waits(x)
     torch.cuda.set_sync_debug_mode("error")
@@ -172,8 +173,7 @@ def test_waiting_is_an_error_if_asked_for_and_in_a_capture(gpu: torch.device, wa
 
 
 @pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
-def test_what_does_not_wait_passes(gpu: torch.device, passes: object) -> None:
-    assert callable(passes)
+def test_what_does_not_wait_passes(gpu: torch.device, passes: Callable[[torch.Tensor], object]) -> None:
     x = torch.ones(4, device=gpu)
     torch.cuda.set_sync_debug_mode("error")
     passes(x)

@@ -198,13 +198,13 @@ class _Operations(TorchDispatchMode):
             out = func(*args, **kwargs)
             return self._results(out, []) if here.unasked and not tensors else out
         name = func._schema.name.split("::")[-1]
-        others = [x for x, on_device in zip(tensors, there, strict=True) if not on_device and x.dim() > 0]
         if (operation := here.operations.get(func._schema.name)) is not None:
             # Where they are launched, all that kernels are given is checked; a table's addresses stay on the host.
             values = [on_device for x, on_device in zip(tensors, there, strict=True) if x.is_floating_point()]
             if not here.emulated and not all(values):
                 raise ValueError(HOST_POINTER)
             return self._results(self._run(operation, func, args, kwargs), tensors)
+        others = [x for x, on_device in zip(tensors, there, strict=True) if not on_device and x.dim() > 0]
         if others and name not in MIXED:
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "

@@ -142,8 +142,10 @@ class _Capturing(_Record):
 class _Recorded(_Graph):
     """A graph whose results remain until it is replayed again, as they do while no other graph shares their memory."""
 
+    captured = False
+
     def _poison(self) -> None:
-        if not getattr(self, "replayable", False):
+        if not self.captured:
             super()._poison()
 
 
@@ -240,7 +242,7 @@ class Runtime:
         assert record.nodes, "an empty graph is warned of"
         with _disable_current_modes():
             graph.recorded = _Recorded(record, [slot.tensor() for slot in record.slots if isinstance(slot, _Outside)])
-        graph.recorded.replayable, graph.runtime = True, self
+        graph.recorded.captured, graph.runtime = True, self
 
     def doubles(self) -> dict[str, Any]:
         """What stands for the names of ``torch.cuda``."""
