@@ -13,7 +13,7 @@ from pixelflow_kernels import PackedLayout
 
 from . import onednn
 from .fused import PackedAttention
-from .layers import rms_norm, shapes_of_runs
+from .layers import at_least_fp32, rms_norm, shapes_of_runs
 from .operations import Linear, PlainOperations, Rotation, SideBySide
 
 
@@ -52,7 +52,7 @@ class KnownPackOperations(PlainOperations):
 
     - Per-image vectors are gathered by token, which fuses with what uses them. Their gradients are sums over the tokens
       of each image, whereas a gather's own derivative accumulates token by token.
-    - Attention is PyTorch's own, one call per size, with its own derivative.
+    - Attention is PyTorch's own, one call per size, with its own derivative; on a CPU always in float32.
     - Queries, keys and values are one product.
     - Within a head, queries and keys have the first channels of all 2-D RoPE pairs before the second ones, so that
       compiled code reads and writes contiguous vectors instead of every other value. Norms and scores are sums over
@@ -92,6 +92,11 @@ class KnownPackOperations(PlainOperations):
         norms = torch.cat([_halves_apart(q_weight, heads), _halves_apart(k_weight, heads)]).chunk(2)
         q, k = (_rotate_halves(rms_norm(x, weight), rotation, heads) for x, weight in zip((q, k), norms, strict=True))
         return q, k, torch.unflatten(v, -1, (heads, -1))
+
+    def self_attention(self, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+        """In float32 on a CPU, where the derivative of PyTorch's attention takes longer in bfloat16 than in float32."""
+        wide = at_least_fp32(q.dtype) if q.device.type == "cpu" else q.dtype
+        return super().self_attention(q.to(wide), k.to(wide), v.to(wide), layout).to(q.dtype)
 
     def linear_gelu(self, x: Tensor, layer: Linear) -> Tensor:
         """GELU by the logistic function: ``(1 + tanh a) / 2 = sigmoid(2 a)``."""

@@ -292,12 +292,13 @@ def test_no_turn_is_begun_after_a_minute_though_nobody_gave_a_budget(monkeypatch
     assert found["seconds"]["repeats"] == 1
 
 
-def test_the_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_command(dtype: str, tmp_path: Path) -> None:
     output = tmp_path / "training.jsonl"
     who = [word for name in (PLAIN, "engine, triton", PUBLIC) for word in ("--variant", name)]
     command = ["training", "--device", "cpu", "--shape", "tiny", "--repeats", "3", *who, "--output", str(output)]
-    sizes = ["--batch", "2", "--batch", "4"]
-    result = CliRunner().invoke(bench, [*command, *sizes], env={"COLUMNS": "200"})
+    what = ["--batch", "2", "--batch", "4", *(["--dtype", dtype] if dtype != "float32" else [])]
+    result = CliRunner().invoke(bench, [*command, *what], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert [r["kind"] for r in records] == [
@@ -310,7 +311,8 @@ def test_the_command(tmp_path: Path) -> None:
     ]
     assert all(r["right"] for r in measurements)
     assert "absent: engine, triton" in result.output
-    assert "Steps of training, tiny, float32" in " ".join(result.output.split())
+    assert (records[0]["dtype"], records[1]["dtype"]) == (dtype, dtype)
+    assert f"Steps of training, tiny, {dtype}" in " ".join(result.output.split())
 
 
 def test_an_unknown_opponent_is_refused() -> None:

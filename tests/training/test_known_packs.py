@@ -16,6 +16,7 @@ from pixelflow_engine.compilation import compile_blocks
 from pixelflow_engine.model import PackedTransformer
 from pixelflow_engine.operations import PlainOperations
 from pixelflow_engine.traceable import KnownPackOperations, TraceableOperations
+from pixelflow_kernels import PackedLayout
 from pixelflow_training.plan import plan_step
 from support.recipes import tiny_recipe
 from support.reference_models import random_reference
@@ -96,6 +97,29 @@ def test_in_float64_nothing_differs_but_the_order_of_sums() -> None:
     plain = packed_step(model, pack)
     for name, gradient in plain.gradients.items():
         torch.testing.assert_close(ours.gradients[name], gradient, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: n + m)
+
+
+def test_attention_in_bfloat16_is_rounded_once_on_a_cpu() -> None:
+    """Results and gradients are those of float64 but for one rounding, because float32 lies in between."""
+    layout = PackedLayout.from_grids(MIXED)
+    generator = torch.Generator().manual_seed(75)
+    inputs = torch.randn(4, layout.num_tokens, 2, 24, generator=generator).bfloat16()
+
+    def results(operations: PlainOperations, dtype: torch.dtype) -> list[torch.Tensor]:
+        q, k, v, gradient = inputs.to(dtype).unbind()
+        leaves = [x.detach().requires_grad_(True) for x in (q, k, v)]
+        out = operations.self_attention(*leaves, layout)
+        out.backward(gradient)
+        return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+    def is_rounded_once(found: torch.Tensor, true: torch.Tensor) -> bool:
+        # Sums of less than a hundred products in float32, whose error does not shrink with the sum.
+        allowed = 2.0**-8 * true.abs() + 2.0**-16 * true.abs().max()
+        return bool(((found.double() - true).abs() <= allowed).all())
+
+    truth = results(PlainOperations(), torch.float64)
+    assert all(map(is_rounded_once, results(KnownPackOperations(), torch.bfloat16), truth))
+    assert not all(map(is_rounded_once, results(PlainOperations(), torch.bfloat16), truth)), "or this shows nothing"
 
 
 def test_a_shape_of_packs_has_graphs_of_its_own_and_no_more(traced_only: None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +16,10 @@ def command(
     device: Device = "auto",
     shape: Annotated[
         Literal["xl", "cpu", "small", "tiny"] | None, typer.Option(help="By default xl on a GPU, small elsewhere.")
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"] | None,
+        typer.Option(help="Of the products. By default bfloat16 on a GPU, float32 elsewhere."),
     ] = None,
     variant: Annotated[list[str] | None, typer.Option(help="Only this opponent; may be repeated.")] = None,
     batch: Annotated[
@@ -46,19 +50,18 @@ def command(
     names = ON_GPU if on_gpu else ON_CPU
     known(variant=(variant or [], (*ON_CPU, *ON_GPU)))
     wanted = tuple(variant or (name for name in names if public is not None or name != PUBLIC))
-    usual = "xl" if on_gpu else "small"
-    name: str = shape or usual
-    config, dtype = SHAPES[name], torch.bfloat16 if on_gpu else torch.float32
+    usual: dict[str, Any] = {"shape": "xl" if on_gpu else "small", "dtype": "bfloat16" if on_gpu else "float32"}
+    usual["batch"] = [*BATCHES[usual["shape"]]]
+    shape, dtype = shape or usual["shape"], dtype or usual["dtype"]
+    what, config = getattr(torch, dtype), SHAPES[shape]
     problems = [
-        TrainingProblem(config=config, batch=count, dtype=dtype, device=where) for count in batch or BATCHES[name]
+        TrainingProblem(config=config, batch=count, dtype=what, device=where) for count in batch or BATCHES[shape]
     ]
-    head = {"shape": name, "dtype": str(dtype).removeprefix("torch.")} | asked(
-        context, shape=usual, batch=[*BATCHES[usual]]
-    )
+    head = {"shape": shape, "dtype": dtype} | asked(context, **usual)
     with recording(output, "training", where, **head) as keep, torch._dynamo.config.patch(recompile_limit=64):
-        ceilings = measure_ceilings(where, dtype)
+        ceilings = measure_ceilings(where, what)
         keep(ceilings.record())
-        opponents = TrainingOpponents(config, random_weights(config, where), dtype, where, public)
+        opponents = TrainingOpponents(config, random_weights(config, where), what, where, public)
         try:
             for problem in problems:
                 keep.all(measure_training(problem, opponents, wanted, ceilings, repeats, deadline))
