@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pixelflow_kernels.ode_step import ARRIVED, RUNNING, Adaptive
-from pixelflow_kernels.transfers import uploaded
+from pixelflow_kernels.transfers import Download, uploaded
 
 from .config import PixelFlowConfig
 from .fusion import follow_weights
@@ -261,41 +262,25 @@ class Glance:
     """
 
     def __init__(self, state: Adaptive) -> None:
-        on_gpu = state.x.is_cuda
         self.state = state
-        self.seen = [
-            torch.zeros(3, len(state.tau), dtype=torch.float64, device="cpu", pin_memory=on_gpu) for _ in range(2)
-        ]
-        self.events = [torch.cuda.Event() for _ in range(2)] if on_gpu else []
-        self.taken = 0
+        self._seen: deque[Download] = deque(maxlen=2)
 
     def take(self) -> None:
         """Start copying status, time and next step of every image, as of everything launched so far, to the host."""
-        slot, state = self.taken % 2, self.state
-        now = torch.stack([state.status.double(), state.tau, state.step])
-        self.seen[slot].copy_(now, non_blocking=True)
-        if self.events:
-            self.events[slot].record(torch.cuda.current_stream(state.x.device))
-        self.taken += 1
-
-    def _answer(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        slot = number % 2
-        if self.events:
-            self.events[slot].synchronize()
-        status, tau, step = self.seen[slot]
-        return status == RUNNING, tau, step
+        state = self.state
+        self._seen.append(Download(torch.stack([state.status.double(), state.tau, state.step])))
 
     def anybody_runs(self) -> bool:
         """Whether some image is still running, so that another attempt is needed."""
-        if self.taken == 0:
+        if not self._seen:
             return True
-        if self.taken > 1:
-            runs, tau, step = self._answer(self.taken - 2)
-            if bool((runs & (step < 1 - tau)).any()):
+        if len(self._seen) > 1:
+            status, tau, step = self._seen[0].wait()
+            if bool(((status == RUNNING) & (step < 1 - tau)).any()):
                 return True
-        return bool(self._answer(self.taken - 1)[0].any())
+        return bool((self._seen[-1].wait()[0] == RUNNING).any())
 
     @property
     def slowest(self) -> float:
         """The time that the slowest image has reached; waits for the device."""
-        return float(self._answer(self.taken - 1)[1].min())
+        return float(self._seen[-1].wait()[1].min())

@@ -25,6 +25,7 @@ from pixelflow_engine import (
 from pixelflow_engine.errors import CaptureError
 from pixelflow_engine.graphs import CudaCapture
 from pixelflow_engine.packed_stages import Glance
+from pixelflow_kernels.transfers import Download
 from support.engines import tiny_config, tiny_model
 from support.kernels import assert_level_d, assert_same_bits
 from support.recording import poison, statics
@@ -338,20 +339,26 @@ def test_dopri5_waits_where_it_says_so(graphs: bool, monkeypatch: pytest.MonkeyP
     """Between attempts the host waits for events alone, and seldom for the attempt that is running."""
     engine, fine = gpu_engine(torch.float32, graphs=graphs), {"solver": "dopri5", "rtol": 1e-5, "atol": 1e-6}
     expected = images(engine, **fine)
-    answer, runs = Glance._answer, Glance.anybody_runs
+    take, runs, wait = Glance.take, Glance.anybody_runs, Download.wait
+    taken: list[Download] = []
     asked: list[bool] = []
 
-    def answered(self: Glance, number: int) -> Any:
-        asked.append(number == self.taken - 1)
-        return answer(self, number)
+    def took(self: Glance) -> None:
+        take(self)
+        taken.append(self._seen[-1])
 
     def watched(self: Glance) -> bool:
         more = runs(self)
         torch.cuda.set_sync_debug_mode("error" if more else "default")
         return more
 
-    monkeypatch.setattr(Glance, "_answer", answered)
+    def waited(self: Download) -> Tensor:
+        asked.append(self is taken[-1])
+        return wait(self)
+
+    monkeypatch.setattr(Glance, "take", took)
     monkeypatch.setattr(Glance, "anybody_runs", watched)
+    monkeypatch.setattr(Download, "wait", waited)
     try:
         *_, end = engine.stream((1, 2, 7), **(COARSE | fine))
     finally:
