@@ -20,6 +20,7 @@ SUITES = {
     "kernels": "--batch 1 --stage 0 --repeats 3 --quiet",
     "distance": "--shape tiny --images 2 --steps 3",
     "curves": "--seeds 2 --steps 10",
+    "memory": "--shape tiny --batch 1 --batch 2 --steps 2",
 }
 WITHOUT = ("published code", "SDPA (cuDNN)", "graphs: got True", "float32, flash")
 """What need not run: no checkout is given, and PyTorch's attention waits for the device."""

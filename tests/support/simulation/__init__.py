@@ -12,8 +12,8 @@ enforced, and an error where it is violated:
   there still.
 
 Not simulated: time, and therefore missing synchronisation between streams; peaks of memory, which are what is allocated
-now; the global random state; compiled models, since ``torch.compile`` returns what it is given; several devices; how a
-device's libraries round. :mod:`support.rehearsal` is the plugin for pytest.
+now; pools of graphs, which hold nothing; the global random state; compiled models, since ``torch.compile`` returns what
+it is given; several devices; how a device's libraries round. :mod:`support.rehearsal` is the plugin for pytest.
 """
 
 from .device import SimulatedDevice

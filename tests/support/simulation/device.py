@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo import trace_rules
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -54,6 +55,8 @@ class SimulatedDevice:
                 patch.setattr(module, "_engine_run_backward", backward)
             # Which refuses modes of others: what would be compiled runs as it is.
             patch.setattr(torch, "compile", lambda function=None, **_: function or (lambda given: given))
+            # Which would compute with constants on a device that is there.
+            patch.setattr(FakeTensorMode, "avoid_device_init", True)
             # Asked where a tensor is from within autograd, which has left the modes.
             patch.setitem(checkpoint._allowed_determinism_checks_to_fns, "default", lambda x: (x.shape, x.dtype))
             try:

@@ -281,6 +281,7 @@ class Runtime:
             "memory_allocated": allocated, "memory_reserved": allocated, "max_memory_allocated": allocated,
             "mem_get_info": lambda device=None: (TOTAL - allocated(), TOTAL), "empty_cache": nothing,
             "reset_peak_memory_stats": nothing, "set_per_process_memory_fraction": fraction,
+            "memory_snapshot": list,
             "manual_seed": nothing, "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
         }  # fmt: skip
 
