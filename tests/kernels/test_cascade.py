@@ -345,7 +345,7 @@ def test_pairs_refuse_by_name(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_machine_code(arch: int) -> None:
     """No spill, and no multiply-add is fused but inside the correctly rounded divisions and roots (level A)."""
-    from pixelflow_kernels.cascade.specimens import refinements, specimens
+    from pixelflow_kernels.cascade.specimens import keeps_apart, refinements, specimens
     from pixelflow_kernels.machine_code import compile_specimen
 
     wanted = ("cascade.renoise/fp32/w64", "cascade.renoise_given/fp32/w64", "cascade.pairs/u8-bf16/s4")
@@ -357,4 +357,4 @@ def test_machine_code(arch: int) -> None:
         assert report.stack == 0
         wide = sum(n for opcode, n in report.opcodes.items() if opcode.startswith("STG") and ".128" in opcode)
         assert wide >= 4, f"{name}: {report.opcodes}"
-    assert refinements(8) == found[wanted[0]].promises.ffma
+    assert found[wanted[0]].promises.ffma == (refinements(8) if keeps_apart(arch) else None)

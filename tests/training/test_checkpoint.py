@@ -355,7 +355,8 @@ def test_a_checkpoint_that_goes_away_while_it_is_read_is_named(
         (chosen / name).unlink()
 
     monkeypatch.setattr(module, "verify", verify)
-    with pytest.raises(CheckpointError, match=rf"step-00000002: was whole, .* loaded: .*No such file .*{name}"):
+    said = rf"No such file .*{name}|metadata is None"  # the latter by torch 2.11
+    with pytest.raises(CheckpointError, match=rf"step-00000002: was whole, .* loaded: .*({said})"):
         restored(folder, config)
 
 

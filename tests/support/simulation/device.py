@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo import trace_rules
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import fake_tensor
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -55,8 +55,9 @@ class SimulatedDevice:
                 patch.setattr(module, "_engine_run_backward", backward)
             # Which refuses modes of others: what would be compiled runs as it is.
             patch.setattr(torch, "compile", lambda function=None, **_: function or (lambda given: given))
-            # Which would compute with constants on a device that is there.
-            patch.setattr(FakeTensorMode, "avoid_device_init", True)
+            # Fakes would compute with constants on a device that is there, and begin with a tensor on it.
+            patch.setattr(fake_tensor.FakeTensorMode, "avoid_device_init", True)
+            patch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
             # Asked where a tensor is from within autograd, which has left the modes.
             patch.setitem(checkpoint._allowed_determinism_checks_to_fns, "default", lambda x: (x.shape, x.dtype))
             try:
