@@ -9,6 +9,7 @@
 .NOTPARALLEL:
 
 VENV := .venv
+CONSTRAINTS := constraints.txt
 PY := $(VENV)/bin/python
 BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
@@ -53,26 +54,26 @@ $(PY):
 
 # Build isolation does not see -c: the two exported variables (pip before and after 25.3) pin the build as well.
 # The path stays relative because pip splits the variable at blanks.
-$(BASE) $(DEV): export PIP_CONSTRAINT := constraints.txt
-$(BASE) $(DEV): export PIP_BUILD_CONSTRAINT := constraints.txt
+$(BASE) $(DEV): export PIP_CONSTRAINT := $(CONSTRAINTS)
+$(BASE) $(DEV): export PIP_BUILD_CONSTRAINT := $(CONSTRAINTS)
 
 define install
 @$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null || { \
   echo "$(VENV) has no pip and cannot make one: remove $(VENV) and run make again" >&2; exit 1; }
-$(PY) -m pip install -c constraints.txt -e '$(1)'
+$(PY) -m pip install -c $(CONSTRAINTS) -e '$(1)'
 endef
 
-$(BASE): $(PY) pyproject.toml constraints.txt
+$(BASE): $(PY) pyproject.toml $(CONSTRAINTS)
 	$(call install,.)
 	@touch $@
 
-$(DEV): $(PY) pyproject.toml constraints.txt
+$(DEV): $(PY) pyproject.toml $(CONSTRAINTS)
 	$(call install,.[dev])
 	@touch $(BASE) $@
 
 # --- targets -----------------------------------------------------------------------------------------------
 
-.PHONY: help setup quickstart test fuzz stops mutants aot promises emulate rehearse gate tables lint types check clean
+.PHONY: help setup quickstart test oldest fuzz stops mutants aot promises emulate rehearse gate tables lint types check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -97,6 +98,14 @@ ifeq ($(strip $(ARGS)),)
 else
 	$(PY) -m pytest $(ARGS)
 endif
+
+# What nobody installs by default is what breaks unseen. Their torch brings gigabytes of CUDA; they may call newer
+# libraries in ways that those warn of.
+oldest: ## run the tests with the oldest versions that pyproject.toml allows
+	@mkdir -p build
+	sed -n 's/.*"\([a-z-]\{1,\}\)>=\([0-9.]*\)["; ].*/\1==\2/p' pyproject.toml > build/oldest.new
+	cmp -s build/oldest.new build/oldest.txt || mv build/oldest.new build/oldest.txt
+	PYTEST_ADDOPTS="-W ignore::DeprecationWarning" $(MAKE) test VENV=build/oldest CONSTRAINTS=build/oldest.txt
 
 # A normal run draws few packs, the same each time.
 fuzz: export PIXELFLOW_FUZZ ?= 20
