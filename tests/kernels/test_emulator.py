@@ -265,6 +265,13 @@ def _run_text(path: Path, body: str) -> torch.Tensor:
     return out
 
 
+def test_packed_words_do_not_carry_into_each_other(tmp_path: Path) -> None:
+    body = "mul.lo.u32 %r2, %r1, 65537;\nadd.s16x2 %r3, %r2, 2147483647;\nst.global.b32 [%rd1], %r3;\n"
+    found = _run_text(tmp_path / "packed", body).to(torch.int64) & 0xFFFFFFFF
+    thread = torch.arange(32)
+    assert torch.equal(found, ((0x7FFF + thread) << 16) | ((0xFFFF + thread) & 0xFFFF))
+
+
 def test_a_part_that_nothing_writes_has_any_bits(tmp_path: Path) -> None:
     """The compiler leaves halves undefined that it does not use; one that is written too late is a fault."""
     joined = "cvt.u16.u32 %rs1, %r1;\nmov.b32 %r2, {%rs2, %rs1};\n"

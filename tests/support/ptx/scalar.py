@@ -12,7 +12,7 @@ from . import arithmetic
 from .errors import EmulationError
 from .instructions import TYPES, computes, expect, instruction
 from .machine import Step
-from .memory import Array
+from .memory import UNSIGNED, Array
 from .text import Instruction
 
 # --- arithmetic --------------------------------------------------------------------------------------------
@@ -68,7 +68,9 @@ def _arithmetic(at: Instruction) -> Step:
     if kind in ("bf16", "f16") and "f32" in at.opcode:
         return _mixed(name, kind, at)
     if kind == "f32x2":
-        return computes(_both(_fused("f32", "ftz" in at.opcode) if name == "fma" else _PLAIN[name]), "b64", at)
+        return computes(_both(_fused("f32", "ftz" in at.opcode) if name == "fma" else _PLAIN[name], "f32"), "b64", at)
+    if kind in ("s16x2", "u16x2"):
+        return computes(_both(_PLAIN[name], kind.removesuffix("x2")), "b32", at)
     if kind.removesuffix("x2") in ("bf16", "f16"):
         container = "b32" if kind.endswith("x2") else "b16"
         return computes(_halves(_SIXTEEN[name], kind), container, at)
@@ -110,16 +112,17 @@ def _mixed(name: str, kind: str, at: Instruction) -> Step:
     return computes(lambda a, c: plain(widen(a), c), "", at, ("b16", "f32"))
 
 
-def _both(function: Callable[..., Array]) -> Callable[..., Array]:
-    """A function of float32 values, applied to pairs of them in 64 bits."""
+def _both(function: Callable[..., Array], kind: str) -> Callable[..., Array]:
+    """A function of values of this type, applied to pairs of them in twice the bits."""
+    dtype = TYPES[kind]
+    half, whole = UNSIGNED[dtype.itemsize], UNSIGNED[2 * dtype.itemsize]
+    bits = whole(8 * dtype.itemsize)
 
     def pair(*operands: Array) -> Array:
-        low, high = (
-            function(*((x >> np.uint64(shift)).astype(np.uint32).view(np.float32) for x in operands))
-            for shift in (0, 32)
-        )
-        words = (np.asarray(x).view(np.uint32).astype(np.uint64) for x in (low, high))
-        return next(words) | (next(words) << np.uint64(32))
+        low = function(*(x.astype(half).view(dtype) for x in operands))
+        high = function(*((x >> bits).astype(half).view(dtype) for x in operands))
+        low, high = (np.asarray(x).view(half).astype(whole) for x in (low, high))
+        return low | (high << bits)
 
     return pair
 
