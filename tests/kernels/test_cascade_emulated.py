@@ -35,8 +35,6 @@ HALF, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 DTYPES = [HALF, torch.float16, F32, F64]
 SMALL = {"BLOCK_R": 4, "BLOCK_C": 2, "num_warps": 1}
 
-REORDERED = pytest.mark.xfail(reason="LLVM of Triton 3.8 adds four normals in another order")
-
 
 # --- entering a stage --------------------------------------------------------------------------------------
 
@@ -64,7 +62,7 @@ def test_given_noise(arch: int, dtype: torch.dtype, noise_type: torch.dtype, sha
 @pytest.mark.parametrize(
     ("dtype", "shape", "config"),
     [
-        *((dtype, (2, 3, 5, 7), None) for dtype in (HALF, F32)),
+        *((dtype, (2, 3, 5, 7), None) for dtype in DTYPES),
         (torch.float16, (3, 5, 4, 2), SMALL),
         (F64, (3, 5, 4, 2), SMALL),
     ],
@@ -76,8 +74,8 @@ def test_drawn_noise(
     config: dict[str, int] | None,
     request: pytest.FixtureRequest,
 ) -> None:
-    if dtype == F64 and arch >= 90 and version("triton").startswith("3.8."):
-        request.applymarker(REORDERED)
+    if (dtype, config) == (F64, SMALL) and arch >= 90 and version("triton").startswith("3.8."):
+        request.applymarker(pytest.mark.xfail(reason="LLVM of Triton 3.8 adds four normals in another order"))
     x, seeds = cascade.states(shape, dtype, 5), seed_tensor(SEEDS[-shape[0] :])
     buffer, out = poisoned(*shape[:2], 2 * shape[2], 2 * shape[3], dtype=dtype, dense=True)
     with compiled_for(arch) as gpu:
