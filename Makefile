@@ -104,7 +104,7 @@ endif
 oldest: ## run the tests with the oldest versions that pyproject.toml allows
 	@mkdir -p build
 	sed -n 's/.*"\([a-z-]\{1,\}\)>=\([0-9.]*\)["; ].*/\1==\2/p' pyproject.toml > build/oldest.new
-	cmp -s build/oldest.new build/oldest.txt || mv build/oldest.new build/oldest.txt
+	if cmp -s build/oldest.new build/oldest.txt; then rm build/oldest.new; else mv build/oldest.new build/oldest.txt; fi
 	PYTEST_ADDOPTS="-W ignore::DeprecationWarning" $(MAKE) test VENV=build/oldest CONSTRAINTS=build/oldest.txt
 
 # A normal run draws few packs, the same each time.
