@@ -52,8 +52,8 @@ MUTANTS = (
     Mutant(
         "cascade: block's mean added up in another order",
         "cascade/normals.py",
-        "mean = (((z0 + z1) + z2) + z3) * 0.25",
         "mean = ((z0 + z1) + (z2 + z3)) * 0.25",
+        "mean = (((z0 + z1) + z2) + z3) * 0.25",
         DRAWN,
     ),
     Mutant(

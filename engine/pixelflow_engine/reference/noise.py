@@ -51,13 +51,13 @@ def correlate(z: Tensor) -> Tensor:
 
     The mean of a block and the deviations from it are the eigenspaces of the covariance, so
     ``sqrt(1 - g + 1e-6) (z - mean z) + sqrt(1 + 3g + 1e-6) mean z`` has the right distribution. The four values are
-    summed left to right.
+    summed in pairs.
     """
     deviation_scale = (1 - GAMMA + BLOCK_JITTER) ** 0.5
     mean_scale = (1 + 3 * GAMMA + BLOCK_JITTER) ** 0.5
     blocks = to_blocks(z)
     z0, z1, z2, z3 = blocks.unbind(-1)
-    mean = ((((z0 + z1) + z2) + z3) * 0.25)[..., None]
+    mean = (((z0 + z1) + (z2 + z3)) * 0.25)[..., None]
     return from_blocks(deviation_scale * (blocks - mean) + mean_scale * mean)
 
 

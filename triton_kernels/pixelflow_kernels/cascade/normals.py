@@ -107,7 +107,8 @@ def normals(position, stage, PURPOSE: tl.constexpr, seed):
 @triton.jit
 def correlate(z0, z1, z2, z3):
     """Give the four independent normals of a 2x2 block the covariance of block noise."""
-    mean = (((z0 + z1) + z2) + z3) * 0.25
+    # In pairs: LLVM in Triton 3.8.0 adds a chain of four in another order.
+    mean = ((z0 + z1) + (z2 + z3)) * 0.25
     shared = _MEAN_SCALE * mean
     n0 = _DEVIATION_SCALE * (z0 - mean) + shared
     n1 = _DEVIATION_SCALE * (z1 - mean) + shared

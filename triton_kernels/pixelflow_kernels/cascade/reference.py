@@ -53,10 +53,10 @@ def correlate(z: Tensor) -> Tensor:
     """Give blocks of independent normals ``[..., 4]`` the block covariance ``(1 - g) I + g 1 1^T + 1e-6 I``.
 
     Computes ``sqrt(1 - g + 1e-6) (z - mean z) + sqrt(1 + 3g + 1e-6) mean z``, since the block mean and the deviations
-    from it span the eigenspaces of the covariance. The four values are summed from left to right.
+    from it span the eigenspaces of the covariance. The four values are summed in pairs.
     """
     z0, z1, z2, z3 = z.unbind(-1)
-    mean = ((((z0 + z1) + z2) + z3) * 0.25)[..., None]
+    mean = (((z0 + z1) + (z2 + z3)) * 0.25)[..., None]
     return DEVIATION_SCALE * (z - mean) + MEAN_SCALE * mean
 
 
