@@ -27,7 +27,7 @@ from support.compiled import compiles
 from support.packs import FUZZ
 
 SAMPLE = 4  # specimens of one operation on one architecture
-TINY = "rope2d.rotate/fp32/c64-d16"
+TINY = "rope2d.rotate/fp32/c144-d72"
 
 
 def sample(op: str, arch: int) -> list[Specimen]:
@@ -217,7 +217,7 @@ def test_alignment_decides_how_wide_loads_are() -> None:
 def test_what_takes_denormals_for_nothing_is_counted() -> None:
     """RMSNorm's reciprocal root is approximate, for q and for k; the rotation alone is level A."""
     found = {s.name: s for s in aot.specimens_of("rope2d", 90)}
-    assert compile_specimen(found["rope2d.forward/fp32/c64-d16"], 90).flushes == 2
+    assert compile_specimen(found["rope2d.forward/fp32/c144-d72"], 90).flushes == 2
     assert compile_specimen(found[TINY], 90).flushes == 0
 
 

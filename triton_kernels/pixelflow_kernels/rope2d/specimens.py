@@ -1,4 +1,4 @@
-"""Specimens of rope2d for the ahead-of-time report: each kernel at the published widths and at a small one."""
+"""Specimens of rope2d for the ahead-of-time report: each kernel at the published widths and the bundled model's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pixelflow_kernels.configs import launch_config
 from pixelflow_kernels.machine_code import Promises, Specimen
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-SHAPES = ((1152, 72), (1024, 64), (2048, 128), (64, 16))  # channels, head dim; the last is a small model's
+SHAPES = ((1152, 72), (1024, 64), (2048, 128), (144, 72))  # channels, head dim; the last is the bundled model's
 
 
 def specimens(arch: int) -> Iterator[Specimen]:
@@ -39,7 +39,7 @@ def _specimen(
     tile = tile_of(width)
     config = launch_config(f"rope2d.{name}", shape_class(width, TYPES[dtype]), arch)
     # Wide loads are promised only for those portions of each part of a token that fill all threads with 16 bytes each:
-    # the last 128 of 1152 channels are 8 bytes per lane in a two-byte dtype, and a small model's 32 are fewer.
+    # the last 128 of 1152 channels are 8 bytes per lane in a two-byte dtype, and the bundled model's 16 are fewer.
     round_of_threads = 16 * 32 * config["num_warps"]
     wide = sum(part * TYPES[dtype].itemsize // round_of_threads for part in tile.values())
     tokens = {"rotate": 1, "forward": 2, "backward": 4}[name]
