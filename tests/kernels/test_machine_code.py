@@ -227,6 +227,7 @@ def test_digests_name_the_binary() -> None:
     found = compile_specimen(specimen, 90)
     assert found.digest == hashlib.sha256(found.cubin).hexdigest()
     assert found.cubin[:4] == b"\x7fELF"
+    assert b"rotation.py" not in found.cubin, "the paths of sources make the same code differ between checkouts"
     assert found.main_loop is None
     for change in ({"unaligned": ("z_ptr",)}, {"constants": {}}, {"types": specimen.types | {"z_ptr": "*fp32"}}):
         with pytest.raises(ValueError, match=r"z_ptr|got no type or constant for CONJUGATE"):

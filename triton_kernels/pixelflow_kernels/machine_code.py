@@ -215,7 +215,9 @@ def compile_specimen(specimen: Specimen, arch: int) -> Report:
         constexprs=dict(specimen.constants),
         attrs=divisible,
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(specimen.options))
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True  # it holds the paths of sources, and the digest would too
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(specimen.options))
     cubin: bytes = compiled.asm["cubin"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
