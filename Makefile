@@ -153,7 +153,7 @@ else
 endif
 
 tables: $(DEV) ## fill the tables of the documentation in from benchmarks/results
-	$(VENV)/bin/pixelflow bench tables README.md docs/ablations.md docs/benchmarks.md docs/digits.md docs/performance.md $(ARGS)
+	$(VENV)/bin/pixelflow bench tables README.md docs/ablations.md docs/benchmarks.md docs/digits.md docs/kernels.md docs/performance.md $(ARGS)
 
 gate: $(DEV) ## compare counts, machine code and CPU ratios with benchmarks/baselines.json
 	$(VENV)/bin/pixelflow bench gate $(ARGS)

@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 DIGITS = (ROOT / "docs/digits.md").read_text()
 
 
-PAGES = ("README.md", "docs/ablations.md", "docs/benchmarks.md", "docs/digits.md", "docs/performance.md")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("ablations", "benchmarks", "digits", "kernels", "performance")))
 
 
 @pytest.mark.parametrize("page", PAGES)

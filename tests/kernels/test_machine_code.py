@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from pixelflow_kernels.machine_code import Promises, Report, Specimen, compile_s
 from support.compiled import compiles
 from support.packs import FUZZ
 
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results/aot"
 SAMPLE = 4  # specimens of one operation on one architecture
 TINY = "rope2d.rotate/fp32/c144-d72"
 
@@ -42,14 +45,36 @@ def sample(op: str, arch: int) -> list[Specimen]:
 # --- promises ----------------------------------------------------------------------------------------------
 
 
+@lru_cache
+def examined(op: str, arch: int) -> list[aot.Row]:
+    return [aot.examine(specimen, arch) for specimen in sample(op, arch)]
+
+
 @compiles
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("op", aot.operations())
 def test_promises_are_kept(op: str, arch: int) -> None:
-    rows = [aot.examine(specimen, arch) for specimen in sample(op, arch)]
+    rows = examined(op, arch)
     assert rows
     broken = [f"{row.specimen.name}: {'; '.join(row.broken)}" for row in rows if row.broken]
     assert not broken, "\n".join(broken)
+
+
+@compiles
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("op", aot.operations())
+def test_the_committed_report_is_of_these_kernels(op: str, arch: int) -> None:
+    path = RESULTS / f"triton-{aot.versions()['triton']}.json"
+    if not path.exists():
+        pytest.skip(f"no report by this Triton: {path}")
+    report = json.loads(path.read_text())
+    assert report["versions"] == aot.versions()
+    entries = {
+        entry["specimen"]: entry for entry in report["specimens"] if (entry["op"], entry["arch"]) == (op, f"sm_{arch}")
+    }
+    assert [*entries] == [specimen.name for specimen in aot.specimens_of(op, arch)]
+    old = [row.specimen.name for row in examined(op, arch) if row.record() != entries[row.specimen.name]]
+    assert not old, f'make aot ARGS="--op {op} --json {path.relative_to(ROOT)}": {", ".join(old)}'
 
 
 def lower(specimen: Specimen, arch: int, types: dict[str, str], ones: tuple[str, ...]) -> None:
@@ -256,8 +281,8 @@ def test_the_command_names_what_is_broken(tmp_path: Path, capsys: pytest.Capture
     header, first, *_ = text.splitlines()
     assert dict(zip(header.split(), first.split(), strict=True))["specimen"] == TINY
     record = json.loads(out.read_text())
-    assert {"triton", "torch", "python", "ptxas", "ptxas-blackwell"} == {*record["versions"]}
-    good, broken, failed = record["specimens"]
+    assert {"triton", "ptxas", "ptxas-blackwell"} == {*record["versions"]}
+    broken, failed, good = record["specimens"]  # by operation
     assert (good["op"], good["arch"], good["spills"], good["broken"]) == ("rope2d", "sm_80", 0, [])
     assert broken["matrix"]["HMMA"] > 0
     assert "registers" not in failed
@@ -269,11 +294,31 @@ def test_the_command_names_what_is_broken(tmp_path: Path, capsys: pytest.Capture
 
 
 @compiles
-def test_the_command_leaves_with_0_where_all_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
-    def kept(op: str, arch: int) -> Iterator[Specimen]:
-        return (s for s in aot.specimens_of(op, arch) if s.name == TINY)
+def test_a_report_keeps_what_was_not_compiled_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report, versions = tmp_path / "aot.json", aot.versions()
+    others = [{"specimen": "modulate.x", "op": "modulate", "arch": "sm_80"}, {"op": "rope2d", "arch": "sm_90"}]
+    old = {"specimen": TINY, "op": "rope2d", "arch": "sm_80"}
+    report.write_text(json.dumps({"versions": versions, "specimens": [old, *others]}))
+    arguments = ["--arch", "sm_80", "--op", "rope2d", "--json", str(report)]
+    assert aot.main(arguments, find=only_tiny) == 0
+    first, new, last = json.loads(report.read_text())["specimens"]
+    assert [first, last] == others
+    assert (new["specimen"], new["spills"]) == (TINY, 0)
 
-    assert aot.main(["--arch", "sm_80,sm_90", "--op", "rope2d"], find=kept) == 0
+    before = json.dumps({"versions": versions | {"ptxas": "1.2.3"}, "specimens": others})
+    report.write_text(before)
+    assert aot.main(arguments, find=only_tiny) == 2
+    assert "1.2.3" in capsys.readouterr().err
+    assert report.read_text() == before
+
+
+def only_tiny(op: str, arch: int) -> Iterator[Specimen]:
+    return (s for s in aot.specimens_of(op, arch) if s.name == TINY)
+
+
+@compiles
+def test_the_command_leaves_with_0_where_all_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    assert aot.main(["--arch", "sm_80,sm_90", "--op", "rope2d"], find=only_tiny) == 0
     assert "2 specimens, 0 with broken promises" in capsys.readouterr().out
 
 

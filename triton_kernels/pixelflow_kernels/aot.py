@@ -14,7 +14,6 @@ import importlib.util
 import json
 import os
 import pkgutil
-import platform
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -110,10 +109,9 @@ def examine(specimen: Specimen, arch: int) -> Row:
 
 def versions() -> dict[str, str]:
     """Return the versions of everything that determines the machine code."""
-    import torch
     import triton
 
-    found = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    found = {"triton": triton.__version__}
     for tool in ("ptxas", "ptxas-blackwell"):
         try:
             found[tool] = re.findall(r"V(\d[\d.]*)", run_tool(tool, "--version"))[-1]
@@ -130,6 +128,30 @@ def table(rows: Iterable[Row]) -> str:
         "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in cells
     )
+
+
+def kept_entries(report: Path, ops: Sequence[str], architectures: Sequence[int]) -> list[dict[str, Any]]:
+    """Return a report's entries for other operations and architectures than these; none if there is no such file.
+
+    Raises:
+        ValueError: there are some, made by other versions.
+    """
+    if not report.exists():
+        return []
+    found = json.loads(report.read_text("utf-8"))
+    replaced = {f"sm_{arch}" for arch in architectures}
+    kept = [entry for entry in found["specimens"] if entry["op"] not in ops or entry["arch"] not in replaced]
+    if kept and found["versions"] != (here := versions()):
+        raise ValueError(f"{report}: got figures of {found['versions']}, expected those of {here}")
+    return kept
+
+
+def write_report(rows: Iterable[Row], others: Iterable[dict[str, Any]], report: Path) -> None:
+    """Write rows and other entries with the versions of now, ordered by architecture and operation."""
+    entries = [row.record() for row in rows] + [*others]
+    entries.sort(key=lambda entry: (int(entry["arch"].removeprefix("sm_")), entry["op"]))
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text(json.dumps({"versions": versions(), "specimens": entries}, indent=1) + "\n", "utf-8")
 
 
 def write_cubins(rows: Iterable[Row], folder: Path) -> None:
@@ -150,15 +172,22 @@ def main(arguments: Sequence[str] | None = None, find: Callable[[str, int], Iter
     """Run the command; ``find`` exists for tests.
 
     Returns:
-        The exit status: 0, 1 if a promise is broken, or 2 under Triton's interpreter.
+        The exit status: 0, 1 if a promise is broken, or 2 under Triton's interpreter or if other versions made the
+        figures in the file that these are to be added to.
     """
     options = _parser().parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("TRITON_INTERPRET=1 is set: interpreted kernels have no machine code", file=sys.stderr)
         return 2
+    chosen = options.op or operations()
+    try:
+        others = kept_entries(options.json, chosen, options.arch) if options.json else []
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     rows: list[Row] = []
     for arch in options.arch:
-        for op in options.op or operations():
+        for op in chosen:
             for specimen in find(op, arch):
                 rows.append(examine(specimen, arch))
                 if sys.stderr.isatty():
@@ -167,9 +196,7 @@ def main(arguments: Sequence[str] | None = None, find: Callable[[str, int], Iter
         print("\r", end="", file=sys.stderr)
     print(table(rows))
     if options.json:
-        record = {"versions": versions(), "specimens": [row.record() for row in rows]}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        write_report(rows, others, options.json)
     if options.cubins:
         write_cubins(rows, options.cubins)
     broken = [row for row in rows if row.broken]
@@ -184,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     every = ",".join(f"sm_{arch}" for arch in ARCHITECTURES)
     parser.add_argument("--arch", type=_architectures, default=every, help=f"comma-separated; default {every}")
     parser.add_argument("--op", action="append", choices=operations(), help="may be repeated; default all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures, digests and versions here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="figures, digests and versions; others in FILE stay")
     parser.add_argument("--cubins", type=Path, metavar="FOLDER", help="store the binaries and SHA256SUMS here")
     return parser
 

@@ -5,8 +5,8 @@ A page marks the place of a table and names its source::
     <!-- table: stages benchmarks/results/nvidia-h100-80gb-hbm3 -->
     <!-- /table -->
 
-The table's name is followed by a result file or a device's folder. The table shows the newest complete run there with
-the command's default options, so that trying something out changes no page. If there is no such run, it shows the
+The table's name is followed by a result file or a device's folder. A suite's table shows the newest complete run there
+with the command's default options, so that trying something out changes no page. If there is no such run, it shows the
 newest run of all, and the line below the table says what that run lacks. If there is no run, the page says that it was
 not measured.
 """
@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pixelflow_benchmarks.harness.results import Run, read_runs, result_files, to_show
@@ -27,6 +28,7 @@ from pixelflow_benchmarks.quality.table import again_table, quality_table
 from pixelflow_benchmarks.suites.gate.spread import spread_table
 
 from .compare import agreement_table
+from .machine_code import SHOWN, attention_table, operation_table, versions_table
 from .suite_tables import OF_SUITES
 
 PLACE = re.compile(r"(<!-- table: (\S+)((?: [^>\s]+)*) -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
@@ -41,6 +43,12 @@ OF_EVALUATIONS: Mapping[str, Callable[..., TextTable]] = {
 """Tables from lines of files that are not runs of a suite: evaluations, and repeated ratios of the gate."""
 OF_PAIRS: Mapping[str, Callable[[Sequence[Run], Sequence[Run]], TextTable]] = {"agreement": agreement_table}
 """Tables from the runs of two result files."""
+OF_REPORTS: Mapping[str, Callable[..., TextTable]] = {
+    "machine-code": versions_table,
+    "machine-code-attention": attention_table,
+    **{f"machine-code-{op}": partial(operation_table, op) for op in SHOWN},
+}
+"""Tables from reports of ahead-of-time compilation."""
 OF_RUNS: Mapping[str, Callable[[Sequence[Run]], TextTable]] = ABLATIONS
 """Tables from all runs of result files together, because each run continued what those before it had left."""
 
@@ -65,6 +73,8 @@ def _table(name: str, sources: list[str], root: Path) -> str:
     if name in OF_EVALUATIONS:
         evaluations = [[json.loads(line) for line in path.read_text("utf-8").splitlines()] for path in paths]
         return OF_EVALUATIONS[name](*evaluations).markdown()
+    if name in OF_REPORTS:
+        return OF_REPORTS[name](*paths).markdown()
     if name in OF_PAIRS:
         return OF_PAIRS[name](*(read_runs(path) for path in paths)).markdown()
     if name in OF_RUNS:
@@ -72,7 +82,7 @@ def _table(name: str, sources: list[str], root: Path) -> str:
         absent = f"Not measured: no run of `pixelflow eval ablations` in {', '.join(sources)}.\n"
         return OF_RUNS[name](runs).markdown() if runs else absent
     if name not in OF_SUITES:
-        known = ", ".join([*OF_SUITES, *OF_EVALUATIONS, *OF_PAIRS, *OF_RUNS, *OF_NOTHING])
+        known = ", ".join([*OF_SUITES, *OF_EVALUATIONS, *OF_REPORTS, *OF_PAIRS, *OF_RUNS, *OF_NOTHING])
         raise ValueError(f"table: got {name!r}, expected one of {known}")
     files = [file for path in paths for file in ([path] if path.is_file() else result_files(path))]
     run = to_show([run for file in files for run in read_runs(file)], name)
