@@ -275,7 +275,9 @@ def images(x: object, model: ModelConfig) -> Tensor:
 def per_image(name: str, value: Any, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Expand one number or ``[B]`` numbers to ``[B]``; for an integer ``dtype`` they must be positive integers."""
     try:
-        tensor = torch.as_tensor(value, device=device)
+        if not isinstance(value, Tensor):  # by way of NumPy: torch takes numbers in the caller's default type
+            value = torch.from_numpy(np.asarray(value))
+        tensor = value.to(device)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name}: got {value!r}, expected one number or {batch}, one per image") from None
     if tensor.ndim > 1 or (tensor.ndim == 1 and tensor.shape[0] not in (1, batch)) or tensor.dtype == torch.bool:

@@ -1,4 +1,7 @@
-"""The caller's autocast ends at the engine's door: an engine computes in the type that it was made with."""
+"""The caller's autocast and inference mode end at the engine's door.
+
+An engine computes in the type that it was made with, and what it keeps can be written to in any mode.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,21 @@ def without_autocast(device: torch.device) -> Iterator[Callable[[], AbstractCont
     with ExitStack() as inside:
         for kind, _ in found:
             inside.enter_context(torch.autocast(kind, enabled=False))
-        yield partial(_with_autocast, found)
+        yield partial(_as_before, found, torch.is_inference_mode_enabled())
 
 
 @contextmanager
-def _with_autocast(found: Sequence[tuple[str, torch.dtype]]) -> Iterator[None]:
+def without_inference_mode() -> Iterator[None]:
+    """Inside, tensors are made that can be written to outside of inference mode; without gradients all the same."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def _as_before(found: Sequence[tuple[str, torch.dtype]], inference: bool) -> Iterator[None]:
     with ExitStack() as inside:
+        if inference:
+            inside.enter_context(torch.inference_mode())
         for kind, dtype in found:
             inside.enter_context(torch.autocast(kind, dtype))
         yield

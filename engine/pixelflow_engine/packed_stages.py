@@ -19,6 +19,7 @@ from .config import PixelFlowConfig
 from .fusion import follow_weights
 from .graphs import Capture, load_
 from .model import PackedTransformer, Prompts
+from .modes import without_inference_mode
 from .plan import Condition, SamplingPlan, StagePlan
 from .programs import AdaptiveSteps, FixedSteps, Program, labels_of, program_key
 from .prompts import ProjectedPrompts
@@ -151,6 +152,7 @@ class PackedStages:
         self._projected: ProjectedPrompts | None = None
         self._prompts: dict[int, Prompts] = {}
 
+    @without_inference_mode()
     def run(self, states: States, stage: StagePlan, on_step: OnStep) -> StageOutcome:
         """Run all groups of images as one pack."""
         pack = StagePack(self.model, stage, self.store.layouts)

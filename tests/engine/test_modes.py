@@ -14,6 +14,7 @@ from pixelflow_engine import PixelFlowEngine, StepEvent
 from pixelflow_engine import noise as noise_module
 from pixelflow_engine.continuous import Underway, euler_step
 from support.engines import tiny_config, tiny_engine, tiny_model, uncompiled
+from support.recording import RecordingCapture, packed_engine
 
 
 @contextmanager
@@ -29,6 +30,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "default dtype": lambda: default_dtype(torch.float64),
+    "narrow default dtype": lambda: default_dtype(torch.bfloat16),
     # Any tensor whose device is left open would be without values: stricter than a GPU as the default.
     "default device": lambda: torch.device("meta"),
     "inference mode": torch.inference_mode,
@@ -54,10 +56,10 @@ def engines() -> dict[str, PixelFlowEngine]:
     config = tiny_config()
     with uncompiled():
         packed = PixelFlowEngine(config, tiny_model(config), compile=True)
-    return {"exact": tiny_engine(), "packed": packed}
+    return {"exact": tiny_engine(), "packed": packed, "captured": packed_engine(RecordingCapture())}
 
 
-@pytest.mark.parametrize("kind", ["exact", "packed"])
+@pytest.mark.parametrize("kind", ["exact", "packed", "captured"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("call", CALLS)
 def test_a_callers_modes_change_no_bit(call: str, mode: str, kind: str, engines: dict[str, PixelFlowEngine]) -> None:
@@ -70,6 +72,33 @@ def test_a_callers_modes_change_no_bit(call: str, mode: str, kind: str, engines:
     assert got.dtype == torch.float32
     assert torch.equal(got, want)
     assert torch.equal(sampled(engine, **CALLS[call]), want)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("mode", MODES)
+def test_what_was_captured_inside_a_mode_serves_outside(mode: str, call: str) -> None:
+    engine = packed_engine(RecordingCapture())
+    with MODES[mode]():
+        got = sampled(engine, **CALLS[call])
+    assert torch.equal(sampled(engine, **CALLS[call]), got)
+
+
+def test_callbacks_have_the_callers_inference_mode() -> None:
+    """Their own tensors are of that mode, and only inside it can they be written to."""
+    total, seen = torch.inference_mode()(lambda: torch.zeros(()))(), []
+
+    def add(event: StepEvent) -> None:
+        assert isinstance(event.latents, Tensor)
+        seen.append(torch.is_inference_mode_enabled())
+        total.add_(event.latents.sum()) if seen[-1] else None
+
+    for engine in (tiny_engine(), packed_engine(RecordingCapture())):
+        with torch.inference_mode():
+            sampled(engine, callback_on_step_end=add)
+        assert {*seen} == {True}
+        sampled(engine, callback_on_step_end=add)
+        assert not seen.pop()
+        seen.clear()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -86,6 +115,16 @@ def test_an_engine_may_be_loaded_inside_a_mode(mode: str) -> None:
         sampled(engine, num_inference_steps=1)
     for got, want in zip(velocity(engine), velocity(PixelFlowEngine.from_pretrained("digits")), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_callers_modes_change_no_velocity(mode: str, engines: dict[str, PixelFlowEngine]) -> None:
+    """A time that no half type has."""
+    x = torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+    want = engines["exact"].velocity(x, 999.3, class_labels=1)
+    with MODES[mode]():
+        got = engines["exact"].velocity(x, 999.3, class_labels=1)
+    assert torch.equal(got, want)
 
 
 def test_velocities_are_not_cast(engines: dict[str, PixelFlowEngine]) -> None:

@@ -86,7 +86,7 @@ class _Outside:
             raise RefusedError(f"a graph reads memory that was given up: {self.dtype} {self.place[1]}")
         if (storage.data_ptr(), storage.nbytes()) != (self.address, self.bytes):
             raise RefusedError(f"a graph reads memory that has moved: {self.dtype} {self.place[1]}")
-        return torch.empty(0, dtype=self.dtype).set_(storage, *self.place)
+        return torch.empty(0, dtype=self.dtype, device=storage.device).set_(storage, *self.place)
 
 
 @dataclass

@@ -17,10 +17,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from pixelflow_engine.checkpoint import load_checkpoint
 from pixelflow_engine.errors import CheckpointError, ConfigError
 from pixelflow_training import checkpoint, files, loop
 from pixelflow_training.cli import train
 from pixelflow_training.config import TrainConfig
+from pixelflow_training.publish import publish
 from pixelflow_training.run import Log, RunDirectory
 from pixelflow_training.signals import EXIT_AT_ONCE, EXIT_STOPPED, StopRequests, TrainingStopped
 from support.disk import Disk
@@ -289,6 +291,33 @@ def test_going_back_to_an_earlier_step(tmp_path: Path, config: TrainConfig, whol
     assert outcome(run, config) == whole
     with pytest.raises(CheckpointError, match=r"step-00000005: missing; .*\(there is: 9, 11\)"):
         loop.train(config, run, quiet=True, from_step=5)
+
+
+@pytest.mark.parametrize("step", [5, 6])  # with an evaluation and without
+def test_the_model_goes_back_as_well(tmp_path: Path, step: int) -> None:
+    overrides = [*OVERRIDES, "checkpoint.every=1", "checkpoint.keep=20", "optimizer.schedule=constant"]
+    run = tmp_path / "run"
+    loop.train(tiny_recipe(tmp_path, *overrides), run, quiet=True)
+    later = load_checkpoint(run / "model").state_dict
+    loop.train(tiny_recipe(tmp_path, *overrides, f"steps={step}"), run, quiet=True, from_step=step)
+    want = load_checkpoint(publish(run, tmp_path / "published", from_step=step)).state_dict
+    got = load_checkpoint(run / "model").state_dict
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert not all(torch.equal(later[name], want[name]) for name in want)
+
+
+def test_the_model_goes_back_to_the_checkpoint_of_a_run_that_broke_off(tmp_path: Path, config: TrainConfig) -> None:
+    """It was evaluated at step 5, and begins again at step 3."""
+    run = tmp_path / "run"
+    break_off(config, run, 5)
+    assert RunDirectory(run).evaluated_after(3)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 3, lambda: send(signal.SIGTERM))
+        with pytest.raises(TrainingStopped, match="after step 4"):
+            loop.train(config, run, quiet=True)
+    want = load_checkpoint(publish(run, tmp_path / "published", from_step=3)).state_dict
+    got = load_checkpoint(run / "model").state_dict
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_fresh_wants_an_empty_directory(tmp_path: Path, config: TrainConfig) -> None:

@@ -124,6 +124,8 @@ def train(
         state = TrainState(config, model.to(ranks.device), ranks)
         checkpoints = stack.enter_context(Checkpointer(run.checkpoints, config, ranks, train_set.listing))
         begin_or_resume(run, checkpoints, state, config, from_step)
+        if ranks.first_does(lambda: run.model.exists() and (from_step is not None or run.evaluated_after(state.step))):
+            export(run, state, config, ranks)  # before the log, which says so, is cut
         train_step = TrainStep(state, config, ranks)
         state.ema.model.operations = evaluating_operations(config, ranks.device)
         log = open_log(run, state, config, ranks)

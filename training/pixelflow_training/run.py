@@ -33,7 +33,7 @@ class RunDirectory:
         recipe.yaml      the configuration
         log.jsonl        what happened, one JSON object per line
         checkpoints/     states to resume from
-        model/           the averaged model as of the last evaluation
+        model/           the averaged model as of the last evaluation, or of the step that the run went back to
         samples/         sample sheets, if the recipe asks for them
         tensorboard/     event files, if the recipe asks for them
         nonfinite.json   only if non-finite steps stopped the run: the images of their batches
@@ -113,6 +113,13 @@ class RunDirectory:
     def sample_path(self, step: int) -> Path:
         """Path of the sample sheet of a step."""
         return self.path / "samples" / f"step-{step:08d}.png"
+
+    def evaluated_after(self, step: int) -> bool:
+        """Whether the log has an evaluation of a later step, so that the model may be of that step."""
+        if not self.log_path.exists():
+            return False
+        lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        return any('"held_out"' in line and not _is_within(line, step) for line in lines)
 
     def open_log(self, step: int, followers: Sequence[Follower] = ()) -> Log:
         """Open the log without the lines after ``step``; sample sheets of later steps are deleted."""
