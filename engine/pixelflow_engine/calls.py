@@ -9,6 +9,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from pixelflow_kernels.transfers import uploaded
+
 from . import arguments
 from .config import PixelFlowConfig
 from .events import Callbacks, StageEvent, StepEvent
@@ -380,7 +382,7 @@ def _start(
         if given is None:
             return normals
         tau, _ = step_times(first.stage, config.scheduler, first.num_steps, plan.shift)
-        images = given[list(lot.order)].to(device)
+        images = uploaded(given[list(lot.order)], device)
         num_stages = config.scheduler.num_stages
         return [taken_up(images, normals[0], first.stage, num_stages, float(tau[first.first_step]))]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pixelflow_kernels import ode_step
+from pixelflow_kernels.transfers import numbers, uploaded
 
 from . import arguments
 from .fusion import follow_weights
@@ -60,12 +61,15 @@ def euler_step(model: PackedTransformer, images: Sequence[Underway]) -> list[Ten
         the states after the step, in the same order, in at least float32.
 
     Raises:
-        ValueError: there is no image, or a class label is missing or not one of the model's; the message names it.
+        ValueError: the model is a text model; or there is no image, or a class label is missing or not one of the
+            model's; the message names it.
 
     Source: arXiv 2504.07963, section 3.4.
     """
     if not images:
         raise ValueError("images: got none, expected at least one")
+    if model.config.cross_attention_dim is not None:
+        raise ValueError("model: got a text model, expected a class-conditional or unconditional one")
     classes = model.config.num_classes
     for i, image in enumerate(images):
         if classes > 0 or image.class_label is not None:
@@ -87,21 +91,18 @@ def _moved(model: PackedTransformer, images: Sequence[Underway]) -> list[Tensor]
     follow_weights(model)
     pack = StagePack(model, plan)
     x = pack.pack([image.latents[None].to(device, high) for image in pack_images])
-    told = (
-        torch.tensor([image.class_label for image in pack_images], device=device)
-        if model.config.num_classes > 0
-        else None
-    )
+    labels = [image.class_label for image in pack_images if image.class_label is not None]
+    told = numbers(labels, torch.int64, device) if labels else None
     times = [image.t_model for image in pack_images]
     c = model.conditioning(
-        torch.tensor(times[: plan.guided] + times, dtype=torch.float64, device="cpu").to(device, torch.float32),
+        numbers(times[: plan.guided] + times, torch.float32, device),
         pack.latent_size,
         pack.labels(Condition(class_labels=told)),
     )
     velocity = pack.velocity(x, model.modulations(c), model.surroundings(pack.layout, None))
     sizes = torch.tensor(pack.sizes, device="cpu")
     steps, weights = (
-        torch.tensor(values, dtype=torch.float64, device="cpu").repeat_interleave(sizes).to(device)
+        uploaded(torch.tensor(values, dtype=torch.float64, device="cpu").repeat_interleave(sizes), device)
         for values in ([image.step for image in pack_images], plan.weights)
     )
     guided = pack.guided_tokens  # the update treats every token as an image

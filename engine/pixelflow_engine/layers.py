@@ -41,7 +41,7 @@ def rotary_tables(layout: PackedLayout, head_dim: int, dtype: torch.dtype) -> tu
     """
     device = layout.row.device
     exponent = 2 * torch.arange(head_dim // 4, dtype=dtype, device=device) / (head_dim // 2)
-    theta = 1.0 / torch.pow(torch.tensor(10000.0, dtype=dtype, device=device), exponent)
+    theta = 1.0 / torch.pow(torch.full((), 10000.0, dtype=dtype, device=device), exponent)
     angles = torch.arange(layout.max_position, dtype=dtype, device=device)[:, None] * theta
     cos, sin = torch.cos(angles), torch.sin(angles)
     return (

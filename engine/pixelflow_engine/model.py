@@ -209,9 +209,9 @@ class CrossAttention(Attention):
         k = ops.norm_heads(self.k_proj(text.states), self.k_norm.weight, self.heads)
         return k, torch.unflatten(self.v_proj(text.states), -1, (self.heads, -1))
 
-    def forward(self, u: Tensor, keys: TextKeys, around: Surroundings, ops: Operations) -> Tensor:
+    def forward(self, u: Tensor, keys: TextKeys | None, around: Surroundings, ops: Operations) -> Tensor:
         """``[T, C] -> [T, C]``."""
-        if around.prompts is None:
+        if keys is None or around.prompts is None:
             raise ValueError("text: got None, expected prompts for a model with cross-attention")
         q = ops.norm_rotate(ops.linear(u, self.q_proj), self.q_norm.weight, around.layout, around.rotation, self.heads)
         out = ops.cross_attention(q, *keys, around.prompts.text, around.layout)
@@ -290,7 +290,7 @@ class TransformerBlock(nn.Module):
         _, _, gate1, shift2, scale2, _ = own
         layout = around.layout
         y = self.attn1(u, around, ops)
-        if self.norm2 is None or self.attn2 is None or keys is None:
+        if self.norm2 is None or self.attn2 is None:
             return ops.add_gated_rms_norm_modulate(x, y, gate1, self.norm3.weight, shift2, scale2, layout)
         x, w = ops.add_gated_rms_norm(x, y, gate1, self.norm2.weight, layout)
         y = self.attn2(w, keys, around, ops)
@@ -417,9 +417,11 @@ class PackedTransformer(nn.Module):
 
     def prompts(self, text: Text) -> Prompts:
         """Project the prompts for every block."""
+        attentions = [block.attn2 for block in self.blocks if block.attn2 is not None]
+        if not attentions:
+            raise ValueError("text: got prompts, expected None for a model without cross-attention")
         with named("text"):
             tokens = self.operations.text_tokens(text)
-            attentions = [block.attn2 for block in self.blocks if block.attn2 is not None]
             return Prompts(tokens, tuple(attention.text_keys(tokens, self.operations) for attention in attentions))
 
     def surroundings(self, layout: PackedLayout, prompts: Prompts | None) -> Surroundings:

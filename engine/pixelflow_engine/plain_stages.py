@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pixelflow_kernels import PackedLayout
 from pixelflow_kernels.ode_step import ARRIVED
+from pixelflow_kernels.transfers import uploaded
 
 from . import guidance
 from .config import PixelFlowConfig
@@ -64,7 +65,7 @@ class PlainStages:
         tau, t_model = step_times(stage.stage, self.config.scheduler, stage.num_steps, self.plan.shift)
         method, tableau = methods_of(self.plan.solver)
         points = [at_slopes(tableau, *ends) for ends in pairwise(t_model.tolist())]
-        times = torch.tensor(points, dtype=torch.float64, device="cpu").to(x.device)  # of all slopes of all steps
+        times = uploaded(torch.tensor(points, dtype=torch.float64, device="cpu"), x.device)  # of all slopes
         previous: tuple[Tensor, float] | None = None
 
         def slope(y: Tensor, time: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ class Condition:
 
 
 def _placed(text: Text, device: torch.device, dtype: torch.dtype) -> Text:
-    mask = None if text.mask is None else text.mask.to(device=device, dtype=torch.float32)
-    return Text(text.states.to(device=device, dtype=dtype), mask)
+    mask = None if text.mask is None else uploaded(text.mask.to(torch.float32), device)
+    return Text(uploaded(text.states.to(dtype), device), mask)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -81,7 +81,7 @@ def euler_update(x: Tensor, velocity: Tensor, tau: float, tau_next: float) -> Te
 
 
 def _as(number: float, x: Tensor) -> Tensor:
-    return torch.tensor(number, dtype=x.dtype, device=x.device)
+    return torch.full((), number, dtype=x.dtype, device=x.device)  # filled there: no copy to wait for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -118,6 +118,12 @@ def test_labels_that_are_not_the_models_are_refused(classes: int, labels: tuple[
         euler_step(packed_engine(num_classes=classes).model, images)
 
 
+def test_a_text_model_is_refused() -> None:
+    image = Underway(latents=torch.zeros(3, 4, 4), t_model=0.0, step=1.0)
+    with pytest.raises(ValueError, match=r"^model: got a text model, expected"):
+        euler_step(packed_engine(num_classes=0, cross_attention_dim=12).model, [image])
+
+
 def test_a_model_without_classes_takes_no_labels() -> None:
     image = Underway(latents=torch.zeros(3, 4, 4), t_model=0.0, step=1.0)
     (moved,) = euler_step(packed_engine(num_classes=0).model, [image])

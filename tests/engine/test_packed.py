@@ -28,6 +28,7 @@ from pixelflow_engine.prompts import ProjectedPrompts
 from pixelflow_engine.reference import guidance_weights
 from pixelflow_engine.stage_pack import ModulationTable, StagePack
 from pixelflow_engine.traceable import TraceableOperations
+from pixelflow_kernels import PackedLayout
 from support.cascades import (
     U32,
     U64,
@@ -297,6 +298,18 @@ def test_patches_are_embedded_once_and_nothing_for_weight_one(monkeypatch: pytes
     requests = [Request(class_label=1, seed=1, guidance_scale=1.0), Request(class_label=2, seed=2, guidance_scale=3.0)]
     engine(requests, num_inference_steps=1, guidance_schedule="constant")
     assert [len(u) for _, u, *_ in attended.calls][::2] == [3 * 4, 3 * 16, 3 * 64]
+
+
+def test_prompts_are_what_text_models_take_and_no_others() -> None:
+    g = seeded(11)
+    layout = PackedLayout.from_grids([(2, 2)])
+    tokens, text = normal((4, 12), g, torch.float32), Text(normal((1, 3, 12), g, torch.float32))
+    size = torch.tensor([2])
+    for width, prompts, got in ((12, None, "None, expected prompts"), (None, text, "prompts, expected None")):
+        model = tiny_model(tiny_config(num_classes=0, cross_attention_dim=width))
+        p = model.config.patch_size
+        with pytest.raises(ValueError, match=f"^text: got {got}"):
+            model(tokens.repeat(1, p * p * 3 // 12), torch.tensor([5.0]), layout, size, None, prompts)
 
 
 def test_prompts_are_projected_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:

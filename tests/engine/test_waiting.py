@@ -24,11 +24,13 @@ from pixelflow_engine.fused import FusedOperations
 from pixelflow_engine.fusion import fuse
 from pixelflow_engine.model import PackedTransformer
 from pixelflow_engine.noise import CounterNoise
-from pixelflow_engine.operations import Text
+from pixelflow_engine.operations import Operations, Text
 from pixelflow_engine.packed_stages import PackedStages, ProgramStore
+from pixelflow_engine.plain_stages import PlainStages
 from pixelflow_engine.plan import Condition, Group, SamplingPlan, plan_stages
 from pixelflow_engine.sampler import sample
 from pixelflow_engine.solvers import Tolerance
+from pixelflow_engine.traceable import TraceableOperations
 from support.engines import tiny_config
 from support.kernels import assert_same_bits
 from support.recording import READS, packed_engine
@@ -118,15 +120,23 @@ class Ahead:
         return float(ended - begun)
 
 
+# Attention is one node on fake tensors: that its implementation in PyTorch reads the lengths of images is not seen.
+OPERATIONS: dict[str, Callable[[], Operations]] = {
+    "fused": lambda: FusedOperations("triton"),
+    "traceable": TraceableOperations,
+}
+
+
+@pytest.mark.parametrize("operations", OPERATIONS)
 @pytest.mark.parametrize("solver", ["euler", "heun", "ab2"])
 @pytest.mark.parametrize("text", [False, True])
-def test_a_cascade_of_fixed_steps_waits_for_nothing(solver: str, text: bool) -> None:
+def test_a_cascade_of_fixed_steps_waits_for_nothing(solver: str, text: bool, operations: str) -> None:
     """Neither in a stage nor between stages: mixed sizes, weights and seeds, guided and not, with and without text."""
     shape: dict[str, Any] = {"num_attention_heads": 4, "attention_head_dim": 72, "patch_size": 4}
     shape |= {"num_classes": 0, "cross_attention_dim": 64} if text else {}
     config = tiny_config(num_stages=3, resolution=64, **shape)
     with torch.device("meta"):
-        model = PackedTransformer(config.model, FusedOperations("triton"))
+        model = PackedTransformer(config.model, OPERATIONS[operations]())
     groups = [Group(64, 64, ((1.0, 2.0, 3.0), (1.0, 1.5, 2.0))), Group(64, 128, ((1.0, 1.0, 1.0),))]
     plan = SamplingPlan(
         stages=plan_stages(config, groups, (2, 3, 3)), solver=solver, shift=2.0, state="fp32", tolerance=Tolerance()
@@ -146,6 +156,39 @@ def test_a_cascade_of_fixed_steps_waits_for_nothing(solver: str, text: bool) -> 
         assert [tuple(x.shape) for x in ends[-1].states] == [(2, 3, 64, 64), (1, 3, 64, 128)]
         assert [len(image.shape) for image in ends[-1].latents] == [3, 3, 3]
         assert clock.asked == ["mark"] * 6
+        assert not seen
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2"])
+def test_exact_stages_of_fixed_steps_wait_for_nothing(solver: str) -> None:
+    config = tiny_config(num_stages=3, resolution=64)
+    with torch.device("meta"):
+        model = PackedTransformer(config.model)
+    plan = SamplingPlan(
+        stages=plan_stages(config, [Group(64, 64, ((1.0, 2.0, 3.0),) * 2)], (2, 3, 3)),
+        solver=solver,
+        shift=2.0,
+        state="fp32",
+        tolerance=Tolerance(),
+    )
+    with watching() as seen:
+        fake_parameters(model, torch.float32)
+        stages = PlainStages(model, config, plan, Condition(class_labels=fake((2,), torch.int64)))
+        states = [fake(shape, torch.float32) for shape in plan.stages[0].shapes]
+        noise = [CounterNoise((1, 2), CUDA)]
+        (*_, end) = sample(stages, plan, states, noise, 4, Callbacks(), (0, 1), Ahead(), raising=False, watched=False)
+        assert [tuple(x.shape) for x in end.states] == [(2, 3, 64, 64)]
+        assert not seen
+
+
+def test_what_is_on_the_host_is_uploaded_without_a_wait() -> None:
+    with watching() as seen:
+        states, mask = torch.zeros(2, 8, 64, dtype=torch.float64), torch.ones(2, 8, dtype=torch.int64)
+        there = Condition(torch.tensor([1, 2]), Text(states, mask), Text(states, None)).to(CUDA, torch.bfloat16)
+        assert there.text is not None
+        assert (there.text.states.device, there.text.states.dtype) == (CUDA, torch.bfloat16)
+        assert there.text.mask is not None
+        assert there.text.mask.device == CUDA
         assert not seen
 
 

@@ -16,7 +16,7 @@ import torch
 from pixelflow_engine import load_checkpoint
 from pixelflow_training import loop
 from pixelflow_training.config import TrainConfig, load_config
-from pixelflow_training.data import Loader, Taken, open_data
+from pixelflow_training.data import Loader, Taken, UnreadableImageError, open_data
 from pixelflow_training.plan import plan_held_out, plan_step
 from support.pictures import photograph_tiles
 from support.recipes import tiny_recipe
@@ -175,3 +175,55 @@ def test_the_smoke_recipe_trains_with_everything_on(tmp_path: Path) -> None:
     assert [step for event, step in events if event == "held_out"] == [6, 12]
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir())
     assert kept == ["step-00000000", "step-00000006", "step-00000010", "step-00000012"]
+
+
+class OddError(ValueError):
+    """Cannot be made from what it says."""
+
+    def __init__(self, number: int, why: str) -> None:
+        super().__init__(f"{number}: {why}")
+
+
+class Failing:
+    """A source whose every image is an error."""
+
+    def __init__(self, error: Exception) -> None:
+        self.labels = torch.arange(20) % 3
+        self.error = error
+
+    def name(self, sample: int) -> str:
+        return str(sample)
+
+    def load(self, sample: int) -> torch.Tensor:
+        raise self.error
+
+
+class Odd(Failing):
+    """A source whose errors cannot be sent to another process."""
+
+    def __init__(self) -> None:
+        super().__init__(ValueError())
+
+    def load(self, sample: int) -> torch.Tensor:
+        raise OddError(sample, "odd")
+
+
+def test_errors_of_the_data_are_the_same_from_a_worker(recipe: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    missing = FileNotFoundError(2, "No such file or directory", str(tmp_path / "a.png"))
+    for error in (ValueError("not as promised"), missing, UnreadableImageError("no image")):
+        said = []
+        for workers in (0, 1):
+            config = recipe(f"data.workers={workers}")
+            data, _ = open_data(config, Failing(error))
+            with Loader(data, config, 0) as loader, pytest.raises((ValueError, OSError)) as found:
+                loader.take(plan_step(config, 0, len(data), 0, 1))
+            said.append((type(found.value), str(found.value), getattr(found.value, "filename", None)))
+        assert said[0] == said[1]
+        assert "\n" not in said[1][1]
+
+
+def test_an_error_that_would_be_lost_on_its_way_is_told_by_torch(recipe: Callable[..., TrainConfig]) -> None:
+    config = recipe("data.workers=1")
+    data, _ = open_data(config, Odd())
+    with Loader(data, config, 0) as loader, pytest.raises((ValueError, RuntimeError), match=r"(?s)OddError.*: odd"):
+        loader.take(plan_step(config, 0, len(data), 0, 1))

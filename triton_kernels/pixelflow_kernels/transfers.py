@@ -10,11 +10,12 @@ from torch import Tensor
 
 def pinned(values: Tensor, device: torch.device) -> Tensor:
     """Copy to page-locked memory, from which a CUDA device reads asynchronously; for other devices, return as is."""
-    return values.pin_memory() if device.type == "cuda" and type(values) is Tensor else values  # fakes have no memory
+    on_host = values.device.type == "cpu" and type(values) is Tensor  # fakes have no memory
+    return values.pin_memory() if device.type == "cuda" and on_host else values
 
 
 def uploaded(values: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device, ordered with the caller's stream; the host does not wait.
+    """Copy to a device, ordered with the caller's stream; the host does not wait. A no-op for what is there already.
 
     PyTorch does not reuse the page-locked memory before the copy is done.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Iterator
@@ -26,16 +27,24 @@ PATIENCE = 5.0
 """Seconds to wait for the exit code of a worker whose connection was cut."""
 
 
-class _Steps(Dataset[Taken]):
-    """A data set of steps: the images of a step, by its number. This is the part of the run that a worker receives."""
+class _Steps(Dataset["Taken | Exception"]):
+    """A data set of steps: the images of a step, by its number. This is the part of the run that a worker receives.
+
+    Errors that a user can mend are returned: torch would raise them again with the worker's traceback as their text.
+    """
 
     def __init__(self, data: TrainingImages, config: TrainConfig, rank: int, world_size: int) -> None:
         self.data = data
         self.share = rank, world_size
         self.config = config
 
-    def __getitem__(self, step: int) -> Taken:
-        return self.data.take(plan_step(self.config, step, len(self.data), *self.share))
+    def __getitem__(self, step: int) -> Taken | Exception:
+        try:
+            return self.data.take(plan_step(self.config, step, len(self.data), *self.share))
+        except (ValueError, OSError) as error:
+            if not _travels(error):
+                raise
+            return error
 
 
 class Loader:
@@ -68,7 +77,7 @@ class Loader:
         self.device = torch.device(device)
         self._steps = _Steps(data, config, rank, world_size)
         self._next_step = first_step
-        self._taken: Iterator[Taken] | None = None
+        self._taken: Iterator[Taken | Exception] | None = None
         self._processes: list[multiprocessing.process.BaseProcess] = []
 
     def __enter__(self) -> Loader:
@@ -118,6 +127,7 @@ class Loader:
         Raises:
             ValueError: the plan is of another step.
             ChildProcessError: a worker has ended unexpectedly.
+            ValueError, OSError: of the data; see :meth:`TrainingImages.take`.
         """
         step = int(plan.position[0]) // self._steps.config.batch_size
         if step != self._next_step:
@@ -129,9 +139,9 @@ class Loader:
         images, labels = (uploaded(x, self.device) for x in (taken.images, taken.labels))
         return Taken(images, labels, taken.skipped)
 
-    def _receive(self, coming: Iterator[Taken]) -> Taken:
+    def _receive(self, coming: Iterator[Taken | Exception]) -> Taken:
         try:
-            return next(coming)
+            taken = next(coming)
         except (RuntimeError, OSError, EOFError) as error:
             # The connections of a killed process close before its exit code is available.
             hung_up = isinstance(error, (ConnectionError, EOFError))
@@ -146,6 +156,9 @@ class Loader:
                 f"step {self._next_step}: a process that reads images has ended unexpectedly: {', '.join(dead)}; "
                 "-9 is often a want of memory, and data.workers says how many there are"
             ) from error.with_traceback(None)  # the frames of its traceback would keep the other workers alive
+        if isinstance(taken, Exception):
+            raise taken
+        return taken
 
 
 @contextmanager
@@ -180,6 +193,15 @@ def _end_with_the_parent(_: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="trainer's end", daemon=True).start()
+
+
+def _travels(error: Exception) -> bool:
+    """Whether an error is the same after it was sent to another process."""
+    try:
+        arrived = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return type(arrived) is type(error) and str(arrived) == str(error)
 
 
 def _as_it_is(taken: Any) -> Any:

@@ -64,7 +64,8 @@ class PreparedImages:
                     except UnreadableImageError as error:
                         skipped[number] = SkippedImage(self.source.name(number), str(error))
                 if len(skipped) == len(self):
-                    raise ValueError(f"data: none of {len(self)} images can be read; the last: {skipped[number]}")
+                    name, reason = skipped[number]
+                    raise ValueError(f"data: none of {len(self)} images can be read; the last is {name}: {reason}")
                 sample = (sample + 1) % len(self)
         return Taken(images, labels, tuple(skipped.values()))
 
