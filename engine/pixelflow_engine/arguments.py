@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import guidance
-from .config import ModelConfig, PixelFlowConfig, check_size
+from .config import MAX_SIDE, MAX_STEPS, ModelConfig, PixelFlowConfig, check_size
 from .noise import MAX_SEED
 from .operations import Text
 
@@ -91,11 +91,6 @@ def sequence(value: object) -> list[Any] | None:
     if isinstance(value, (np.ndarray, Tensor)):
         return value.tolist() if value.ndim == 1 else None
     return list(value) if isinstance(value, (list, tuple, range)) else None
-
-
-MAX_STEPS = 1_000_000
-MAX_SIDE = 65536
-"""Beyond these, lists of times and offsets of pixels do not fit anywhere: a slip, which should say so at the door."""
 
 
 def steps(value: object, num_stages: int) -> tuple[int, ...]:
@@ -309,14 +304,24 @@ def inside(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from None
 
 
+def dtype_of_weights(dtype: object) -> None:
+    """Validate ``dtype``, that of weights and matrix products."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"dtype: got {dtype!r}, expected torch.float32, bfloat16, float16 or float64")
+
+
 def place(device: torch.device | str) -> torch.device:
     """Validate ``device``: it must exist and be usable."""
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError, OverflowError, ValueError) as error:
+    except (
+        RuntimeError, AssertionError, TypeError, NotImplementedError, OverflowError, ValueError, ImportError,
+    ) as error:  # fmt: skip
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: got {str(device)!r}, expected a device that is there ({reason})") from None
+    if found.type == "meta":
+        raise ValueError("device: got 'meta', expected one whose tensors have values")
     return found
 
 

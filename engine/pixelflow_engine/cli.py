@@ -297,6 +297,8 @@ def _labels(model: ModelConfig, labels: list[int], per_label: int, images: int |
         raise ValueError(
             f"class-label: got {labels[0]}, expected none for a model without classes (--images says how many)"
         )
+    if per_label != 1:
+        raise ValueError(f"images-per-label: got {per_label}, expected none for a model without classes, but --images")
     return None
 
 

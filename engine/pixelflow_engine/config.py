@@ -35,6 +35,11 @@ def _check_range(where: str, value: object, low: int, high: int) -> None:
     )
 
 
+MAX_STEPS = 1_000_000
+MAX_SIDE = 65536
+"""Beyond these, lists of times and offsets of pixels do not fit anywhere: a slip, which should say so at the door."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Shape of the transformer, with the published field names.

@@ -114,6 +114,7 @@ class PixelFlowEngine:
             ValueError: the device is not available, or the dtype is not supported.
         """
         device = arguments.place(device)
+        arguments.dtype_of_weights(dtype)
         backends.choose(backend, device, dtype)  # fail before a large file is read
         checkpoint = load_checkpoint(path_or_name, weights)
         return cls.from_checkpoint(
@@ -134,8 +135,7 @@ class PixelFlowEngine:
     ) -> PixelFlowEngine:
         """Build an engine from a checkpoint in memory; tensors are copied only where dtype or device differ."""
         device = arguments.place(device)
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ValueError(f"dtype: got {dtype}, expected float32, bfloat16, float16 or float64")
+        arguments.dtype_of_weights(dtype)
         with torch.device("meta"):
             model = PackedTransformer(checkpoint.config.model)
         with torch.inference_mode(False):  # weights made inside it would have no part in gradients of velocities

@@ -70,8 +70,10 @@ def from_images(images: object, channels: int) -> Tensor:
         images = [images]
     if isinstance(images, Sequence) and images and all(isinstance(image, Image.Image) for image in images):
         mode = {1: "L", 3: "RGB"}.get(channels)
-        if mode is None or len({image.size for image in images}) > 1:
-            raise ValueError(f"image: got PIL images, expected an array: {channels} channels, or sizes that differ")
+        if mode is None:
+            raise ValueError(f"image: got PIL images, expected an array or a tensor for a model of {channels} channels")
+        if len(sizes := {image.size for image in images}) > 1:
+            raise ValueError(f"image: got PIL images of the sizes {sorted(sizes)}, expected one size")
         pixels = np.stack([np.asarray(image.convert(mode), dtype=np.float32) / 255 for image in images])
         images = pixels if pixels.ndim == 4 else pixels[..., None]
     if isinstance(images, np.ndarray):
@@ -81,6 +83,8 @@ def from_images(images: object, channels: int) -> Tensor:
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != channels:
         got = f"a tensor {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"image: got {got}, {expected}")
-    if not images.dtype.is_floating_point or not bool(((images >= 0) & (images <= 1)).all()):
-        raise ValueError(f"image: got {images.dtype} outside of [0, 1], {expected}")
+    if not images.dtype.is_floating_point:
+        raise ValueError(f"image: got {images.dtype}, expected numbers of a floating type in [0, 1]")
+    if not bool(((images >= 0) & (images <= 1)).all()):
+        raise ValueError(f"image: got values outside of [0, 1], {expected}")
     return images.float() * 2 - 1

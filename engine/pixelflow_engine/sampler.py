@@ -164,6 +164,8 @@ def in_groups(latents: Latents, like: States, order: Sequence[int]) -> States:
     Raises:
         ValueError: ``latents`` has the wrong type, number of images or shapes.
     """
+    if isinstance(latents, Tensor) and latents.ndim == 0:
+        raise ValueError("callback_on_step_end: got a tensor without dimensions, expected images")
     if not isinstance(latents, (Tensor, list)) or not all(isinstance(image, Tensor) for image in latents):
         raise ValueError(f"callback_on_step_end: got {type(latents).__name__}, expected a tensor or a list of tensors")
     if len(latents) != len({*order}):

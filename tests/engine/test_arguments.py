@@ -416,7 +416,13 @@ def test_a_wrong_dtype_is_refused(dtype: Any, engines: dict[str, PixelFlowEngine
     assert_refused(lambda: PixelFlowEngine.from_checkpoint(checkpoint, dtype=dtype), "dtype", str(dtype), work)
 
 
-@pytest.mark.parametrize("device", ["abacus", "cuda:99", "cpu:x", ""])
+@pytest.mark.parametrize("dtype", ["float32", torch.int64, None])
+def test_a_dtype_is_refused_before_a_file_is_read(dtype: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^dtype: got {dtype!r}, expected torch\.float32"):
+        PixelFlowEngine.from_pretrained(tmp_path / "nothing here", dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99", "cpu:x", "", "hpu", "meta"])
 def test_a_device_that_is_not_there_is_refused(
     device: str, engines: dict[str, PixelFlowEngine], work: list[str], tmp_path: Path
 ) -> None:

@@ -270,6 +270,7 @@ def test_a_model_without_classes_is_asked_for_a_number_of_images(run: Run, tmp_p
     output.unlink()
     assert_one_line(run(*request, "--images", 3), "guidance_scale", "2.4")
     assert_one_line(run(*request, "--class-label", 1), "class-label", "without classes")
+    assert_one_line(run(*request, "--images-per-label", 16), "images-per-label", "without classes, but --images")
     assert_one_line(run(*request, "--guidance-scale", 1, "--images", 3, "--noise", "public"), "images", "expected 1")
     assert not output.exists()
 

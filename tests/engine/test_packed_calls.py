@@ -180,6 +180,7 @@ def test_solvers_that_remember_refuse_other_states(engine: PixelFlowEngine, solv
         (lambda x: x.numpy(), "got ndarray, expected a tensor or a list of tensors"),
         (lambda x: [1, 2], "got list, expected a tensor or a list of tensors"),
         (lambda x: 0.5, "got float, expected a tensor"),
+        (lambda x: x.sum(), "got a tensor without dimensions, expected images"),
     ],
 )
 def test_states_of_another_shape_are_refused(
@@ -323,13 +324,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "flat": ({"image": IMAGE[0]}, r"image: got a tensor \(3, 16, 16\)"),
     "flat array": ({"image": np.zeros((16, 16, 3), np.float32)}, r"image: got an array of shape \(16, 16, 3\)"),
     "channels first": ({"image": np.zeros((1, 3, 16, 16), np.float32)}, r"image: got a tensor \(1, 16, 3, 16\)"),
-    "below 0": ({"image": IMAGE - 0.01}, r"image: got torch.float32 outside of \[0, 1\]"),
-    "above 1": ({"image": IMAGE + 1.01}, "image: got torch.float32 outside"),
-    "not finite": ({"image": IMAGE * float("nan")}, "image: got torch.float32 outside"),
-    "bytes": ({"image": np.zeros((1, 16, 16, 3), np.uint8)}, "image: got torch.uint8"),
+    "below 0": ({"image": IMAGE - 0.01}, r"image: got values outside of \[0, 1\]"),
+    "above 1": ({"image": IMAGE + 1.01}, "image: got values outside"),
+    "not finite": ({"image": IMAGE * float("nan")}, "image: got values outside"),
+    "bytes": (
+        {"image": np.zeros((1, 16, 16, 3), np.uint8)},
+        "image: got torch.uint8, expected numbers of a floating type",
+    ),
     "a word": ({"image": "cat.png"}, "image: got str, expected PIL images"),
     "empty": ({"image": []}, "image: got list"),
-    "sizes": ({"image": [GREY, GREY.resize((8, 8))]}, "image: got PIL images, expected an array"),
+    "sizes": (
+        {"image": [GREY, GREY.resize((8, 8))]},
+        r"image: got PIL images of the sizes \[\(8, 8\), \(16, 16\)\], expected one size",
+    ),
 }
 
 

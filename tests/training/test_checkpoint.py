@@ -7,6 +7,7 @@ import random
 import shutil
 import threading
 from concurrent.futures import wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,25 @@ def test_a_full_disk_is_reported_and_leaves_the_checkpoint_before(folder: Path, 
         assert state is not None
         assert state.step == 2
         assert visible(folder) == ["latest", name_of(2)]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_no_failed_save(
+    folder: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    config = replace(config, checkpoint=replace(config.checkpoint, keep=1, keep_every=None))
+    save(folder, config, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "remove_folder", refuse)
+        with pytest.warns(RuntimeWarning, match=r"step-00000002: the old checkpoint could not be removed: .*denied"):
+            save(folder, config, 3)
+    assert visible(folder) == ["latest", name_of(2), name_of(3)]
+    assert (state := restored(folder, config)) is not None
+    assert state.step == 3
+    save(folder, config, 4)
+    assert visible(folder) == ["latest", name_of(4)]
 
 
 def test_a_failed_save_stops_training_at_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,22 @@ def test_the_users_own_settings_stay(name: str, monkeypatch: pytest.MonkeyPatch)
     assert not set_options
 
 
+def test_an_older_glibc_keeps_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in heap.OF_THE_USER:
+        monkeypatch.delenv(name, raising=False)
+    taken: dict[int, int] = {}
+
+    def mallopt(option: int, value: int) -> int:
+        if option == heap.MMAP_THRESHOLD and value > 2**25:
+            return 0
+        taken[option] = value
+        return 1
+
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    assert heap.keep_freed_memory()
+    assert taken == {heap.TRIM_THRESHOLD: heap.LARGEST_FREE_TOP, heap.MMAP_THRESHOLD: 2**25}
+
+
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in heap.OF_THE_USER:
         monkeypatch.delenv(name, raising=False)

@@ -166,6 +166,8 @@ def test_labels_are_evenly_apart(classes: int, columns: list[int], tmp_path: Pat
         (["samples.labels=[0]", "model.num_classes=0"], "expected none for a model without classes"),
         (["samples.seed=-1"], "samples.seed: got -1"),
         (["samples.columns=3"], "unknown keys columns"),
+        (["samples.steps=[2000000]"], "samples.steps: got 2000000, expected at most 1000000"),
+        (["samples.every=2", "model.in_channels=5", "model.out_channels=5"], "samples.every: got 2, expected null for"),
     ],
 )
 def test_a_picture_that_cannot_be_is_refused_with_the_recipe(overrides: list[str], said: str, tmp_path: Path) -> None:

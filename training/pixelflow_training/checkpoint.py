@@ -207,7 +207,14 @@ class Checkpointer:
         sync(self.folder)
         replace_text(self.folder / LATEST, f"{name_of(step)}\n")
         for old in self._dispensable():
-            remove_folder(self.folder / name_of(old))
+            self._remove(self.folder / name_of(old))
+
+    def _remove(self, old: Path) -> None:
+        """Delete a checkpoint. A later one is there, so a failure is a warning; the next save or resume tries again."""
+        try:
+            remove_folder(old)
+        except OSError as error:
+            warnings.warn(f"{old}: the old checkpoint could not be removed: {error}", RuntimeWarning, stacklevel=2)
 
     def _dispensable(self) -> list[int]:
         """Steps whose checkpoints are to be deleted: all but the last ``keep`` and the multiples of ``keep_every``."""

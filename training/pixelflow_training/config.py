@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pixelflow_engine.config import ModelConfig, PixelFlowConfig, SchedulerConfig, from_mapping
+from pixelflow_engine.config import MAX_STEPS, ModelConfig, PixelFlowConfig, SchedulerConfig, from_mapping
 from pixelflow_engine.errors import ConfigError
 
 PILLOW_PIXELS = 89_478_485  # above this, Pillow warns of a decompression bomb
@@ -296,6 +296,12 @@ class TrainConfig:
             raise ConfigError(f"samples.labels: got {list(labels)}, expected numbers from 0 to {classes}, one or more")
         if len(self.samples.steps) not in (1, stages):
             raise ConfigError(f"samples.steps: got {len(self.samples.steps)} numbers, expected one, or {stages}")
+        if max(self.samples.steps) > MAX_STEPS:
+            raise ConfigError(f"samples.steps: got {max(self.samples.steps)}, expected at most {MAX_STEPS}")
+        if self.samples.every is not None and (channels := self.model.out_channels) not in (1, 3):
+            raise ConfigError(
+                f"samples.every: got {self.samples.every}, expected null for images of {channels} channels"
+            )
 
     @property
     def network(self) -> PixelFlowConfig:

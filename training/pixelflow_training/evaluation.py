@@ -47,8 +47,11 @@ def held_out_batches(config: TrainConfig, data: TrainingImages, rank: int = 0, w
 def held_out_loss(
     model: PackedTransformer, batches: Sequence[Batch], num_stages: int, ranks: Ranks = ALONE
 ) -> list[float | None]:
-    """Return the mean loss of each stage over the held-out images of all ranks; None for a stage without images."""
-    losses = torch.cat([batch_losses(model, batch) for batch in batches]).tolist()
+    """Return the mean loss of each stage over the held-out images of all ranks; None for a stage without images.
+
+    The model's device has one batch at a time.
+    """
+    losses = torch.cat([batch_losses(model, batch.to(model.device)) for batch in batches]).tolist()
     stages = torch.cat([batch.stage for batch in batches]).tolist()
     return stage_means(ranks.total(stage_sums(losses, stages, num_stages)))
 

@@ -9,8 +9,9 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """Options of glibc's ``mallopt``."""
 LARGEST_FREE_TOP = 2**31 - 1
 """Bytes of free memory at the end of the heap from which on glibc returns it; the largest number ``mallopt`` takes."""
-LARGEST_ON_HEAP = 2**30
-"""Bytes of a tensor from which on it has a mapping of its own, which is returned when the tensor is freed."""
+LARGEST_ON_HEAP = (2**30, 2**25)
+"""Bytes of a tensor from which on it has a mapping of its own, which is returned when the tensor is freed; and the most
+that an older glibc takes."""
 OF_THE_USER = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 """Environment variables by which a user decides."""
 
@@ -30,4 +31,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, TypeError, AttributeError):  # not glibc
         return False
-    return bool(mallopt(MMAP_THRESHOLD, LARGEST_ON_HEAP) and mallopt(TRIM_THRESHOLD, LARGEST_FREE_TOP))
+    keeps = mallopt(TRIM_THRESHOLD, LARGEST_FREE_TOP)
+    return bool(keeps and any(mallopt(MMAP_THRESHOLD, size) for size in LARGEST_ON_HEAP))

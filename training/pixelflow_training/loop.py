@@ -44,9 +44,9 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def build_model(config: TrainConfig) -> PackedTransformer:
-    """Return a model with freshly drawn weights; torch's global generator is left unchanged."""
+    """Return a model with freshly drawn weights; torch's global generators are left unchanged."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(new_seed(config.seed, Purpose.WEIGHTS))
+        torch.default_generator.manual_seed(new_seed(config.seed, Purpose.WEIGHTS))  # and no device's
         model = PackedTransformer(config.model)
         model.initialize()
     return model
@@ -135,7 +135,7 @@ def train(
         evaluation = []
         for batch in held_out_batches(config, held_out, ranks.rank, ranks.world_size):
             note_skipped(batch, state.step, skipped, ranks)
-            evaluation.append(batch.to(ranks.device))
+            evaluation.append(batch)
         findings = Findings(config, train_set, run, log, ranks)
         stop = stack.enter_context(StopRequests())
         data = stack.enter_context(
