@@ -73,7 +73,7 @@ $(DEV): $(PY) pyproject.toml $(CONSTRAINTS)
 
 # --- targets -----------------------------------------------------------------------------------------------
 
-.PHONY: help setup quickstart test oldest fuzz stops mutants aot promises emulate rehearse gate tables lint types check clean
+.PHONY: help setup quickstart test oldest newest fuzz stops mutants aot promises emulate rehearse gate tables lint types check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -106,6 +106,11 @@ oldest: ## run the tests with the oldest versions that pyproject.toml allows
 	sed -n 's/.*"\([a-z-]\{1,\}\)>=\([0-9.]*\)["; ].*/\1==\2/p' pyproject.toml > build/oldest.new
 	if cmp -s build/oldest.new build/oldest.txt; then rm build/oldest.new; else mv build/oldest.new build/oldest.txt; fi
 	PYTEST_ADDOPTS="-W ignore::DeprecationWarning" $(MAKE) test VENV=build/oldest CONSTRAINTS=build/oldest.txt
+
+# What newer versions warn of is for later; what fails with them is for now.
+newest: ## run the tests with the newest versions that pip finds
+	PYTEST_ADDOPTS="-W ignore::DeprecationWarning -W ignore::FutureWarning" \
+	  $(MAKE) test VENV=build/newest CONSTRAINTS=/dev/null
 
 # A normal run draws few packs, the same each time.
 fuzz: export PIXELFLOW_FUZZ ?= 20

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pixelflow_engine import PixelFlowEngine
@@ -56,3 +57,28 @@ def test_inpainting(tmp_path: Path) -> None:
     for one, other in ((rows[0], rows[2]), (rows[0], rows[3]), (rows[2], rows[3])):
         assert np.abs(one[32:] - other[32:]).mean() > 5
     assert rows[2][32:].max() > 200
+
+
+def test_a_pipeline_of_diffusers_makes_the_engines_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds are drawn from generators: one for the batch, which goes on with every call, or one for each image."""
+    pytest.importorskip("diffusers")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from diffusers_pipeline import PixelFlowPipeline, seeds  # type: ignore[import-not-found]
+
+    engine = PixelFlowEngine.from_pretrained("digits")
+    pipeline = PixelFlowPipeline(engine).to("cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    generator = torch.Generator().manual_seed(7)
+    first, second = (pipeline([3, 7], generator=generator, **options).images for _ in range(2))
+    again = torch.Generator().manual_seed(7)
+    want = [engine([3, 7], seed=seeds(again, 2), **options).images for _ in range(2)]
+    assert torch.equal(first, want[0])
+    assert torch.equal(second, want[1])
+    assert not torch.equal(first, second)
+    alone = [torch.Generator().manual_seed(i) for i in (1, 2)]
+    (images,) = pipeline([3, 7], generator=alone, return_dict=False, **options)
+    drawn = [seeds(torch.Generator().manual_seed(i), 1)[0] for i in (1, 2)]
+    assert torch.equal(images, engine([3, 7], seed=drawn, **options).images)
+    with pytest.raises(ValueError, match="generator: got 2 generators, expected one or one for each of 3 images"):
+        pipeline([1, 2, 3], generator=alone, **options)
