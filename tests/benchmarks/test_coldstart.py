@@ -100,6 +100,10 @@ def test_no_turn_begins_after_the_deadline(tmp_path: Path) -> None:
     run = records_of(started, tmp_path, ("torch",), deadline=0.0)
     assert len(started.seen) == 1
     assert run.of_kind("measurement")[0]["seconds"]["repeats"] == 1
+    started = Started()
+    run = records_of(started, tmp_path, ("torch", FILLED), deadline=0.0)
+    assert len(started.seen) == 1, "nor any other process of the first turn"
+    assert {r["variant"] for r in run.of_kind("measurement")} == {"torch"}
 
 
 def dies(images: list[Tensor]) -> None:

@@ -76,6 +76,23 @@ def test_a_wrong_engine_shows(checkpoint: Checkpoint, monkeypatch: pytest.Monkey
     assert faults(run) == [f"distance, float32, torch: {after['fault']}"]
 
 
+def test_an_engine_that_fails_stops_nobody(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = PixelFlowEngine.velocity
+
+    def failing(self: PixelFlowEngine, *arguments: Any, **options: Any) -> Any:
+        if self.dtype == torch.float32:
+            raise RuntimeError("out of resource: shared memory")
+        return honest(self, *arguments, **options)
+
+    monkeypatch.setattr(PixelFlowEngine, "velocity", failing)
+    records = list(measure_distance(checkpoint, [1], 3, CPU, PLAIN[1:]))
+    failed, half = (r for r in records if r["kind"] == "distance")
+    assert failed["fault"] == "RuntimeError: out of resource: shared memory"
+    assert "fault" not in half
+    table = distance_table(run_of("distance", failed, half, model="m", images=1, steps=3))
+    assert [row[-1] for row in table.rows] == ["failed", ""]
+
+
 def test_what_is_allowed_is_twice_the_references_error_and_two_roundings(checkpoint: Checkpoint) -> None:
     """The exact engine has the reference's bits, in each type."""
     found = list(measure_distance(checkpoint, [0, 3], 3, CPU, PLAIN[1:]))

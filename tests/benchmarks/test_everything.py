@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,24 @@ def test_every_line_is_understood_by_its_command(suite: Suite) -> None:
 
 
 def test_stages_come_first_everywhere() -> None:
-    assert ON_GPU[0].command == ON_CPU[0].command == ("stages",)
+    assert ON_GPU[0].command[0] == ON_CPU[0].command[0] == "stages"
+
+
+@pytest.mark.parametrize("suite", [*ON_GPU, *ON_CPU], ids=lambda suite: " ".join(suite.command))
+def test_suites_are_asked_for_what_there_is(suite: Suite) -> None:
+    """Options exist, and so do the variants that they name."""
+    from pixelflow_benchmarks.suites.coldstart.variants import VARIANTS as COLD_STARTS
+    from pixelflow_benchmarks.suites.memory.measured import ON_GPU as MEMORY
+    from pixelflow_benchmarks.suites.stages.opponents import VARIANTS as STAGES
+
+    name, *options = suite.command
+    (command,) = (one for one in bench.registered_commands if one.name == name)
+    assert command.callback is not None
+    known = command.callback.__annotations__
+    assert all(word[2:].replace("-", "_") in known for word in options if word.startswith("--"))
+    variants = {"stages": STAGES, "memory": MEMORY, "coldstart": COLD_STARTS}
+    asked = [value for word, value in pairwise(options) if word == "--variant"]
+    assert all(one in variants[name] for one in asked)
 
 
 def test_the_command_is_a_module_too() -> None:

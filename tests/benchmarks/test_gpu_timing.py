@@ -274,7 +274,7 @@ def board(gpu: FakeGpu, step: float | None, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "pynvml", found)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="u", name="A GPU"))
     monkeypatch.setattr(time, "perf_counter", lambda: gpu.host)
-    monkeypatch.setattr(energy, "state", lambda device: {"sm_mhz": 1755, "late": gpu.device > gpu.host})
+    monkeypatch.setattr(energy, "state", lambda device: {"sm_mhz": 1755})
     return found
 
 
@@ -289,8 +289,28 @@ def test_energy_is_power_times_time(step: float, seconds: float, gpu: FakeGpu, m
     assert found["watts"] == pytest.approx(700, rel=0.01 + off)
     assert found["energy_seconds"] >= WINDOW
     assert gpu.host < max(3 * WINDOW, 2.5 * seconds), "it comes to an end"
-    assert found["at_work"] == {"sm_mhz": 1755, "late": True}, "asked for while the device worked"
     assert counter.begun == counter.ended > 0
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_the_device_is_looked_at_while_it_works(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a run returns when its work is done or when it is launched; in real time, unlike the others here."""
+    until = 0.0
+
+    def run() -> None:
+        nonlocal until
+        until = time.perf_counter() + 0.3
+        if waits:
+            time.sleep(0.3)
+
+    def wait_for(device: torch.device) -> None:
+        time.sleep(max(0.0, until - time.perf_counter()))
+
+    monkeypatch.setattr(energy, "wait_for", wait_for)
+    monkeypatch.setattr(energy, "state", lambda device: {"busy": time.perf_counter() < until})
+    found = energy._counted(run, CUDA, 0.4, lambda: int(time.perf_counter() * 1e6))
+    assert found["at_work"] == {"busy": True}
+    assert found["energy_seconds"] >= 0.4
 
 
 def test_a_counter_that_stands_still_says_nothing(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,6 +213,18 @@ def test_when_no_time_is_left_nothing_is_begun_and_all_of_it_is_named() -> None:
     ]
 
 
+def test_a_batch_is_not_begun_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 100.0, 100.0, 100.0, 100.0])  # the first batch of stage 0 takes more than there is
+    monkeypatch.setattr(measured, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(measured, "measure_stage", lambda *of: [record(1, 100) | {"kind": "memory", "case": "a batch"}])
+    found = list(measure_memory("tiny", TINY.config, {}, ("torch/eager",), [1, 2], 1, TINY.dtype, CPU, deadline=90.0))
+    assert [(r["kind"], r["case"]) for r in found] == [
+        ("skipped", "tiny, stage 0, batch 2"),
+        ("memory", "a batch"),
+        ("skipped", "tiny, stage 1"),
+    ]
+
+
 def test_a_stage_is_not_begun_where_a_smaller_one_took_longer_than_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 60.0, 60.0, 60.0])  # stage 0 takes the first minute of 90 seconds
     monkeypatch.setattr(measured, "time", SimpleNamespace(perf_counter=lambda: next(clock)))

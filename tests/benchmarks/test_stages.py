@@ -18,10 +18,13 @@ from pixelflow_benchmarks.cli import bench
 from pixelflow_benchmarks.harness.ceilings import Ceilings
 from pixelflow_benchmarks.harness.tables import missing
 from pixelflow_benchmarks.harness.timing import Timing
+from pixelflow_benchmarks.opponents.public_process import PublicProcess
 from pixelflow_benchmarks.opponents.random_models import SHAPES, random_weights
 from pixelflow_benchmarks.suites.stages import measure as measure_module
+from pixelflow_benchmarks.suites.stages import opponents as opponents_module
 from pixelflow_benchmarks.suites.stages import runs as stage_runs
 from pixelflow_benchmarks.suites.stages.measure import (
+    NOTHING_TO_COMPARE,
     attempt_faults,
     ends_of,
     figures,
@@ -137,7 +140,7 @@ def test_the_first_attempt_of_everyone_is_a_step_of_its_own_length() -> None:
     }
     found = attempt_faults(DOPRI5, {REFERENCE: known[REFERENCE], **wrong}, truth)
     assert [len(said) for said in found.values()] == [0, 1, 1, 1, 1], found
-    assert attempt_faults(DOPRI5, {"value": wrong["value"]}, truth) == {"value": []}, "nothing sets a bound"
+    assert attempt_faults(DOPRI5, {"value": right}, truth) == {"value": [NOTHING_TO_COMPARE]}, "nothing sets a bound"
 
 
 def test_an_attempt_has_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +229,54 @@ def test_runs_are_closed_however_a_task_ends(interrupted: type[BaseException], m
     assert len(closed) == 1
 
 
+def test_who_cannot_be_checked_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither whose first attempt fails, nor anybody where the reference does."""
+
+    def failing(*_: object, **__: object) -> Any:
+        raise RuntimeError("CUDA error: misaligned address")
+
+    with uncompiled(), monkeypatch.context() as patch:
+        patch.setattr(stage_runs.EngineRun, "attempt", failing)
+        task = Task(DOPRI5, (REFERENCE, "torch/compiled"))
+        plain, engine = measure_task(task, opponents(DOPRI5), CEILINGS, repeats=1)
+    assert plain["right"]
+    assert (engine["right"], engine["fault"]) == (False, "RuntimeError: CUDA error: misaligned address")
+    assert "seconds" not in engine
+    for problem in (TINY, DOPRI5):
+        with uncompiled(), monkeypatch.context() as patch:
+            patch.setattr(stage_runs.ReferenceRun, "run", failing)
+            task = Task(problem, (REFERENCE, "torch/compiled"))
+            plain, engine = measure_task(task, opponents(problem), CEILINGS, repeats=1)
+        assert not plain["right"]
+        assert not engine["right"]
+        assert NOTHING_TO_COMPARE in engine["fault"]
+
+
+def test_a_published_process_that_ended_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Process(PublicProcess):
+        ended = False
+
+        def __init__(self, *_: object) -> None:
+            made.append(self)
+
+        def ask(self, asked: Any) -> Any:
+            return {}
+
+        def close(self) -> None:
+            self.ended = True
+
+    monkeypatch.setattr(opponents_module, "PublicProcess", Process)
+    who = replace(opponents(), public=Path("checkout"))
+    who.runs("public", TINY)
+    who.runs("public", TINY)
+    assert len(made) == 1
+    made[0].ended = True
+    who.runs("public", TINY)
+    assert len(made) == 2
+
+
 def interrupting(*_: object) -> Any:
     raise KeyboardInterrupt
 
@@ -268,9 +319,15 @@ def test_the_most_important_comes_first() -> None:
 
 def test_energy_is_measured_in_every_group_until_the_budget_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure_module, "joules_of", lambda run, device: {"joules": 12.0, "watts": 3.0})
-    tasks = [Task(replace(TINY, batch=batch), (REFERENCE, "torch/eager")) for batch in (3, 2)]
-    records = list(measure_stages(tasks, opponents(), CEILINGS, repeats=1, budget=600))
-    assert [r["joules"] for r in records] == [12 / (3 * 2)] * 2 + [12 / (2 * 2)] * 2, "per image and evaluation"
+    variants = (REFERENCE, "torch/eager", "torch/compiled")
+    tasks = [Task(replace(TINY, batch=batch), variants) for batch in (3, 2)]
+    with uncompiled():
+        records = list(measure_stages(tasks, opponents(), CEILINGS, repeats=1, budget=600))
+    for batch, (plain, *engines) in ((3, records[:3]), (2, records[3:])):
+        assert plain["joules"] == 12 / (batch * 2), "per image and evaluation"
+        fast, slow = sorted(engines, key=lambda r: r["seconds"]["median"])
+        assert fast["joules"] == 12 / (batch * 2)
+        assert "joules" not in slow
     (late,) = measure_task(Task(TINY, (REFERENCE,)), opponents(), CEILINGS, 1, deadline=time.perf_counter() - 1)
     assert late["right"]
     assert "seconds" in late

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pixelflow_benchmarks.harness import timing
 from pixelflow_benchmarks.harness.ceilings import Ceilings, measure_ceilings
 from pixelflow_benchmarks.harness.timing import Timing, lacks_memory, spread, time_calls, time_runs
 from pixelflow_benchmarks.suites.kernels.case import Case, faults
@@ -158,6 +160,13 @@ def case(ours: Callable[[Tensor], Tensor], **overrides: Any) -> Case:
 def test_what_is_wrong_is_found(ours: Callable[[Tensor], Tensor], exact: bool, said: str | None) -> None:
     found = faults(case(ours, exact=exact))["ours"]
     assert (found == []) if said is None else (len(found) == 1 and said in found[0])
+
+
+def test_the_turns_of_one_case_leave_time_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 100.0)
+    assert timing.end_of_turns(math.inf) == 100 + timing.TURNS_SECONDS
+    assert timing.end_of_turns(100 + 60.0) == pytest.approx(110)
+    assert timing.end_of_turns(90.0) < 100
 
 
 def test_no_case_is_begun_after_the_deadline() -> None:

@@ -49,17 +49,27 @@ class Suite:
     opponent: bool = False
 
 
+def _variants(*names: str) -> tuple[str, ...]:
+    return tuple(word for name in names for word in ("--variant", name))
+
+
 ON_GPU = (
-    Suite(("stages",), 200, 0.5, opponent=True),
-    Suite(("images", "--batch", "4", "--batch", "1"), 110, 0.4, opponent=True),
+    Suite(
+        ("stages", *_variants("reference", "public", "triton/both", "triton/graphs", "triton/eager")),
+        200,
+        0.5,
+        opponent=True,
+    ),
+    Suite(("images", "--batch", "1", "--steps", "30"), 90, 0.4, opponent=True),
     Suite(("kernels", "--quiet"), 40, 0.4),
-    Suite(("training",), 60, 0.5, opponent=True),
-    Suite(("memory",), 25, 0.5),
-    Suite(("coldstart",), 40, 0.7),
-    Suite(("distance",), 25, budgeted=False),
+    Suite(("training", "--batch", "32"), 60, 0.5, opponent=True),
+    Suite(("memory", "--batch", "1", *_variants("triton/both", "triton/eager")), 35, 0.5),
+    Suite(("coldstart", "--shape", "digits", "--repeats", "1", *_variants("triton, graphs, filled cache")), 45, 0.7),
+    Suite(("distance",), 30, budgeted=False),
     Suite(("blocks",), 20, budgeted=False, opponent=True),
 )
-"""The most important first, so that a run that is cut short has measured these."""
+"""The most important first, so that a run that is cut short has measured these. What a suite would not end within its
+time is left to the suite's own command."""
 ON_CPU = (
     Suite(("stages",), 120, 0.5, opponent=True),
     Suite(("images", "--steps", "1"), 90, 0.5, opponent=True),

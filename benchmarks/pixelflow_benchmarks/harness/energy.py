@@ -7,6 +7,7 @@ the number of runs between them is known.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,8 +32,8 @@ def joules_of(run: Call, device: torch.device, window: float = WINDOW) -> dict[s
         window: minimum duration in seconds.
 
     Returns:
-        ``joules`` of one run, ``watts``, ``energy_seconds``, and ``at_work``: the device's state while a run was in
-        progress. Empty if the board has no counter, in which case nothing is run, or if the counter stops.
+        ``joules`` of one run, ``watts``, ``energy_seconds``, and ``at_work``: the device's state in mid-window. Empty
+        if the board has no counter, in which case nothing is run, or if the counter stops.
     """
     with nvml_handle(device) as found:
         if found is None:
@@ -50,16 +51,27 @@ def joules_of(run: Call, device: torch.device, window: float = WINDOW) -> dict[s
 
 def _counted(run: Call, device: torch.device, window: float, millijoules: Callable[[], int | None]) -> dict[str, Any]:
     wait_for(device)
-    at_work: dict[float, dict[str, Any]] = {}  # by elapsed time: at the start and, if runs are short, in mid-window
+    at_work: list[dict[str, Any]] = []
+    # From beside, because a run may return only when the device is idle again.
+    look = threading.Timer(window / 2, lambda: at_work.append(state(device)))
+    look.start()
+    try:
+        found = _over_window(run, device, window, millijoules)
+    finally:
+        look.cancel()
+        look.join()
+    return found | ({"at_work": at_work[0]} if found and at_work else {})
+
+
+def _over_window(
+    run: Call, device: torch.device, window: float, millijoules: Callable[[], int | None]
+) -> dict[str, Any]:
     runs, seen = 0, millijoules()
     began = since = time.perf_counter()
     first = None if seen is None else (began, seen, 0)
     stepped = False  # the figure begins at the first observed step, unless a single run lasts long enough by itself
     while first is not None:
         run()
-        passed = time.perf_counter() - began
-        if not at_work or (len(at_work) == 1 and passed > window / 2):
-            at_work[passed] = state(device)
         wait_for(device)
         runs, now, count = runs + 1, time.perf_counter(), millijoules()
         if count is None or (count == seen and now - since > window + PATIENCE):
@@ -69,8 +81,7 @@ def _counted(run: Call, device: torch.device, window: float, millijoules: Callab
         seen, since = count, now
         if (seconds := now - first[0]) >= window and (stepped or runs == 1):
             joules = (count - first[1]) / 1000
-            found = {"joules": joules / (runs - first[2]), "watts": joules / seconds, "energy_seconds": seconds}
-            return found | {"at_work": at_work[max(at_work)]}
+            return {"joules": joules / (runs - first[2]), "watts": joules / seconds, "energy_seconds": seconds}
         if not stepped:
             first, stepped = (now, count, runs), True
     return {}

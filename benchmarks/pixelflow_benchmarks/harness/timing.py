@@ -34,6 +34,9 @@ REPEATS = 20
 TURNS_SECONDS = 60.0
 """Seconds after which no further turn of long runs is begun, see :func:`end_of_turns`."""
 
+TURNS_SHARE = 1 / 6
+"""Share of the time that is left to a command which the turns of one case may take."""
+
 UNROLL = 10
 """Number of calls in one graph."""
 
@@ -145,8 +148,9 @@ def time_runs(
 
 
 def end_of_turns(deadline: float) -> float:
-    """Return the deadline for turns that begin now: in a minute, but not after the deadline of the whole command."""
-    return min(deadline, time.perf_counter() + TURNS_SECONDS)
+    """Return the deadline for turns that begin now: in a minute, and a share of what is left to the whole command."""
+    now = time.perf_counter()
+    return now + min(TURNS_SECONDS, TURNS_SHARE * (deadline - now))
 
 
 def seconds_of(run: Callable[[], T], device: torch.device) -> tuple[float, T]:

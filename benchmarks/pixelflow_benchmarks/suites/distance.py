@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pixelflow_benchmarks.harness.results import Run
 from pixelflow_benchmarks.harness.tables import TextTable
+from pixelflow_benchmarks.harness.timing import first_line
 from pixelflow_benchmarks.opponents.random_models import random_reference
 from pixelflow_engine import BackendUnavailableError, Checkpoint, PixelFlowEngine, StepEvent
 from pixelflow_engine.schedule import make_stages, step_times
@@ -134,15 +135,18 @@ def measure_distance(
             yield {"kind": "absent", "variant": variant.name, "reason": str(error)}
             continue
         bound = allowed[variant.dtype]
-        found = errors_of(partial(_velocity, engine, labels=labels), moments)
         record: dict[str, Any] = {"kind": "distance", "variant": variant.name}
-        record |= {"velocity": found.usual, "velocity_last": found.last}
         record |= {"allowed": bound.usual, "allowed_last": bound.last}
-        record["psnr"] = [_psnr(a, b) for a, b in zip(_images(engine, labels, steps), pictures, strict=True)]
-        if fault := found.fault(bound):
-            record |= {"case": "distance", "fault": fault}
-        yield record
-        engine.close()
+        try:
+            found = errors_of(partial(_velocity, engine, labels=labels), moments)
+            record |= {"velocity": found.usual, "velocity_last": found.last}
+            record["psnr"] = [_psnr(a, b) for a, b in zip(_images(engine, labels, steps), pictures, strict=True)]
+            fault = found.fault(bound)
+        except Exception as error:  # a compiler can fail in many ways; the other variants are still measured
+            fault = first_line(error)
+        finally:
+            engine.close()
+        yield record | ({"case": "distance", "fault": fault} if fault else {})
 
 
 def errors_of(velocity: Velocity, moments: Sequence[Moment]) -> Errors:
@@ -212,7 +216,7 @@ def distance_table(run: Run) -> TextTable:
                 record["variant"],
                 *(_error(record, name) for name in ("velocity", "allowed", "velocity_last", "allowed_last")),
                 *((f"{psnr[0]:.1f}", f"{psnr[len(psnr) // 2]:.1f}") if psnr else ("", "")),
-                "further than allowed" if "fault" in record else "",
+                ("further than allowed" if "velocity" in record else "failed") if "fault" in record else "",
             )
         )
     head = run.environment

@@ -95,7 +95,7 @@ def measure_cold_starts(
         folder: folder for temporary files.
         repeats: number of rounds.
         commands: whether :data:`COMMANDS` are timed too.
-        deadline: time after which no round is begun, on the clock of ``time.perf_counter``; at least one round runs.
+        deadline: time after which no process but the first is started, on the clock of ``time.perf_counter``.
         start: runs a job.
 
     Yields:
@@ -105,13 +105,15 @@ def measure_cold_starts(
     found = {variant.name: Starts(variant.name) for variant in variants}
     plain = Starts(COMMAND)
     for turn in range(repeats):
-        if turn > 0 and time.perf_counter() > deadline:
-            break
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            for variant in variants:
+            for number, variant in enumerate(variants):
+                if (turn, number) > (0, 0) and time.perf_counter() > deadline:
+                    break
                 filler = found.get(variant.engine + EMPTY)
                 if found[variant.name].fault is None and (filler is None or filler.fault is None):
                     _turn(variant, found[variant.name], job, check, Path(place), start)
+        if time.perf_counter() > deadline:
+            break
         if commands and plain.fault is None:
             _commands(plain)
     for variant in variants:

@@ -176,7 +176,7 @@ class ImageOpponents:
     def _public(self, problem: ImageProblem) -> Call:
         if self.public is None:
             raise ValueError("public: no checkout of the published code was given")
-        if self._process is None:
+        if self._process is None or self._process.ended:
             self._process = PublicProcess(self.public, self.config, self.dtype, self.device)
         return PublicImages(self._process, problem)
 

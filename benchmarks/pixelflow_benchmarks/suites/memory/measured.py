@@ -52,8 +52,8 @@ def measure_memory(
         steps: Euler steps.
         dtype: type of the matrix products.
         device: device to run on.
-        deadline: time after which no stage is begun, on the clock of ``time.perf_counter``. A CPU also skips a stage
-            that would end after it even if it took no longer than the stage before.
+        deadline: time after which no stage and no further batch is begun, on the clock of ``time.perf_counter``. A CPU
+            also skips a stage that would end after it even if it took no longer than the stage before.
 
     Yields:
         A ``memory`` record of each. A GPU takes the largest stage first; a CPU, where that one takes minutes, the
@@ -71,6 +71,9 @@ def measure_memory(
                 continue
             records: list[Record] = []
             for batch in batches:
+                if records and time.perf_counter() > deadline:
+                    yield skipped(shape, f"stage {stage}, batch {batch}", variants)
+                    continue
                 problem = StageProblem(
                     config=config, stage=stage, batch=batch, steps=steps, solver="euler", dtype=dtype, device=device
                 )

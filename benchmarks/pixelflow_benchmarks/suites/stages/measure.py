@@ -33,6 +33,8 @@ from .problem import REFERENCE, Attempt, Ran, StageProblem, StageRun
 from .runs import PublicRun, true_attempt, true_first_state
 from .tasks import Task
 
+NOTHING_TO_COMPARE = "nothing to compare with: the reference failed"
+
 
 def measure_stages(
     work: Iterable[Task], opponents: Opponents, ceilings: Ceilings, repeats: int, budget: float
@@ -82,7 +84,7 @@ def named(problem: StageProblem) -> Record:
 def measure_task(
     task: Task, opponents: Opponents, ceilings: Ceilings, repeats: int, deadline: float = math.inf
 ) -> Iterator[Record]:
-    """Check every variant, time the right ones in interleaved rounds, then measure energy.
+    """Check every variant, time the right ones in rounds, then measure energy: the fastest's and its opponents'.
 
     Args:
         task: the problem and its variants.
@@ -126,6 +128,7 @@ def _check_and_time(
                 attempts[name] = attempt
         except Exception as error:  # a compiler can fail in many ways; the other variants are still measured
             found = {"right": False, "fault": first_line(error)}
+            checks.pop(name, None)
         if "peak_bytes" in found:
             found["peak_bytes"] += opponents.size(name)
         records[name] = record | found
@@ -146,12 +149,18 @@ def _check_and_time(
     times = {name: per_evaluation(problem, checks[name], timing) for name, timing in timed.timings.items()}
     for name, fault in timed.failed.items():
         records[name] |= {"right": False, "fault": fault}
+    others_of = [name for name in times if name not in (REFERENCE, PUBLIC)]
+    fastest = min(others_of, key=lambda name: times[name].median, default=None)
     for name, record in records.items():  # each as soon as it is complete: an interrupted run keeps those before
         if name in times:
             record |= figures(problem, times[name], ceilings)
             others = {other: times[other] for other in (REFERENCE, PUBLIC) if other in times}
             record["times"] = {other: times[name].times_faster_than(its) for other, its in others.items()}
-            if time.perf_counter() < deadline and (found := joules_of(calls[name], problem.device)):
+            if (
+                name in (REFERENCE, PUBLIC, fastest)
+                and time.perf_counter() < deadline
+                and (found := joules_of(calls[name], problem.device))
+            ):
                 found["joules"] /= problem.batch * checks[name].evaluations
                 record |= found
         yield record
@@ -188,6 +197,8 @@ def stage_faults(
 ) -> dict[str, list[str]]:
     """Return what is wrong with each variant: its end is not finite, or its first Euler step misses level D.
 
+    Without the reference nothing says how near is near enough, so nothing passes.
+
     Args:
         problem: the stage.
         checks: first runs of the variants; the reference's, in the problem's type, sets the bound.
@@ -198,8 +209,10 @@ def stage_faults(
         name: [] if bool(ran.end.isfinite().all()) else ["not finite"] for name, ran in checks.items()
     }
     plain = checks.get(REFERENCE)
-    if truth is None or plain is None or plain.first is None:
+    if truth is None:
         return found
+    if plain is None or plain.first is None:
+        return {name: [*faults, NOTHING_TO_COMPARE] for name, faults in found.items()}
     images, (state, change) = ends_of(problem), truth
     unit = torch.finfo(problem.dtype).eps / 2
     allowed = 2 * (plain.first[images].double() - state).abs().max().item() + 2 * unit * change
@@ -226,7 +239,7 @@ def attempt_faults(
     Args:
         problem: the stage, with Dopri5.
         attempts: first attempts of the variants; the reference's, in the problem's type, sets the bound, and without it
-            nothing is compared.
+            nothing passes.
         truth: returns, for a step length, the last image's state in float64 after the step, and the largest change.
     """
     found: dict[str, list[str]] = {name: [] for name in attempts}
@@ -236,7 +249,7 @@ def attempt_faults(
         return (attempt.state.double() - truth(attempt.reached)[0]).abs().max().item()
 
     if REFERENCE not in attempts:
-        return found
+        return {name: [NOTHING_TO_COMPARE] for name in attempts}
     plain = attempts[REFERENCE]
     bound = 2 * error(plain) + 2 * unit * truth(plain.reached)[1]
     for name, attempt in attempts.items():

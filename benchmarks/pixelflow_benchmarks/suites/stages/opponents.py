@@ -69,6 +69,10 @@ class Opponents:
         """Return the variant, ready to run, or None if it cannot run; ``absent`` then has the reason."""
         if name in self.absent:
             return None
+        made = self._made.get(name)
+        if isinstance(made, PublicProcess) and made.ended:  # what it could not do may be no trouble now
+            made.close()
+            del self._made[name]
         if name not in self._made:
             try:
                 self._made[name] = self._make(name, problem)
