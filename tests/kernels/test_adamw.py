@@ -335,6 +335,16 @@ def test_a_parameter_of_a_model() -> None:
         held.backward()
 
 
+def test_the_callers_default_device_changes_nothing() -> None:
+    usual = FusedAdamW(parameters(), parameters(1), [p.half() for p in parameters()], lr=LR, **SETTINGS)
+    other, gradients = copy.deepcopy(usual), draw(0)
+    norm = usual.update(gradients)
+    with torch.device("meta"):
+        assert_same_bits(other.update(gradients), norm)
+    assert_equal_state(other, usual)
+    assert other.counters.tolist() == usual.counters.tolist() == [1, 0, 0]
+
+
 # --- the table -----------------------------------------------------------------------------------------------
 
 
@@ -428,6 +438,16 @@ def changed(i: int, tensor: Any) -> list[Any]:
 def test_refusals(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_gradients_that_move_onto_other_memory_are_refused() -> None:
+    """In any update, and again in the next one."""
+    optimizer = FusedAdamW([x.clone() for x in ONE])
+    optimizer.update([x.clone() for x in ONE])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"\w+\[1\]: got memory that is also that of \w+\[1\]"):
+            optimizer.update(changed(1, optimizer.exp_avgs[1]))
+    assert optimizer.counters.tolist() == [1, 0, 0]
 
 
 class Odd(Tensor):

@@ -249,6 +249,21 @@ class Counted:
         return self.kernel[grid]
 
 
+def test_the_callers_default_dtype_changes_nothing() -> None:
+    """Neither the norm's nor that of a step's numbers, which the kernels fill."""
+    usual, other = build(), build()
+    gradients = [ode.normal(*shape, seed=40 + i) for i, shape in enumerate(SHAPES)]
+    norm = usual.update(gradients)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_same_bits(other.update(gradients), norm, "norm")
+    finally:
+        torch.set_default_dtype(F32)
+    for name in NAMES:
+        for x, y in zip(getattr(other, name), getattr(usual, name), strict=True):
+            assert_same_bits(x, y, name)
+
+
 def test_copies_that_functionalization_makes_are_what_is_worked_on() -> None:
     """A call with other tensors than the table was made of changes those, and those alone."""
     optimizer = build()

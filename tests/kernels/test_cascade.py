@@ -217,6 +217,7 @@ def small_pack(draw: bool, uint8: bool = True) -> cascade.Pack:
 def test_opcheck() -> None:
     x, noise, seeds = torch.randn(2, 3, 2, 4), torch.randn(2, 3, 4, 8), seed_tensor([1, 2**64 - 1])
     torch.library.opcheck(op._initial_normals, (seeds, 3, 4, 6))
+    torch.library.opcheck(op._initial_normals, (seeds, 1, 3, 3))  # not a whole number of counters
     for dtype in checks.DTYPES:
         torch.library.opcheck(op._renoise, (x.to(dtype), noise, None, 0, ALPHA, BETA))
         torch.library.opcheck(op._renoise, (x.to(dtype), None, seeds, 1, ALPHA, BETA))
@@ -228,6 +229,30 @@ def test_opcheck() -> None:
             arguments = (*pack.arguments(), pack.shape()[0], 2)
             torch.library.opcheck(op._training_pairs, (*arguments, torch.float32, False))
             torch.library.opcheck(op._training_pairs, (*arguments, torch.bfloat16, False))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (2, 3, 2, 4)])
+def test_channels_last_comes_out_contiguous(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    noise = torch.randn(*shape[:2], 2 * shape[2], 2 * shape[3]).contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(op._renoise, (x, noise, None, 0, ALPHA, BETA))
+    for out in (upsample_renoise(x, noise, alpha=ALPHA, beta=BETA), reference.upsample_renoise(x, noise, ALPHA, BETA)):
+        assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_callers_default_dtype_changes_nothing(default: torch.dtype) -> None:
+    pack = small_pack(True)
+    usual = training_pairs(pack.images, pack.layout, **pack.keywords())
+    torch.set_default_dtype(default)
+    try:
+        other = training_pairs(pack.images, pack.layout, **pack.keywords())
+        halves = reference.signed(pack.images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_bits(halves, reference.signed(pack.images))
+    for a, b in zip(other, usual, strict=True):
+        assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])

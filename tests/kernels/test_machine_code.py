@@ -60,6 +60,18 @@ def test_promises_are_kept(op: str, arch: int) -> None:
     assert not broken, "\n".join(broken)
 
 
+def alike(got: dict[str, Any], entry: dict[str, Any]) -> bool:
+    """Whether both are of one kernel: a compiler does not always choose the same registers and order."""
+    return got["matrix"] == entry["matrix"] and abs(got["instructions"] / entry["instructions"] - 1) < 0.02
+
+
+def test_kernels_that_are_not_alike_are_told_apart() -> None:
+    entry = {"matrix": {"HGMMA": 3}, "instructions": 1000, "sha256": "a"}
+    assert alike(entry | {"instructions": 1015, "sha256": "b"}, entry)
+    assert not alike(entry | {"instructions": 1021}, entry)
+    assert not alike(entry | {"matrix": {"HGMMA": 2}}, entry)
+
+
 @compiles
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("op", aot.operations())
@@ -73,7 +85,7 @@ def test_the_committed_report_is_of_these_kernels(op: str, arch: int) -> None:
         entry["specimen"]: entry for entry in report["specimens"] if (entry["op"], entry["arch"]) == (op, f"sm_{arch}")
     }
     assert [*entries] == [specimen.name for specimen in aot.specimens_of(op, arch)]
-    old = [row.specimen.name for row in examined(op, arch) if row.record() != entries[row.specimen.name]]
+    old = [row.specimen.name for row in examined(op, arch) if not alike(row.record(), entries[row.specimen.name])]
     assert not old, f'make aot ARGS="--op {op} --json {path.relative_to(ROOT)}": {", ".join(old)}'
 
 

@@ -138,6 +138,41 @@ def test_opcheck(variant: Variant, dtype: torch.dtype) -> None:
     )
 
 
+@by_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_contiguous_whatever_comes_in(variant: Variant, dtype: torch.dtype) -> None:
+    layout = modulate.layout_of([2, 0, 3])
+    operands = modulate.make(variant, layout, 16, dtype)
+    across = [None if g is None else g.T.contiguous().T for g in modulate.random_grads(variant, operands)]
+    y = None if operands.gate is None else operands.y
+    arguments = (across[1], across[0], operands.x, y, operands.gate, operands.weight, operands.scale)
+    arguments = (*arguments, layout.image_index, layout.cu_seqlens, EPS)
+    torch.library.opcheck(op._backward, arguments)
+    assert all(found.is_contiguous() for found in op._backward(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_in_float64_is_rounded_to_the_compute_type(dtype: torch.dtype) -> None:
+    """In both directions, as the kernels load it."""
+    layout = modulate.layout_of([2, 0, 3])
+    single = modulate.make(VARIANTS["add_gated_rms_norm_modulate"], layout, 16, dtype)
+    assert single.weight is not None
+    single = single._replace(weight=single.weight.float())
+    double = single._replace(weight=single.weight.double() * (1 + 2.0**-40))
+    index = (layout.image_index, layout.cu_seqlens, EPS)
+    grad_residual, grad = modulate.random_grads(VARIANTS["add_gated_rms_norm_modulate"], single)
+    forward, backward = [], []
+    for of in (single, double):
+        backward.append((grad, grad_residual, of.x, of.y, of.gate, of.weight, of.scale, *index))
+        forward.append((*of, *index))
+    torch.library.opcheck(op._add_norm_modulate, forward[1], test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(op._backward, backward[1])
+    for a, b in zip(op._add_norm_modulate(*forward[1]), op._add_norm_modulate(*forward[0]), strict=True):
+        assert_same_bits(a, b)
+    for a, b in zip(op._backward(*backward[1]), op._backward(*backward[0]), strict=True):
+        assert_same_bits(a, b)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_one_graph_under_compile(backend: str) -> None:
     """A block's chain of all variants, the last residual unused."""

@@ -336,6 +336,9 @@ def test_empty_batches() -> None:
     x, slopes, none = torch.zeros(0, 5), torch.zeros(7, 0, 5), torch.zeros(0, dtype=F64)
     assert euler_step(x, x, none).shape == (0, 5)
     assert euler_step(x, x, 0.1, 2.4).shape == (0, 5)
+    assert euler_step(x, x, torch.tensor([0.1]), torch.tensor([2.4])).shape == (0, 5)
+    assert euler_step(x, x, torch.tensor([0.1]), none).shape == (0, 5)
+    stage_state_(torch.empty_like(x), slopes, x, torch.tensor([0.1], dtype=F64), (0.5,), x, torch.tensor([2.4]))
     stage_state_(torch.empty_like(x), slopes, x, none, (0.5,), x, 2.0)
     assert integrate(x, ode.Field((), 2.4), 2.4, False).x.shape == (0, 5)
     assert integrate(x, ode.Field((), None), None, True, extra=1).x.shape == (0, 5)
@@ -443,6 +446,14 @@ def test_euler_refuses_by_name(change: dict[str, Any], message: str) -> None:
         euler_step(**arguments)
     with pytest.raises(ValueError, match=message):
         euler_step_(**arguments)
+
+
+def test_a_state_that_is_too_large_is_refused_with_a_way_to_split_it() -> None:
+    """Where step and guidance are numbers, all values count as one image."""
+    x = torch.empty(3, 2**29, device="meta")
+    with pytest.raises(ValueError, match=r"x: got .* in each of 1 images, .*: pass step as a tensor with one entry"):
+        euler_step(x, x, 0.1)
+    assert euler_step(x, x, torch.empty(3, device="meta")).shape == x.shape
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import types
 from typing import Any
@@ -92,6 +93,25 @@ def test_the_scale_is_as_given() -> None:
     out, lse = op._varlen_attention(*other, 1)
     attention.assert_output(out, other)
     attention.assert_lse(lse, other)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("lengths", [[4, 4], [3, 5]], ids=["one group", "two groups"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_callers_autocast_changes_nothing(name: str, lengths: list[int], dtype: torch.dtype) -> None:
+    of = pack(lengths, None, 2, 8, dtype)
+    leaves = [x.detach().clone().requires_grad_() for x in of[:3]]
+
+    def run() -> list[Tensor]:
+        found = OPERATIONS[name](*leaves, *of[3:], 1)
+        out = found if isinstance(found, Tensor) else found[0]
+        return [out, *torch.autograd.grad(out.sum(), leaves)]
+
+    usual = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        for a, b in zip(run(), usual, strict=True):
+            assert a.dtype == b.dtype == dtype
+            assert_same_bits(a, b)
 
 
 # --- registration ------------------------------------------------------------------------------------------
@@ -220,6 +240,34 @@ def test_flash_attention_is_found_by_its_function_and_called_by_position() -> No
         if function is without_scale:
             with pytest.raises(RuntimeError, match=r"softmax_scale: got 1\.0, but torch"):
                 flash.attention(*of._replace(scale=1.0))
+
+
+@pytest.mark.usefixtures("no_flash")
+@pytest.mark.parametrize("there", [False, True])
+def test_flash_attention_is_chosen_and_called_in_one_graph(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stand_in(query: Any, key: Any, value: Any, *lengths: Any, scale: float) -> Any:
+        return query * scale + value
+
+    if there:
+        monkeypatch.setattr(sys.modules["torch.nn.attention.varlen"], "varlen_attn", stand_in, raising=False)
+    of = pack([3, 4], dtype=torch.bfloat16)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[str | None, Tensor]:
+        reason = backends.why_not("flash", CUDA, torch.bfloat16)
+        return reason, flash.attention(q, k, v, *of[3:]) if reason is None else q
+
+    reason, out = run(*of[:3])
+    assert (reason is None) == there
+    torch.compiler.reset()  # what was compiled keeps its choice
+    got_reason, got = torch.compile(run, fullgraph=True, backend="eager")(*of[:3])
+    assert got_reason == reason
+    assert_same_bits(got, out)
+
+
+def test_the_choice_of_a_backend_imports_no_compiler() -> None:
+    """In a process of its own."""
+    code = "import sys, pixelflow_kernels.varlen_attention; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_pytorchs_own_function_is_as_it_is_called() -> None:

@@ -224,7 +224,7 @@ def _launch_gradient_norm(gradients: Sequence[Tensor], pointers: Tensor, known: 
     from . import kernels
 
     table = TensorTable(pointers, known, chunks).following([gradients])
-    norm = torch.empty((), device=gradients[0].device)
+    norm = torch.empty((), dtype=torch.float32, device=gradients[0].device)
     kernels.launch_norm(table.pointers, chunks, gradients[0].dtype, norm)
     return norm
 
@@ -267,7 +267,7 @@ def _adamw_ema(
     found = reference.numbers(
         norm.item(), lr.item(), taken, beta1, beta2, eps, weight_decay, max_norm, ema_decay
     )  # fmt: skip
-    numbers, applied = torch.tensor(found, dtype=torch.float64).float(), bool(found[0])
+    numbers, applied = torch.tensor(found, dtype=torch.float64, device="cpu").float(), bool(found[0])
     reference.count_(counters, applied)
     if applied:
         for tensors in zip(
@@ -310,7 +310,7 @@ def _launch_adamw_ema(
 
     lists = named_lists(parameters, gradients, exp_avgs, exp_avg_sqs, averages, copies)
     table = TensorTable(pointers, known, chunks).following([*lists.values()])
-    numbers = torch.empty(kernels.COUNT_OF_NUMBERS, device=norm.device)
+    numbers = torch.empty(kernels.COUNT_OF_NUMBERS, dtype=torch.float32, device=norm.device)
     kernels.launch_numbers(
         norm,
         lr,

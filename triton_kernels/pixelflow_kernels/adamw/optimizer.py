@@ -126,6 +126,7 @@ class FusedAdamW:
         if self._table is None:
             self._table = TensorTable.of(lists)
         elif places != self._places:
+            check_apart(lists)
             self._table = self._table.following([*lists.values()])
         self._places = places
         if capturing(self.counters.device) and self._table not in self._recorded:

@@ -69,7 +69,7 @@ def count_(counters: Tensor, applied: bool) -> None:
     """Update ``counters``, ``[taken, skipped, skipped in a row]`` int64, after a step."""
     taken, skipped, row = counters.tolist()
     after = [taken + 1, skipped, 0] if applied else [taken, skipped + 1, row + 1]
-    counters.copy_(torch.tensor(after))
+    counters.copy_(torch.tensor(after, dtype=torch.int64, device=counters.device))
 
 
 def update(

@@ -51,7 +51,7 @@ class TensorTable:
             for number, tensor in enumerate(first)
             for start in range(0, tensor.numel(), CHUNK)
         ]
-        chunks = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).T.contiguous()
+        chunks = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 3).T.contiguous()
         known, device = _addresses([*lists.values()]), first[0].device
         return cls(_upload(known, device), known, _upload(chunks, device))
 
@@ -104,14 +104,16 @@ def check_apart(lists: Mapping[str, Sequence[Tensor]]) -> None:
         ValueError: two tensors share memory; the message names both.
     """
     spans = sorted(
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, f"{name}[{i}]")
+        (at := tensor.data_ptr(), at + tensor.nbytes, name, i)
         for name, tensors in lists.items()
         for i, tensor in enumerate(tensors)
         if tensor.numel() > 0
     )
-    for (_, end, one), (start, _, other) in pairwise(spans):
+    for (_, end, one, i), (start, _, other, k) in pairwise(spans):
         if start < end:
-            raise ValueError(f"{other}: got memory that is also that of {one}, expected tensors that share none")
+            raise ValueError(
+                f"{other}[{k}]: got memory that is also that of {one}[{i}], expected tensors that share none"
+            )
 
 
 def capturing(device: torch.device) -> bool:
@@ -121,7 +123,8 @@ def capturing(device: torch.device) -> bool:
 
 def _addresses(lists: Sequence[Sequence[Tensor]]) -> Tensor:
     """Return the tensors' addresses as ``[L, n]`` int64 on the host."""
-    return torch.tensor([[tensor.data_ptr() for tensor in tensors] for tensors in lists], dtype=torch.int64)
+    rows = [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def _upload(numbers: Tensor, device: torch.device) -> Tensor:

@@ -26,7 +26,7 @@ def initial_normals(seeds: Tensor, shape: Shape) -> Tensor:
     """Draw the normals of stage 0, ``[n, c, h, w]``: four neighbours in row-major order share a counter."""
     count = math.prod(shape)
     z = counter_normals(seeds, stage=0, count=-(-count // 4))
-    return z.flatten(1)[:, :count].reshape(len(seeds), *shape)
+    return z.flatten(1)[:, :count].reshape(len(seeds), *shape).contiguous()
 
 
 def block_normals(seeds: Tensor, stage: int, shape: Shape, purpose: int = SAMPLING) -> Tensor:
@@ -69,7 +69,7 @@ def from_blocks(blocks: Tensor) -> Tensor:
 
 def upsample_renoise(x: Tensor, noise: Tensor, alpha: float, beta: float) -> Tensor:
     """Compute ``alpha * upsample(x) + beta * noise`` in x's dtype for ``x [B, c, h, w]``, ``noise [B, c, 2h, 2w]``."""
-    return alpha * F.interpolate(x, scale_factor=2, mode="nearest") + beta * noise.to(x)
+    return (alpha * F.interpolate(x, scale_factor=2, mode="nearest") + beta * noise.to(x)).contiguous()
 
 
 # --- training pairs ----------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def signed(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8:
         return images
     # Divide by a tensor: for a Python number, torch on CUDA multiplies by the reciprocal, which rounds twice.
-    return images.float() / torch.full((1,), 127.5, device=images.device) - 1
+    return images.float() / torch.full((1,), 127.5, dtype=torch.float32, device=images.device) - 1
 
 
 def halve(x: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def training_pairs(
     ``draw`` is ``normals_at``, compiled or not.
     """
     p, (_, channels, height, width) = patch_size, images.shape
-    tokens = torch.empty(int(cu_seqlens[-1]), channels * p * p, device=images.device)
+    tokens = torch.empty(int(cu_seqlens[-1]), channels * p * p, dtype=torch.float32, device=images.device)
     targets = torch.empty_like(tokens)
     # Samples of one stage are processed together: those with 1 / 4^d of the full number of tokens.
     lengths, whole = cu_seqlens.diff(), (height // p) * (width // p)

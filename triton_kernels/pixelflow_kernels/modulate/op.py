@@ -319,6 +319,9 @@ def _backward(
 ) -> list[Tensor]:
     """Compute per-image sums ``[K, n, C]`` (of g u; with a scale, g; with a gate, dr y), dx and, with a gate, dy."""
     images = cu_seqlens.shape[0] - 1
+    # Elementwise results would take the strides of a transposed gradient.
+    grad = grad.contiguous()
+    grad_residual = None if grad_residual is None else grad_residual.contiguous()
     return reference.backward(grad, grad_residual, residual, y, gate, weight, scale, image_index, images, eps)
 
 

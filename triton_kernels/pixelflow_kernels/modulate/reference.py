@@ -24,7 +24,7 @@ def norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if weight is None:
         return F.layer_norm(x, x.shape[-1:], eps=eps)
     high = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (weight * (high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps))).to(x.dtype)
+    return (weight.to(high.dtype) * (high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps))).to(x.dtype)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, image_index: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def norm_backward(
     reciprocal = torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps)
     unit = high * reciprocal
     grad_unit = grad if scale is None else grad * (1 + scale[image_index])
-    grad_unit = grad_unit if weight is None else grad_unit * weight
+    grad_unit = grad_unit if weight is None else grad_unit * weight.to(high_type)
     along = unit * (grad_unit * unit).mean(-1, keepdim=True)
     if weight is None:
         along = along + grad_unit.mean(-1, keepdim=True)

@@ -75,7 +75,10 @@ def check_images(x: Tensor, images: int, name: str) -> None:
     if x.numel() == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one value in each of {images} images")
     if x.numel() // images > LARGEST_IMAGE:
-        raise ValueError(f"x: got {x.numel() // images} values per image, expected at most {LARGEST_IMAGE}")
+        raise ValueError(
+            f"x: got {x.numel() // images} values in each of {images} images, expected at most {LARGEST_IMAGE}: pass "
+            "step as a tensor with one entry per image, or treat each token as an image and repeat its image's entry"
+        )
 
 
 def check_numbers(name: str, numbers: Tensor, dtypes: Sequence[torch.dtype], device: torch.device) -> None:

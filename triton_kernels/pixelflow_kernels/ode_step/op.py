@@ -105,10 +105,10 @@ def stage_state_(
 def _images(x: Tensor, step: Tensor, guidance: Tensor | float | None) -> int:
     """Determine ``B``, the number of entries of the longer of ``step`` and ``guidance``."""
     images = step.shape[0]
-    if images == 1 and isinstance(guidance, Tensor) and guidance.ndim == 1:
-        images = guidance.shape[0]
-    elif images == 1 and x.numel() == 0:
+    if images == 1 and x.numel() == 0:
         images = 0
+    elif images == 1 and isinstance(guidance, Tensor) and guidance.ndim == 1:
+        images = guidance.shape[0]
     checks.check_images(x, images, "step")
     return images
 

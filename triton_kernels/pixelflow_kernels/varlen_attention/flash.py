@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -32,11 +33,26 @@ def _function() -> tuple[str, Callable[..., Any]] | None:
     return None
 
 
+def _found() -> tuple[str, str, str | None] | None:
+    """Return the names of the module, of its function and of the scale, None if the function takes none."""
+    found = _function()
+    if found is None:
+        return None
+    module, function = found
+    scale = "softmax_scale" if module == "flash_attn" else "scale"
+    return module, dict(PLACES)[module], scale if scale in inspect.signature(function).parameters else None
+
+
+# Dynamo can trace neither imports nor signatures, so it calls this and keeps the result. This is all that
+# torch.compiler.assume_constant_result does, but calling that would import torch._dynamo for those who never compile.
+_found._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def why_not(dtype: torch.dtype) -> str | None:
     """Return why FlashAttention cannot take CUDA tensors of this dtype, or None if it can."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {dtype}"
-    if _function() is None:
+    if _found() is None:
         return "no importable " + " nor ".join(f"{module}.{name}" for module, name in PLACES)
     return None
 
@@ -56,14 +72,14 @@ def attention(
     Raises:
         RuntimeError: this version of PyTorch's function accepts no scale, and ``softmax_scale`` is not its default.
     """
-    found = _function()
+    found = _found()
     assert found is not None, "why_not has been asked"
-    module, function = found
+    module, name, scale = found
+    function = getattr(sys.modules[module], name)
     # The names of the first seven arguments changed between versions; their order did not.
     arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    name = "softmax_scale" if module == "flash_attn" else "scale"
-    if name in inspect.signature(function).parameters:
-        return function(*arguments, **{name: softmax_scale})
+    if scale is not None:
+        return function(*arguments, **{scale: softmax_scale})
     if not math.isclose(softmax_scale, q.shape[-1] ** -0.5, rel_tol=1e-6):
         raise RuntimeError(f"softmax_scale: got {softmax_scale}, but {module} of torch {torch.__version__} has none")
     return function(*arguments)

@@ -164,6 +164,11 @@ def _check_all_values(
 # --- the operation -----------------------------------------------------------------------------------------
 
 
+def _as_given(q: Tensor) -> torch.autocast:
+    """Disable the caller's autocast, which also applies inside an operation and would change dtypes and bits."""
+    return torch.autocast(q.device.type, enabled=False)
+
+
 @custom_op("pixelflow::varlen_attention", mutates_args=(), device_types="cpu")
 def _varlen_attention(
     q: Tensor,
@@ -177,7 +182,8 @@ def _varlen_attention(
     multiple_of: int,
 ) -> tuple[Tensor, Tensor]:
     _check_all_values(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, multiple_of)
-    return reference.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+    with _as_given(q):
+        return reference.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
 
 
 @launched_by(_varlen_attention)
@@ -230,7 +236,8 @@ def _varlen_attention_backward(
     softmax_scale: float,
     multiple_of: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.attention_backward(grad, grad_lse, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+    with _as_given(q):
+        return reference.attention_backward(grad, grad_lse, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
 
 
 @launched_by(_varlen_attention_backward)
@@ -332,7 +339,8 @@ def _varlen_attention_torch(
     multiple_of: int,
 ) -> Tensor:
     _check_all_values(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, multiple_of)
-    return sdpa.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+    with _as_given(q):
+        return sdpa.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
 
 
 @_varlen_attention_torch.register_fake
@@ -354,7 +362,8 @@ def _fake_varlen_attention_torch(
 def _varlen_attention_torch_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, softmax_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.attention_backward(grad, None, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+    with _as_given(q):
+        return reference.attention_backward(grad, None, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
 
 
 @_varlen_attention_torch_backward.register_fake
