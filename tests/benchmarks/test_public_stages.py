@@ -107,6 +107,8 @@ def checkout(tmp_path: Path) -> Iterator[Path]:
 class InThisProcess(PublicProcess):
     """Answers as the other process does, without one."""
 
+    ended = False
+
     def __init__(self, path: Path, config: Any, dtype: torch.dtype, device: torch.device) -> None:
         self.server = SamplingServer(path, "tiny", "float32", "cpu")
         self.folder = SimpleNamespace(name=str(path))  # type: ignore[assignment]
