@@ -176,7 +176,10 @@ class ImageOpponents:
     def _public(self, problem: ImageProblem) -> Call:
         if self.public is None:
             raise ValueError("public: no checkout of the published code was given")
-        if self._process is None or self._process.ended:
+        if self._process is not None and self._process.ended:  # what it could not do may be no trouble now
+            self._process.close()
+            self._process = None
+        if self._process is None:
             self._process = PublicProcess(self.public, self.config, self.dtype, self.device)
         return PublicImages(self._process, problem)
 
