@@ -98,18 +98,9 @@ def operation_table(op: str, report: Path) -> TextTable:
     """
     versions, entries = _read(report)
     architectures = sorted({arch for _, arch in entries}, key=lambda arch: int(arch.removeprefix("sm_")))
-    cells = _score_cells if op == "varlen_attention" else _instruction_cells
-    rows = []
-    for name in SHOWN[op]:
-        found = {arch: entries[f"{op}.{name}", arch] for arch in architectures}
-        rows.append((name, *cells(found)))
-    what = "registers / main-loop instructions per score" if op == "varlen_attention" else "registers / instructions"
-    header = ("specimen", *architectures, *(_SCORE_HEADER if op == "varlen_attention" else _INSTRUCTION_HEADER))
-    return TextTable(f"{what[0].upper()}{what[1:]}; Triton {versions['triton']}.", header, tuple(rows))
-
-
-_INSTRUCTION_HEADER = ("16-byte loads (sm_90)", "`ffma` (sm_90)")
-_SCORE_HEADER = ("matrix instructions (sm_90)", "shared bytes (sm_90)")
+    title, header, cells = _SCORES if op == "varlen_attention" else _INSTRUCTIONS
+    rows = [(name, *cells({arch: entries[f"{op}.{name}", arch] for arch in architectures})) for name in SHOWN[op]]
+    return TextTable(f"{title}; Triton {versions['triton']}.", ("specimen", *architectures, *header), tuple(rows))
 
 
 def _instruction_cells(found: Mapping[str, Entry]) -> tuple[str, ...]:
@@ -128,6 +119,14 @@ def _score_cells(found: Mapping[str, Entry]) -> tuple[str, ...]:
 
 def _per_score(entry: Entry) -> str:
     return f"{entry['registers']} / {entry['per_score']:.2f}"
+
+
+_INSTRUCTIONS = ("Registers / instructions", ("16-byte loads (sm_90)", "`ffma` (sm_90)"), _instruction_cells)
+_SCORES = (
+    "Registers / main-loop instructions per score",
+    ("matrix instructions (sm_90)", "shared bytes (sm_90)"),
+    _score_cells,
+)
 
 
 def attention_table(*reports: Path) -> TextTable:
