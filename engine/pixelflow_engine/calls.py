@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pixelflow_kernels.transfers import uploaded
 
-from . import arguments
+from . import arguments, guidance
 from .config import PixelFlowConfig
 from .events import Callbacks, StageEvent, StepEvent
 from .image_to_image import taken_up
@@ -30,7 +30,7 @@ class Call:
 
     class_labels: Sequence[int] | Sequence[Request] | int | Tensor | None = None
     num_inference_steps: int | Sequence[int] = 10
-    guidance_scale: float = 2.4
+    guidance_scale: float | None = None
     guidance_schedule: Literal["stagewise", "constant"] | Sequence[float] = "stagewise"
     solver: Solver = "euler"
     shift: float = 1.0
@@ -133,6 +133,8 @@ def plan_call(
         ValueError: an argument is invalid; the message names it, its value and what was expected.
     """
     _check_words(call, config)
+    if call.guidance_scale is None:
+        call = replace(call, guidance_scale=guidance.default_scale(config.model))
     asked = _requested(call, config) if _is_mixed(call) else _uniform(call, config)
     batch = len(asked.sizes)
     steps = arguments.steps(call.num_inference_steps, config.scheduler.num_stages)
@@ -160,15 +162,14 @@ def plan_call(
     sources, seeds = _noise(call, asked.seeds, batch, device)
     strength = arguments.finite_number("strength", call.strength)
     first, given = _given_image(call, config, lots, strength)
+    first_step = _first_step(steps[first], strength, first, given is not None)
     arguments.mask_values("", asked.condition.text)
     arguments.mask_values("null_", asked.condition.null_text)
     runs = []
     for lot in lots:
         noise = tuple(sources(places) for places in lot.places)
-        stages = plan_stages(config, lot.groups, steps)[first:]
-        if given is not None and strength != 1.0:
-            kept = max(1, round(strength * stages[0].num_steps))
-            stages = (replace(stages[0], first_step=stages[0].num_steps - kept), *stages[1:])
+        beginning, *others = plan_stages(config, lot.groups, steps)[first:]
+        stages = (replace(beginning, first_step=first_step), *others)
         plan = SamplingPlan(stages=stages, solver=call.solver, shift=shift, state=call.state, tolerance=tolerance)
         condition = lot.of(asked.condition).to(device, dtype)
         runs.append(Run(lot, plan, condition, noise, _start(plan, config, noise, given, lot, device)))
@@ -218,15 +219,13 @@ def _requested(call: Call, config: PixelFlowConfig) -> Asked:
             raise ValueError(f"class_labels[{i}]: got {request!r}, expected a Request like the others")
     if call.noise != "counter":
         raise ValueError(f"noise: got {call.noise!r}, expected 'counter' for requests: each image has its own stream")
-    if call.seed is not None and arguments.integer(call.seed) != 0:
-        raise ValueError(f"seed: got {call.seed!r}, expected none beside requests, which have their own")
     if call.image is not None:
         raise ValueError("image: got one beside requests, expected None")
     sizes: list[tuple[int, int]] = []
     weights: list[tuple[float, ...]] = []
     labels: list[int] = []
     prompts: list[Tensor] = []
-    seeds: list[int] = []
+    seeds = [*arguments.per_image_seeds(call.seed, len(requests))]
     own_prompts = any(r.encoder_hidden_states is not None for r in requests)
     num_stages = config.scheduler.num_stages
     common = arguments.guidance_weights(call.guidance_scale, call.guidance_schedule, num_stages)
@@ -249,7 +248,8 @@ def _requested(call: Call, config: PixelFlowConfig) -> Asked:
                     width if r.width is None else arguments.image_size("width", r.width, config),
                 )
             )
-            seeds.append(arguments.fresh_seed() if r.seed is None else arguments.seed("seed", r.seed))
+            if r.seed is not None:
+                seeds[i] = arguments.seed("seed", r.seed)
             if config.model.num_classes > 0 or r.class_label is not None:
                 labels.append(arguments.label("class_label", r.class_label, config.model))
             if config.model.cross_attention_dim is None:
@@ -364,6 +364,17 @@ def _given_image(
     if len(image) not in (1, batch):
         raise ValueError(f"image: got {len(image)}, expected 1 or {batch}, one per image")
     return first, image.expand(batch, -1, -1, -1)
+
+
+def _first_step(num_steps: int, strength: float, stage: int, given: bool) -> int:
+    """The step at which the first stage begins; ``strength`` is the share of its steps that are run."""
+    first_step = num_steps - max(1, round(strength * num_steps))
+    if given and stage == 0 and first_step == 0:
+        raise ValueError(
+            f"strength: got {strength} with start_stage=0, where all {num_steps} steps would run, from pure noise, and "
+            "no bit would depend on the image; expected less, or a later stage"
+        )
+    return first_step
 
 
 def _start(

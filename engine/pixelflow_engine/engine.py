@@ -172,7 +172,7 @@ class PixelFlowEngine:
         class_labels: Sequence[int] | Sequence[Request] | int | Tensor | None = None,
         *,
         num_inference_steps: int | Sequence[int] = 10,
-        guidance_scale: float = 2.4,
+        guidance_scale: float | None = None,
         guidance_schedule: Literal["stagewise", "constant"] | Sequence[float] = "stagewise",
         solver: Solver = "euler",
         shift: float = 1.0,
@@ -203,15 +203,16 @@ class PixelFlowEngine:
                 text model. Alternatively a list of :class:`Request`, whose images may also differ in size and guidance.
             num_inference_steps: number of steps, one for all stages or one per stage; ignored by Dopri5, which chooses
                 its own steps.
-            guidance_scale: largest guidance weight; 1 means no guidance. Ignored if ``guidance_schedule`` is a list.
+            guidance_scale: largest guidance weight; 1 means no guidance. None means 2.4, or 1 for a model with neither
+                classes nor text. Ignored if ``guidance_schedule`` is a list.
             guidance_schedule: ``stagewise`` grows from 1 at the first stage to ``guidance_scale`` at the last,
                 ``constant`` uses ``guidance_scale`` at every stage; a list gives one weight per stage.
             solver: ``euler``; ``heun`` (two evaluations per step) and ``ab2`` (Adams-Bashforth, one per step), both of
                 second order; or ``dopri5``, which chooses its own steps.
             shift: time shift of fixed steps; must be 1 for Dopri5.
             seed: with ``noise="counter"``: one seed per image, or the seed of the first image, from which the others
-                count up, or None for fresh seeds. With ``noise="public"``: the seed of the single random stream, or
-                None for torch's global generator.
+                count up, or None for fresh seeds; a :class:`Request` may have its own. With ``noise="public"``: the
+                seed of the single random stream, or None for torch's global generator.
             noise: ``counter``: each image's noise depends only on its own seed. ``public``: the published code's CPU
                 random stream.
             state: ``fp32``, or ``public`` to keep the state in the velocity's dtype as the published code does.
@@ -225,8 +226,10 @@ class PixelFlowEngine:
             rtol, atol, error_norm: error control of Dopri5; see :class:`pixelflow_engine.solvers.Tolerance`.
             image: images to start from, one or one per image: PIL images, an array ``[B, H, W, c]`` or a tensor
                 ``[B, c, H, W]`` in [0, 1].
-            start_stage: the stage that starts from ``image``.
-            strength: fraction of that stage's steps to run, in (0, 1]; 1 runs all of them.
+            start_stage: the stage that starts from ``image``, from 0. The smaller it is, the less of the image is kept:
+                a stage other than the first starts from the image at half its resolution, with noise added.
+            strength: fraction of that stage's steps to run, in (0, 1], so that a smaller one keeps more of the image; 1
+                runs all of them, which the first stage would start from pure noise, and is refused there.
             encoder_hidden_states: encoded prompts ``[B, L, E]``, for a text model.
             encoder_attention_mask: ``[B, L]``, 1 for tokens and 0 for padding.
             null_encoder_hidden_states, null_encoder_attention_mask: the encoded empty prompt, ``[B, L, E]`` or

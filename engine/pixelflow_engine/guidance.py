@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .config import ModelConfig
+
 PUBLISHED_FRACTIONS = (0.0, 1 / 6, 2 / 3, 1.0)
 """The fraction of ``scale - 1`` that each of the four published stages gets (arXiv 2504.07963, section 4.3)."""
+
+
+def default_scale(model: ModelConfig) -> float:
+    """2.4, the published scale of the class-conditional model; 1 for a model without any condition to guide by."""
+    return 2.4 if model.num_classes > 0 or model.cross_attention_dim is not None else 1.0
 
 
 def stagewise_weights(scale: float, num_stages: int) -> tuple[float, ...]:

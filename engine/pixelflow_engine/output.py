@@ -59,7 +59,7 @@ def from_images(images: object, channels: int) -> Tensor:
 
     Args:
         images: a PIL image or a list of them, an array ``[B, H, W, c]`` or a tensor ``[B, c, H, W]`` in [0, 1]; all of
-            one size.
+            one size. Palettes and CMYK are converted, transparency is dropped, and 16-bit samples keep their precision.
         channels: c.
 
     Raises:
@@ -74,7 +74,7 @@ def from_images(images: object, channels: int) -> Tensor:
             raise ValueError(f"image: got PIL images, expected an array or a tensor for a model of {channels} channels")
         if len(sizes := {image.size for image in images}) > 1:
             raise ValueError(f"image: got PIL images of the sizes {sorted(sizes)}, expected one size")
-        pixels = np.stack([np.asarray(image.convert(mode), dtype=np.float32) / 255 for image in images])
+        pixels = np.stack([_decoded(image, mode) for image in images])
         images = pixels if pixels.ndim == 4 else pixels[..., None]
     if isinstance(images, np.ndarray):
         if images.ndim != 4:
@@ -88,3 +88,19 @@ def from_images(images: object, channels: int) -> Tensor:
     if not bool(((images >= 0) & (images <= 1)).all()):
         raise ValueError(f"image: got values outside of [0, 1], {expected}")
     return images.float() * 2 - 1
+
+
+def _decoded(image: Image.Image, mode: str) -> NDArray[np.float32]:
+    """A picture ``[H, W]`` in mode L, ``[H, W, 3]`` in mode RGB, in [0, 1]."""
+    if image.mode.startswith("I;16"):  # grey; Pillow would clip its values to 255
+        grey: NDArray[np.float32] = np.divide(np.asarray(image), 65535, dtype=np.float32)
+        return grey if mode == "L" else np.stack([grey] * 3, axis=-1)
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"image: got a PIL image of mode {image.mode}, which does not say what white is, expected one of 8 or 16 "
+            "bits, or an array in [0, 1]"
+        )
+    try:
+        return np.divide(np.asarray(image.convert(mode)), 255, dtype=np.float32)
+    except ValueError as error:
+        raise ValueError(f"image: got a PIL image of mode {image.mode}, expected mode {mode}: {error}") from error

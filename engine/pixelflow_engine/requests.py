@@ -22,11 +22,11 @@ K = TypeVar("K")
 class Request:
     """One image of a call with mixed sizes, labels or guidance.
 
-    A guidance scale, size or prompt of None is taken from the call.
+    A seed, guidance scale, size or prompt of None is taken from the call.
 
     Attributes:
         class_label: required for a class-conditional model.
-        seed: seed of its noise, 0 to 2^64 - 1; None for a fresh one.
+        seed: seed of its noise, 0 to 2^64 - 1; None for the one that the call's ``seed`` gives to its place.
         guidance_scale: as in the call; not allowed if the call's ``guidance_schedule`` is a list.
         height, width: in pixels.
         encoder_hidden_states: an encoded prompt ``[L, E]``, for a text-conditional model; lengths may differ. Either

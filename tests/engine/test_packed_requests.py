@@ -254,8 +254,8 @@ REFUSED: dict[str, tuple[str, list[Any], dict[str, Any], str]] = {
     ),
     "no null": ("text", [PROMPT], {}, "null_encoder_hidden_states: got NoneType"),
     "stranger": ("class", [GOOD, 2], {}, r"class_labels\[1\]: got 2, expected a Request"),
-    "call's seed": ("class", [GOOD], {"seed": 3}, "seed: got 3, expected none beside requests"),
-    "call's seeds": ("class", [GOOD], {"seed": np.array([3, 4])}, "seed: got .*, expected none beside requests"),
+    "call's seeds": ("class", [GOOD], {"seed": np.array([3, 4])}, "seed: got 2 seeds, expected 1, one per image"),
+    "call's seed": ("class", [GOOD], {"seed": 0.5}, "seed: got 0.5, expected an integer"),
     "public noise": ("class", [GOOD], {"noise": "public"}, "noise: got 'public', expected 'counter'"),
     "image": ("class", [GOOD], {"image": torch.zeros(1, 3, 16, 16)}, "image: got one beside requests"),
     "two weights": (
@@ -287,8 +287,12 @@ def test_what_a_request_does_not_say_is_the_calls(build: Any) -> None:
     images = engine(requests, encoder_hidden_states=text[:2, 0], guidance_scale=2.0, **common).images
     plain = engine(encoder_hidden_states=text[:2, 0], seed=[4, 5], guidance_scale=2.0, **common).images
     assert torch.equal(images, plain)
-    fresh = engine([Request(), Request()], encoder_hidden_states=text[:2, 0], **common)
-    assert len({*fresh.seeds}) == 2
+    for call, expected in ((7, (7, 4)), ([8, 9], (8, 4)), (2**64 - 1, (2**64 - 1, 4))):
+        seeded_by_call = engine([Request(), Request(seed=4)], encoder_hidden_states=text[:2, 0], seed=call, **common)
+        assert seeded_by_call.seeds == expected
+    assert engine([Request(), Request()], encoder_hidden_states=text[:2, 0], **common).seeds == (0, 1)
+    fresh = engine([Request(), Request()], encoder_hidden_states=text[:2, 0], seed=None, **common)
+    assert len({*fresh.seeds, 0, 1}) == 4
 
 
 def test_callbacks_and_streams_want_one_batch() -> None:
