@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from pixelflow_engine import PixelFlowEngine, StepEvent
-from pixelflow_engine.pictures import write_images
+from pixelflow_engine.image_files import write_images
 
 
 class PixelFlowPipeline(DiffusionPipeline):

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from pixelflow_engine import PixelFlowEngine, StepEvent
+from pixelflow_engine.image_files import save_png
 from pixelflow_engine.image_to_image import taken_up
 from pixelflow_engine.noise import CounterNoise
-from pixelflow_engine.pictures import contact_sheet, pixels, save_png
+from pixelflow_engine.pictures import contact_sheet, pixels
 from pixelflow_engine.schedule import make_stages
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from pixelflow_engine import PixelFlowEngine
+from pixelflow_engine.image_files import save_png
 from pixelflow_engine.noise import CounterNoise, upsample_renoise
-from pixelflow_engine.pictures import contact_sheet, pixels, save_png
+from pixelflow_engine.pictures import contact_sheet, pixels
 from pixelflow_engine.schedule import make_stages, step_times
 
 STEPS = 8

@@ -310,6 +310,11 @@ def dtype_of_weights(dtype: object) -> None:
         raise ValueError(f"dtype: got {dtype!r}, expected torch.float32, bfloat16, float16 or float64")
 
 
+def automatic(device: str) -> str:
+    """A command's ``device``, for which ``auto`` is a GPU if there is one, otherwise the CPU."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
 def place(device: torch.device | str) -> torch.device:
     """Validate ``device``: it must exist and be usable."""
     try:

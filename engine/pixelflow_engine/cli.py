@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +30,7 @@ N = TypeVar("N", int, float)
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar and no table.")]
 Model = Annotated[str, typer.Option(help="Checkpoint folder or file, or the name of a bundled model.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is a GPU if there is one.")]
 
 
 def main() -> None:
@@ -76,7 +77,9 @@ def generate(
     images_per_label: Annotated[int, typer.Option(min=1, help="Images of each class label.")] = 1,
     images: Annotated[int | None, typer.Option(min=1, help="Images of a model without classes.")] = None,
     steps: Annotated[str, typer.Option(help="Steps of every stage, or of each: 10,10,10.")] = "10",
-    guidance_scale: Annotated[float, typer.Option(help="Largest guidance weight; 1 is none.")] = 2.4,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Largest guidance weight; 1 is none. [default: 2.4 with classes]")
+    ] = None,
     guidance_schedule: Annotated[str, typer.Option(help="stagewise, constant, or a weight per stage.")] = "stagewise",
     solver: Annotated[Literal["euler", "heun", "ab2", "dopri5"], typer.Option()] = "euler",
     shift: Annotated[float, typer.Option(help="Time shift of fixed steps.")] = 1.0,
@@ -85,7 +88,7 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Pixels; the model's resolution by default.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the model's resolution by default.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images sampled at once.")] = 64,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Annotated[Dtype, typer.Option()] = "float32",
     backend: Annotated[Literal["auto", "torch", "triton", "flash"], typer.Option()] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the transformer's blocks first.")] = False,
@@ -95,11 +98,12 @@ def generate(
     import numpy as np
     import torch
 
-    from . import arguments, pictures
+    from . import arguments, image_files
     from .engine import PixelFlowEngine
 
-    pictures.check_output(output)
-    engine = PixelFlowEngine.from_pretrained(model, device, getattr(torch, dtype), backend, compile=compile)
+    image_files.check_output(output)
+    place, weights = arguments.automatic(device), getattr(torch, dtype)
+    engine = PixelFlowEngine.from_pretrained(model, place, weights, backend, compile=compile)
     labels = _labels(engine.config.model, class_label or [], images_per_label, images)
     count = images or 1 if labels is None else len(labels)
     if noise == "public" and count > batch_size:
@@ -109,9 +113,14 @@ def generate(
     seeds = arguments.per_image_seeds(seed, count)
     num_stages = engine.config.scheduler.num_stages
     per_stage = _numbers("steps", steps, int, "integers")
-    parts, reports = [], []
+    columns = images_per_label if images_per_label > 1 else None  # of a sheet: each label has a row of its own
+    reports = []
     batches = range(0, count, batch_size)
-    with CascadeBar(num_stages * len(batches), disable=quiet) as bar:
+    with (
+        _named_as_typed(),
+        image_files.image_writer(output, count, columns) as write,
+        CascadeBar(num_stages * len(batches), disable=quiet) as bar,
+    ):
         for first in batches:
             chunk = slice(first, min(first + batch_size, count))
             result = engine(
@@ -128,11 +137,11 @@ def generate(
                 output_type="np",
                 callback_on_step_end=bar.step,
             )
-            parts.append(np.asarray(result.images))
+            write(np.asarray(result.images))
             reports.append(result.stages)
-    files = pictures.write_images(np.concatenate(parts), output)
     if not quiet:
         console.print(stage_table([merge(stage) for stage in zip(*reports, strict=True)], count))
+        files = image_files.image_files(output, count)
         where = files[0] if len(files) == 1 else f"{files[0].parent}/ ({len(files)} files)"
         console.print(f"wrote {where}", highlight=False, soft_wrap=True)
 
@@ -142,19 +151,21 @@ def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out/quickstart"),
     samples: Annotated[int, typer.Option(min=1, help="Images of each class.")] = 8,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    device: Device = "cpu",
+    device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Sample every class of the bundled model: a contact sheet, the cascade as an animation, and times."""
     import numpy as np
 
     from . import pictures
+    from .arguments import automatic
     from .checkpoint import bundled_models
     from .engine import PixelFlowEngine
+    from .image_files import save_png
     from .output import to_uint8
 
-    # By path, not by name: a folder named "digits" in the working directory would take precedence over the name.
-    engine = PixelFlowEngine.from_pretrained(bundled_models()["digits"], device)
+    # By path, not by name: a checkpoint named "digits" in the working directory would take precedence over the name.
+    engine = PixelFlowEngine.from_pretrained(bundled_models()["digits"], automatic(device))
     output.mkdir(parents=True, exist_ok=True)
     classes = engine.config.model.num_classes
     labels = list(range(classes)) * samples
@@ -169,7 +180,7 @@ def quickstart(
         result = engine(labels, seed=seed, output_type="np", callback_on_step_end=on_step)
     sheet, animation = output / "digits.png", output / "cascade.webp"
     images = np.asarray(result.images)
-    pictures.save_png(pictures.contact_sheet(to_uint8(images), classes, zoom=2), sheet)
+    save_png(pictures.contact_sheet(to_uint8(images), classes, zoom=2), sheet)
     recorder.save(animation)
     if not quiet:
         console.print(stage_table(result.stages, len(labels)))
@@ -300,6 +311,20 @@ def _labels(model: ModelConfig, labels: list[int], per_label: int, images: int |
     if per_label != 1:
         raise ValueError(f"images-per-label: got {per_label}, expected none for a model without classes, but --images")
     return None
+
+
+@contextlib.contextmanager
+def _named_as_typed() -> Iterator[None]:
+    """Name the option, not the engine's argument that an error is about."""
+    try:
+        yield
+    except ValueError as error:
+        argument, colon, said = str(error).partition(": ")
+        name = argument.partition("[")[0]
+        if not name.isidentifier():
+            raise
+        option = {"num_inference_steps": "steps", "class_labels": "class-label"}.get(name, name.replace("_", "-"))
+        raise ValueError(f"{option}{colon}{said}") from error
 
 
 def _numbers(name: str, value: str, kind: type[N], what: str) -> list[N]:

@@ -197,7 +197,8 @@ def _convert(value: object, hint: Any, where: str) -> Any:
         _check(value in arguments, where, value, "one of " + ", ".join(map(str, arguments)))
         return value
     if origin is tuple:
-        _check(isinstance(value, (list, tuple)), where, value, "a list")
+        alone = isinstance(value, (str, int, float))
+        _check(isinstance(value, (list, tuple)), where, value, f"a list, such as [{value}]" if alone else "a list")
         return tuple(_convert(v, arguments[0], f"{where}[{i}]") for i, v in enumerate(typing.cast(list[object], value)))
     if hint is float:
         if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import string
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from pixelflow_benchmarks.cli import bench, evaluate
+from pixelflow_benchmarks.commands import options
+from pixelflow_benchmarks.harness.tables import TextTable
 
 
 def test_the_commands_are_there_before_torch_is() -> None:
@@ -40,3 +46,19 @@ def test_a_stage_that_does_not_exist_is_refused_before_anything_is_written(
     assert isinstance(result.exception, ValueError)
     assert str(result.exception) == f"stage: got {stage}, expected one of 0, 1, 2, 3"
     assert not output.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_kernels_say_how_to_try_them_out(tmp_path: Path) -> None:
+    result = CliRunner().invoke(bench, ["kernels", "--output", str(tmp_path / "records.jsonl")])
+    assert str(result.exception).startswith("device: got 'cuda', expected a GPU that torch can use")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_narrow_terminal_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.StringIO()
+    monkeypatch.setattr(options, "console", Console(file=output, width=40))
+    name = "".join(chr(ord("a") + i % 26) for i in range(70))
+    options.show(TextTable("times", ("case", "time"), ((name, "1.0"),)))
+    letters = "".join(c for c in output.getvalue() if c in string.ascii_lowercase)
+    assert name in letters.removeprefix("timescasetime")

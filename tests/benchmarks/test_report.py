@@ -412,6 +412,16 @@ def test_the_command(tmp_path: Path) -> None:
     assert "output: got the folder" in str(refused.exception)
 
 
+def test_the_command_says_which_files_it_did_not_read(tmp_path: Path) -> None:
+    write_runs(tmp_path / "results" / NAME, NEW)
+    write_runs(tmp_path / "results" / "gpu" / "mine.jsonl", NEW)
+    output = tmp_path / "new" / "page.html"
+    result = CliRunner().invoke(bench, ["report", str(tmp_path / "results"), "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    assert output.is_file()
+    assert "not read, because not named DATE-COMMIT.jsonl: gpu/mine.jsonl" in result.output
+
+
 def test_without_matplotlib_the_extra_is_named(everything: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match="the extra `report`"):

@@ -286,8 +286,15 @@ def test_bundled_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("nothing", "../assets/digits", str(tmp_path / "digits"), "a\0b", "x" * 5000):
         with pytest.raises(CheckpointError):
             load_checkpoint(name)
-    save_checkpoint("digits", config, local)
+    Path("digits").mkdir()
+    Path("digits/0.png").touch()
+    assert_same(load_checkpoint("digits"), config, bundled)  # a folder of anything else does not hide it
+    Path("digits/0.png").unlink()
+    save_checkpoint("digits", config, local, overwrite=True)
     assert_same(load_checkpoint("digits"), config, local)
+    Path("digits/model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"digits/model\.safetensors"):  # nor is a damaged one passed over
+        load_checkpoint("digits")
 
 
 def test_which_form_a_folder_has(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
         lambda: save_checkpoint(tmp_path / "a", config, new),
         lambda: convert(tmp_path / "b", tmp_path / "a", to="public"),
     ):
-        with pytest.raises(CheckpointError, match=r"a: exists already; pass overwrite"):
+        with pytest.raises(CheckpointError, match=r"a: exists already, and overwrite"):
             write()
         assert_same(load_checkpoint(tmp_path / "a"), config, old)
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "b"]
@@ -108,6 +108,22 @@ def test_overwrite(tmp_path: Path) -> None:
     assert sorted(entry.name for entry in (tmp_path / "a").iterdir()) == ["config.yaml", "model.pt"]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "b"]
     save_checkpoint(tmp_path / "new", config, random_weights(config), overwrite=True)  # nothing there: no matter
+
+
+def test_missing_folders_are_made_and_removed_again_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    save_checkpoint(tmp_path / "some" / "new" / "a", config, random_weights(config))
+    assert_same(load_checkpoint(tmp_path / "some" / "new" / "a"), config, random_weights(config))
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckpointError, match="disk full"):
+        save_checkpoint(tmp_path / "some" / "other" / "folder" / "a", config, random_weights(config))
+    assert sorted(entry.name for entry in (tmp_path / "some").iterdir()) == ["new"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -162,8 +178,8 @@ def test_overwrite_deletes_nothing_but_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="file: is a file"):
         save_checkpoint(tmp_path / "file", config, weights, overwrite=True)
     assert (tmp_path / "file").read_text() == "precious"
-    with pytest.raises(CheckpointError, match="nowhere does not exist"):
-        save_checkpoint(tmp_path / "nowhere" / "a", config, weights)
+    with pytest.raises(CheckpointError, match=r"file/new/a: .*file is a file, expected a folder"):
+        save_checkpoint(tmp_path / "file" / "new" / "a", config, weights)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "odd", "run"]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -205,17 +207,18 @@ def assert_one_line(ran: Ran, *said: str) -> None:
     ("options", "said"),
     [
         (["--class-label", "5"], None),  # the null class is a class: control, must work
-        (["--class-label", "6"], ["class_labels", "got 6"]),
-        (["--class-label", "-1"], ["class_labels", "got -1"]),
-        (["--steps", "0"], ["steps", "got 0"]),
+        (["--class-label", "6"], ["pixelflow: class-label: got 6"]),
+        (["--class-label", "-1"], ["pixelflow: class-label: got -1"]),
+        (["--steps", "0"], ["pixelflow: steps: got 0"]),
+        (["--steps", "1,0,1"], ["pixelflow: steps: got 0"]),
         (["--steps", "10,10"], ["steps", "got 2", "expected 3"]),
         (["--steps", "ten"], ["steps", "'ten'", "expected"]),
         (["--steps", "2.5"], ["steps", "'2.5'", "integer"]),
         (["--steps", ""], ["steps", "''", "expected"]),
-        (["--guidance-scale", "nan"], ["guidance_scale", "nan"]),
+        (["--guidance-scale", "nan"], ["pixelflow: guidance-scale: got nan"]),
         (["--guidance-schedule", "linear"], ["guidance-schedule", "'linear'"]),
-        (["--guidance-schedule", "1,2"], ["guidance_schedule", "got 2"]),
-        (["--guidance-schedule", "1,inf,2"], ["guidance_schedule", "inf"]),
+        (["--guidance-schedule", "1,2"], ["pixelflow: guidance-schedule: got 2"]),
+        (["--guidance-schedule", "1,inf,2"], ["pixelflow: guidance-schedule: got inf"]),
         (["--shift", "0"], ["shift", "0"]),
         (["--seed", "-1"], ["seed", "-1"]),
         (["--seed", str(2**64)], ["seed", str(2**64)]),
@@ -251,6 +254,49 @@ def test_an_output_of_another_kind_is_refused_before_any_work(
     assert contents(tmp_path) == []
 
 
+@pytest.mark.parametrize("kind", ["a.npy", "a.npz", "a.png", "a/"])
+@pytest.mark.parametrize("reason", ["a file above", "read only"])
+def test_a_path_that_cannot_be_written_is_refused_before_any_work(
+    reason: str, kind: str, run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    if reason == "read only":
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", "some temporary name")
+
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(PixelFlowEngine, "__call__", lambda *_, **__: pytest.fail("the model runs"))
+    folder = tmp_path / ("file" if reason == "a file above" else "new")
+    ran = run("generate", "--model", model, "--output", f"{folder / kind}", *GENERATE)
+    assert_one_line(ran, str(folder))
+    assert "temporary" not in ran.err
+    assert contents(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("kind", ["samples.npy", "samples/"])
+def test_images_are_written_as_they_are_made(
+    kind: str, run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure in the third batch leaves the two in the folder, and nothing where a file would not be whole."""
+    sample, calls = PixelFlowEngine.__call__, iter(range(3))
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 2:
+            raise FloatingPointError("lost")
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(PixelFlowEngine, "__call__", failing)
+    ran = run(
+        "generate", "--model", model, "--output", f"{tmp_path}/new/{kind}", *("--class-label", 1),
+        *("--images-per-label", 6, "--batch-size", 2, "--steps", 1),
+    )  # fmt: skip
+    assert_one_line(ran, "lost")
+    kept = ["new", "new/samples", *(f"new/samples/{i:06d}.png" for i in range(4))]
+    assert contents(tmp_path) == (kept if kind == "samples/" else [])
+
+
 def test_no_labels_are_refused(run: Run, model: Path, tmp_path: Path) -> None:
     assert_one_line(run("generate", "--model", model, "--output", tmp_path / "a.npy"), "class-label", "got none")
     assert contents(tmp_path) == []
@@ -260,7 +306,7 @@ def test_a_model_without_classes_is_asked_for_a_number_of_images(run: Run, tmp_p
     model = saved(tmp_path / "plain", num_classes=0)
     output = tmp_path / "samples.npy"
     request = ("generate", "--model", model, "--output", output, "--steps", 2, "--seed", 7)
-    ran = run(*request, "--guidance-scale", 1, "--images", 3, "--batch-size", 2)
+    ran = run(*request, "--images", 3, "--batch-size", 2)  # without guidance by default: there is nothing to guide by
     assert (ran.code, ran.err) == (0, "")
     images = PixelFlowEngine.from_pretrained(model)(
         num_inference_steps=2, guidance_scale=1, seed=[7, 8, 9], output_type="np"
@@ -268,7 +314,7 @@ def test_a_model_without_classes_is_asked_for_a_number_of_images(run: Run, tmp_p
     # The third image was in a batch of its own.
     np.testing.assert_allclose(np.load(output), images, rtol=0, atol=1e-5)
     output.unlink()
-    assert_one_line(run(*request, "--images", 3), "guidance_scale", "2.4")
+    assert_one_line(run(*request, "--images", 3, "--guidance-scale", 2.4), "guidance-scale", "2.4")
     assert_one_line(run(*request, "--class-label", 1), "class-label", "without classes")
     assert_one_line(run(*request, "--images-per-label", 16), "images-per-label", "without classes, but --images")
     assert_one_line(run(*request, "--guidance-scale", 1, "--images", 3, "--noise", "public"), "images", "expected 1")
@@ -483,7 +529,7 @@ def test_a_process_of_its_own_says_nothing_else(model: Path, engine: PixelFlowEn
 
 def test_a_mistake_in_a_process_of_its_own(model: Path, tmp_path: Path) -> None:
     done = process("generate", "--model", model, "--output", tmp_path / "a.npy", "--class-label", 9)
-    assert_one_line(Ran(done.returncode, done.stdout, done.stderr), "class_labels[0]", "got 9", "0 to 5")
+    assert_one_line(Ran(done.returncode, done.stdout, done.stderr), "class-label: got 9", "got 9", "0 to 5")
     assert contents(tmp_path) == []
 
 

@@ -37,12 +37,29 @@ def test_own_sampler_makes_the_engines_images(monkeypatch: pytest.MonkeyPatch) -
     assert (got - want).abs().max() < 48 * 2.0**-23 * 10
 
 
-@pytest.mark.parametrize("name", ["own_sampler.py", "inpainting.py"])
+@pytest.mark.parametrize("name", ["own_sampler.py", "inpainting.py", "image_to_image.py"])
 def test_without_a_name_for_the_picture_they_say_how_they_are_run(name: str) -> None:
     ran = subprocess.run([sys.executable, EXAMPLES / name], capture_output=True, text=True, check=False)
     assert ran.returncode == 1
     assert f"python examples/{name} " in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_image_to_image(tmp_path: Path) -> None:
+    """Each row keeps less of the given images than the one above; those of another seed are the control."""
+    path = tmp_path / "kept.png"
+    command = [sys.executable, EXAMPLES / "image_to_image.py", path]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    differences = [float(line.split()[-1]) for line in ran.stdout.splitlines()]
+    assert len(differences) == 6
+    assert differences == sorted(differences)
+    assert 0 < differences[0] < differences[-1] / 8
+    with Image.open(path) as image:
+        assert image.size == (10 * 66 + 2, 7 * 66 + 2)
+        rows = [np.asarray(image.convert("L"))[2 + 66 * i : 66 * (i + 1)].astype(int) for i in range(7)]
+    for row, said in zip(rows[1:], differences, strict=True):
+        inside = np.abs(row - rows[0]).sum() / (10 * 64 * 64) / 255  # the space between images is equal
+        assert abs(inside - said) < 2 / 255
 
 
 def test_inpainting(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pixelflow_engine import StepEvent
+from pixelflow_engine.files import write_atomically
+from pixelflow_engine.image_files import image_writer, write_images
 from pixelflow_engine.output import to_uint8
-from pixelflow_engine.pictures import CascadeRecorder, contact_sheet, pixels, write_atomically, write_images
+from pixelflow_engine.pictures import CascadeRecorder, contact_sheet, pixels
 from support.engines import tiny_engine
 
 
@@ -240,6 +242,35 @@ def test_a_new_file_has_the_usual_permissions(tmp_path: Path) -> None:
     finally:
         os.umask(mask)
     assert stat.S_IMODE((tmp_path / "a.npy").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("output", ["a.png", "a.npz", "a.npy", "a/"])
+def test_batches_make_the_same_files_as_the_whole(output: str, channels: int, tmp_path: Path) -> None:
+    images = random_images(5, 4, 6, channels)
+    (whole, *others) = write_images(images, f"{tmp_path}/whole/{output}")
+    with image_writer(f"{tmp_path}/parts/{output}", 5) as write:
+        for part in (images[:2], images[2:4], images[4:]):
+            write(part)
+    for file in (whole, *others):
+        part = tmp_path / "parts" / file.relative_to(tmp_path / "whole")
+        if file.suffix == ".npz":  # holds the time
+            with np.load(file) as one, np.load(part) as other:
+                assert other["arr_0"].tobytes() == one["arr_0"].tobytes()
+        else:
+            assert part.read_bytes() == file.read_bytes()
+    assert names(tmp_path / "parts") == names(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("output", ["a.png", "a.npz", "a.npy"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_another_number_of_images_is_no_file(output: str, count: int, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=rf"^images: got 3 to write, expected {count}$"),
+        image_writer(f"{tmp_path}/new/{output}", count) as write,
+    ):
+        write(random_images(3, 4, 6))
+    assert names(tmp_path) == []
 
 
 # --- all or nothing ----------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_a_destination_that_exists_is_refused_before_the_weights_are_read(public
     ours = public.with_name("ours")
     with (public / "model.pt").open("r+b") as file:
         file.truncate(100)
-    with pytest.raises(CheckpointError, match="exists already; pass overwrite to replace it"):
+    with pytest.raises(CheckpointError, match="exists already, and overwrite"):
         convert(public, ours)
     (ours / "notes.txt").touch()
     with pytest.raises(CheckpointError, match=r"also holds notes\.txt"):

@@ -183,7 +183,7 @@ def test_an_unknown_key_is_named_beside_the_known_ones(override: str, key: str, 
         ("optimizer.lr=.inf", "optimizer.lr", "inf", "a finite number"),
         ("samples.guidance_scale=.nan", "samples.guidance_scale", "nan", "a finite number"),
         ("samples.guidance_scale=nan", "samples.guidance_scale", "nan", "a finite number"),
-        ("optimizer.betas=0.9", "optimizer.betas", "0.9", "a list"),
+        ("optimizer.betas=0.9", "optimizer.betas", "0.9", "a list, such as [0.9]"),
         ("optimizer.betas=[0.9, x]", "optimizer.betas[1]", "'x'", "a number"),
         ("optimizer.schedule=linear", "optimizer.schedule", "'linear'", "constant, cosine"),
         ("data.name=faces", "data.name", "'faces'", "digits, folder, shards"),
@@ -198,7 +198,7 @@ def test_an_unknown_key_is_named_beside_the_known_ones(override: str, key: str, 
 )
 def test_a_wrong_type_is_named(override: str, key: str, got: str, expected: str, tmp_path: Path) -> None:
     message = refused(tmp_path, override)
-    assert f"{key}: got {got}" in message
+    assert message.startswith(f"recipe.{key}: got {got}"), "the file is not at fault, and is not named"
     assert expected in message.partition("expected")[2]
 
 

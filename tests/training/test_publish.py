@@ -86,7 +86,7 @@ def test_it_is_what_the_published_code_writes(trained: tuple[TrainConfig, Path],
 def test_any_checkpoint_of_a_run_can_be_published(trained: tuple[TrainConfig, Path], tmp_path: Path) -> None:
     first = publish(trained[1], tmp_path / "out", from_step=0)
     assert bits(load_checkpoint(first, "model").state_dict) == bits(loop.build_model(trained[0]).state_dict())
-    with pytest.raises(CheckpointError, match="exists already; pass overwrite"):
+    with pytest.raises(CheckpointError, match="exists already, and overwrite"):
         publish(trained[1], tmp_path / "out")
     publish(trained[1], tmp_path / "out", overwrite=True)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.yaml", "model_3.pt"}

@@ -359,4 +359,5 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
             target[last] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise ConfigError(f"override: got {override!r}, whose value is not YAML") from None
-    return from_mapping(TrainConfig, data, path.name)
+    # With overrides a fault may be theirs, and the file's name would mislead.
+    return from_mapping(TrainConfig, data, "recipe" if overrides else path.name)

@@ -6,10 +6,13 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from pixelflow_engine.files import write_atomically
 
 from .curves import Curve, RunCurves
 from .look import PALETTE, plot_style
@@ -32,7 +35,7 @@ def save_plot(runs: Sequence[RunCurves], output: Path, smooth: float | None = No
 
     Args:
         runs: in the order of the legend.
-        output: ``*.svg`` or ``*.png``.
+        output: ``*.svg`` or ``*.png``; missing folders are made.
         smooth: width in steps of the window over which training losses are averaged; by default a thirtieth of the
             longest run.
 
@@ -48,12 +51,15 @@ def save_plot(runs: Sequence[RunCurves], output: Path, smooth: float | None = No
         raise ValueError(f"smooth: got {smooth}, expected 0 or more steps")
     with _drawing():
         figure = _draw(runs, smooth)
-        figure.savefig(
-            output,
-            dpi=144 if output.suffix == ".png" else 72,
+        kind = output.suffix[1:]
+        save = partial(
+            figure.savefig,
+            format=kind,
+            dpi=144 if kind == "png" else 72,
             # Without metadata, the same log gives the same file.
-            metadata={"Date": None, "Creator": None} if output.suffix == ".svg" else {"Software": None},
+            metadata={"Date": None, "Creator": None} if kind == "svg" else {"Software": None},
         )
+        write_atomically(output, save)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pixelflow_engine.arguments import place
+from pixelflow_engine.arguments import automatic, place
 from pixelflow_engine.errors import ConfigError
 
 from .config import TrainConfig
@@ -115,8 +115,7 @@ def join(config: TrainConfig) -> Iterator[Ranks]:
         ValueError: there is no such device.
         RankLostError: communication with the other ranks has failed within the context.
     """
-    named, shard = config.compute.device, config.compute.shard
-    named = ("cuda" if torch.cuda.is_available() else "cpu") if named == "auto" else named
+    named, shard = automatic(config.compute.device), config.compute.shard
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() or os.environ["WORLD_SIZE"] == "1":
         if shard > 1:
             raise ConfigError(f"compute.shard: got {shard}, but there is one process; torchrun starts more")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pixelflow_engine import PixelFlowEngine
 from pixelflow_engine.checkpoint import Checkpoint
+from pixelflow_engine.image_files import save_png
 from pixelflow_engine.output import to_uint8
-from pixelflow_engine.pictures import contact_sheet, save_png
+from pixelflow_engine.pictures import contact_sheet
 
 from .config import TrainConfig
 from .evaluation import averaged_weights
@@ -43,7 +44,6 @@ def save_samples(run: RunDirectory, state: TrainState, config: TrainConfig, rank
         except torch.OutOfMemoryError as error:
             return {"reason": str(error)}
         path = run.sample_path(state.step)
-        path.parent.mkdir(exist_ok=True)
         save_png(picture, path)
         return {"file": str(path.relative_to(run.path)), "failed": failed}
 

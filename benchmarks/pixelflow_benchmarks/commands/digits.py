@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import Quiet, show
+from .options import Quiet, new_lines, show
 
 
 def evaluate(
@@ -35,9 +34,12 @@ def evaluate(
     if not settings:
         raise ValueError(f"only: got {only!r}, expected a part of one of: {'; '.join(s.name for s in digits.SETTINGS)}")
     engine = PixelFlowEngine.from_pretrained(model)
+    network = engine.config.model
+    if (network.num_classes, network.cross_attention_dim) != (10, None) or network.in_channels not in (1, 3):
+        raise ValueError(f"model: got {model!r}, expected one of the ten digits, in one channel or three")
     records = []
     # Records are written as they are measured, so that an interrupted evaluation keeps its results.
-    with contextlib.nullcontext() if output is None else output.open("x", encoding="utf-8") as file:
+    with new_lines(output) as file:
         for record in digits.evaluate_digits(engine, count, repeats, batch_size, settings, quiet):
             records.append(record)
             if file is not None:

@@ -35,6 +35,10 @@ def command(
     from pixelflow_engine.arguments import place
 
     deadline = time.perf_counter() + budget_seconds
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device: got 'cuda', expected a GPU that torch can use (see `pixelflow doctor`); cpu tries the command out"
+        )
     where, what = place(device), getattr(torch, dtype)
     known(op=(op or [], OPS), stage=(stage or [], range(len(STAGE_SIDES))))
     cases = all_cases(op or OPS, stage or range(len(STAGE_SIDES)), batch, what, where)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -37,11 +38,9 @@ def place_of(device: str) -> torch.device:
     Raises:
         ValueError: there is no such device.
     """
-    import torch
+    from pixelflow_engine.arguments import automatic, place
 
-    from pixelflow_engine.arguments import place
-
-    return place(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    return place(automatic(device))
 
 
 NEUTRAL = ("device", "output", "budget_seconds", "public", "quiet")
@@ -73,9 +72,11 @@ def _texts(value: Any) -> list[str]:
 
 
 def show(text: TextTable) -> None:
-    """Print a table without empty columns; in a narrow terminal its cells wrap at blanks."""
+    """Print a table without empty columns; in a narrow terminal its cells wrap, so that nothing is cut."""
     text = text.without_empty()
-    table = Table(*text.header, title=text.title, padding=(0, 0))
+    table = Table(title=text.title, padding=(0, 0))
+    for name in text.header:
+        table.add_column(name, overflow="fold")
     for row in text.rows:
         table.add_row(*row)
     console.print(table)
@@ -92,6 +93,18 @@ def finish(run: Run) -> None:
     if wrong := faults(run):
         console.print("\n".join(["wrong results:", *wrong]), style="red", highlight=False)
         raise typer.Exit(1)
+
+
+def new_lines(output: Path | None) -> AbstractContextManager[TextIO | None]:
+    """Open a new file for JSON lines, in a folder that is made if missing; there is none for None.
+
+    Raises:
+        FileExistsError: the file is there already.
+    """
+    if output is None:
+        return nullcontext()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return output.open("x", encoding="utf-8")
 
 
 def known(**asked: tuple[Sequence[Any], Sequence[Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm.auto import tqdm
 
-from .options import Quiet, console, known, show
+from .options import Quiet, console, known, new_lines, show
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +45,7 @@ def command(
     if measured is None:
         found = _tune(op or (), _gpu(device), stage, batch, repeats, budget_seconds, jobs)
         first, records = next(found), []  # before the file, which is not made for an interrupt or an error here
-        with contextlib.nullcontext() if output is None else output.open("x", encoding="utf-8") as file:
+        with new_lines(output) as file:
             try:
                 for record in tqdm(chain([first], found), unit="configuration", delay=2, disable=quiet):
                     records.append(record)

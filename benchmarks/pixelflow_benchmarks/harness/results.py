@@ -139,12 +139,13 @@ def result_file(output: Path, device: torch.device, when: datetime) -> Path:
     """Return the file for records: ``output`` itself if its name ends in ``.jsonl``, otherwise a file in that folder.
 
     Returns:
-        ``output``, or ``output/<device>/<date>-<commit>.jsonl``, whose folder is created.
+        ``output``, or ``output/<device>/<date>-<commit>.jsonl``; its folder is created.
 
     Raises:
         ValueError: ``output`` is a file with another suffix.
     """
     if output.suffix == ".jsonl" and not output.is_dir():
+        output.parent.mkdir(parents=True, exist_ok=True)
         return output
     check_output(output)
     head, _, changes = environment()["commit"].partition("+")
@@ -183,6 +184,11 @@ def read_runs(path: Path) -> list[Run]:
 def result_files(folder: Path) -> list[Path]:
     """Return the files in a folder and below it whose names have the form that :func:`result_file` gives."""
     return sorted(folder.rglob("[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-*.jsonl"))
+
+
+def unread(folder: Path) -> list[Path]:
+    """Return the other ``.jsonl`` files in a folder and below it; they may hold anything."""
+    return sorted({*folder.rglob("*.jsonl")} - {*result_files(folder)}) if folder.is_dir() else []
 
 
 def newest(runs: Sequence[Run], suite: str) -> Run | None:

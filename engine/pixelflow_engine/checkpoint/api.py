@@ -31,6 +31,8 @@ RUN_FILE, RUN_MODEL = "recipe.yaml", "model"
 """The file that identifies a run directory, and the folder in it that holds its model."""
 PICKLED_FILE = ".metadata"
 """Metadata file of torch.distributed.checkpoint."""
+RECOGNIZED = (*REPLACEABLE, RUN_FILE, PICKLED_FILE)
+"""Files of which a folder has at least one if it is meant to be a checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +98,7 @@ def save_checkpoint(
     and an existing checkpoint is still there.
 
     Args:
-        path: the folder to create. Its parent must exist.
+        path: the folder to create; its missing parents are made.
         config: the model's configuration.
         state_dict: its weights: contiguous, finite CPU tensors of a floating-point dtype, with exactly the names and
             shapes of ``parameter_shapes(config.model)``.
@@ -122,7 +124,7 @@ def save_training_checkpoint(
     ``opt`` and ``args``, for the optimizer's state and the command line, are omitted.
 
     Args:
-        path: the folder to create. Its parent must exist.
+        path: the folder to create; its missing parents are made.
         config: the model's configuration.
         model, ema: trained and averaged weights, as in :func:`save_checkpoint`.
         step: training step of the weights.
@@ -255,11 +257,15 @@ def _located(path_or_name: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"checkpoint: got {path_or_name!r}, expected a path or the name of a bundled model")
     path = Path(path_or_name)
     with about(path, OSError, ValueError):
+        bundled = bundled_models()
+        named = bundled.get(str(path_or_name))
+        # A folder that only happens to have a bundled model's name does not hide it.
+        if named is not None and path.is_dir() and not any((path / file).exists() for file in RECOGNIZED):
+            return named
         if path.exists():
             return path
-        bundled = bundled_models()
-        if str(path_or_name) in bundled:
-            return bundled[str(path_or_name)]
+        if named is not None:
+            return named
     names = listed(sorted(bundled)) or "none"
     raise CheckpointError(f"{path}: no such file or folder, and no bundled model of this name; bundled are: {names}")
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from pixelflow_engine.errors import CheckpointError
+from pixelflow_engine.files import folder_for
 
 from .problems import listed
 
@@ -25,7 +26,7 @@ def replace_folder(
     a crash between the two renames leaves no destination; the old folder is then beside it, as ``.NAME.*.old``.
 
     Args:
-        destination: an absolute path; its parent exists.
+        destination: an absolute path; its missing parents are made.
         write: writes the files into the empty folder that it is given.
         overwrite: whether an existing destination may be replaced.
         replaceable: the only file names that a folder to be replaced may contain; nothing else is ever deleted.
@@ -39,7 +40,7 @@ def replace_folder(
     token = secrets.token_hex(4)
     temporary = destination.with_name(f".{destination.name}.{token}.partial")
     retired = destination.with_name(f".{destination.name}.{token}.old")
-    with ExitStack() as undo:
+    with folder_for(destination.parent), ExitStack() as undo:
         temporary.mkdir()
         undo.callback(shutil.rmtree, temporary, ignore_errors=True)
         write(temporary)
@@ -58,12 +59,13 @@ def replace_folder(
 
 def check_destination(destination: Path, *, overwrite: bool, replaceable: Iterable[str]) -> None:
     """Refuse a destination that :func:`replace_folder` would refuse with the same arguments."""
-    if not destination.parent.is_dir():
-        raise CheckpointError(f"{destination}: the folder {destination.parent} does not exist")
     if not destination.exists():
+        above = next(folder for folder in destination.parents if folder.exists())
+        if not above.is_dir():
+            raise CheckpointError(f"{destination}: {above} is a file, expected a folder")
         return
     if not overwrite:
-        raise CheckpointError(f"{destination}: exists already; pass overwrite to replace it")
+        raise CheckpointError(f"{destination}: exists already, and overwrite (--overwrite) was not asked for")
     if not destination.is_dir():
         raise CheckpointError(f"{destination}: is a file, expected a folder to replace")
     known = set(replaceable)
