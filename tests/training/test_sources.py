@@ -202,6 +202,14 @@ class FailingFile(io.BytesIO):
         return super().read(size) if self.tell() <= 40 else fail_to_answer()
 
 
+def test_images_of_other_formats_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    write_tree(tmp_path, ["a/1.png", "a/2.gif", "b/inner/3.GIF", "b/4.png", "b/5.tiff", "b/notes.txt", "b/.6.gif"])
+    with pytest.warns(UserWarning, match=rf"^data\.path: {tmp_path} has images .*: 2 \.gif, 1 \.tiff$"):
+        source = folder_source(tmp_path, 2)
+    assert [source.name(i) for i in range(len(source.labels))] == ["a/1.png", "b/4.png"]
+    assert source.classes == ["a", "b"]
+
+
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 @pytest.mark.parametrize(("number", "passes"), [(errno.EMFILE, True), (errno.ESTALE, True), (errno.EACCES, False)])
 def test_an_error_that_passes_is_none_of_the_image(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from pixelflow_engine.checkpoint import load_checkpoint
@@ -48,7 +49,12 @@ def _load(model: PackedTransformer, config: TrainConfig, source: str) -> None:
 
 
 def begin_or_resume(
-    run: RunDirectory, checkpoints: Checkpointer, state: TrainState, config: TrainConfig, from_step: int | None
+    run: RunDirectory,
+    checkpoints: Checkpointer,
+    state: TrainState,
+    config: TrainConfig,
+    from_step: int | None,
+    classes: Sequence[str] | None = None,
 ) -> None:
     """Restore the state from a checkpoint, or save the initial state: a run that has a log always has a checkpoint."""
     begins = not checkpoints.restore(state, from_step)
@@ -57,6 +63,7 @@ def begin_or_resume(
         if begins:
             run.check_unused()
         run.write_recipe(config)
+        run.write_classes(classes if config.model.num_classes else None)
 
     checkpoints.ranks.first_does(prepare)
     if begins:

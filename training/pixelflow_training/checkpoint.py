@@ -85,7 +85,7 @@ class Checkpointer:
             leftovers of interrupted saves.
         config: the recipe, which is stored in every checkpoint and compared with the one stored there on restore.
         ranks: the ranks that write and read together, on a shared file system; rank 0 verifies, publishes and deletes.
-        listing: returns the listing of the training data, or None if the data are not files; called at most once, on
+        listing: returns the listing of the training data, or None to compare none; called at most once, on
             rank 0.
 
     Attributes:

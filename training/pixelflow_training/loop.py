@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
@@ -63,7 +65,7 @@ def training_batch(config: TrainConfig, data: TrainingImages, step: int, rank: i
 
 def train(
     config: TrainConfig,
-    output: Path,
+    output: str | os.PathLike[str],
     quiet: bool = False,
     *,
     fresh: bool = False,
@@ -82,7 +84,7 @@ def train(
         output: run directory, or an empty or new folder for one; see :class:`RunDirectory` for its contents. If it
             holds checkpoints, the run resumes from the last one. **They must be your own**: loading one runs whatever
             code its author put there.
-        quiet: whether to omit the progress bar.
+        quiet: whether to omit the progress bar and the line before it.
         fresh: whether to refuse a directory that holds anything.
         from_step: resume from the checkpoint of this step instead of the last one; later checkpoints are deleted.
         source: a source of your own, used instead of the one that ``data.name`` and ``data.path`` name.
@@ -110,6 +112,7 @@ def train(
         TrainingStopped: a signal was received; everything is saved.
         KeyboardInterrupt: a second SIGINT was received; the previous checkpoint is intact.
     """
+    output = Path(output)
     train_set, held_out = open_data(config, source)
     with ExitStack() as stack:
         ranks = stack.enter_context(join(config))
@@ -123,7 +126,7 @@ def train(
         ranks.first_does(lambda: stack.enter_context(run) and None)
         state = TrainState(config, model.to(ranks.device), ranks)
         checkpoints = stack.enter_context(Checkpointer(run.checkpoints, config, ranks, train_set.listing))
-        begin_or_resume(run, checkpoints, state, config, from_step)
+        begin_or_resume(run, checkpoints, state, config, from_step, train_set.classes)
         if ranks.first_does(lambda: run.model.exists() and (from_step is not None or run.evaluated_after(state.step))):
             export(run, state, config, ranks)  # before the log, which says so, is cut
         train_step = TrainStep(state, config, ranks)
@@ -142,6 +145,8 @@ def train(
             Loader(train_set, config, state.step, rank=ranks.rank, world_size=ranks.world_size, device=ranks.device)
         )
         ahead = Ahead(lambda step: training_batch(config, data, step, ranks.rank, ranks.world_size), config.steps)
+        if ranks.first and not quiet:
+            print(introduction(output, state.step, config, len(train_set), len(held_out)), file=sys.stderr)
         watch = stack.enter_context(Watch(config, state, log, ranks, quiet))
 
         def look(seen: Collection[str] = ()) -> None:
@@ -188,6 +193,13 @@ def train(
                 save()
         checkpoints.wait()  # while signals are still handled: after this block one would end the process
     return run.model
+
+
+def introduction(output: Path, step: int, config: TrainConfig, images: int, held_out: int) -> str:
+    """What a run begins with, in one line."""
+    classes = f"{config.model.num_classes} classes" if config.model.num_classes else "no classes"
+    begins = f"goes on after step {step}" if step else "begins"
+    return f"{output} {begins}: {images:,} images to train on, {held_out:,} held out, {classes}; {config.steps:,} steps"
 
 
 def due(every: int | None, state: TrainState, config: TrainConfig) -> bool:

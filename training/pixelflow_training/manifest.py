@@ -43,8 +43,7 @@ class Manifest:
         recipe: the configuration as plain data.
         versions: of this package, torch and Python, to help explain differing bits.
         files: SHA-256 of every other file of the folder.
-        data: the listing of the training data; None where there are no files, and in checkpoints of versions that
-            stored no listing.
+        data: the listing of the training data; None in checkpoints of versions that stored none.
     """
 
     format: int

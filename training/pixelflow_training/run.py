@@ -31,6 +31,7 @@ class RunDirectory:
     ::
 
         recipe.yaml      the configuration
+        classes.json     names of the classes by label, if the data have any
         log.jsonl        what happened, one JSON object per line
         checkpoints/     states to resume from
         model/           the averaged model as of the last evaluation, or of the step that the run went back to
@@ -104,6 +105,11 @@ class RunDirectory:
     def write_recipe(self, config: TrainConfig) -> None:
         """Write the configuration as a recipe that can be trained again."""
         replace_text(self.path / "recipe.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+    def write_classes(self, names: Sequence[str] | None) -> None:
+        """Write the names of the classes by label, if there are any."""
+        if names is not None:
+            replace_text(self.path / "classes.json", json.dumps(dict(enumerate(names)), indent=1) + "\n")
 
     @property
     def has_checkpoints(self) -> bool:

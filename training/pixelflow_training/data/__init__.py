@@ -5,11 +5,12 @@ from .decode import decode
 from .digits import enlarge, load_digits
 from .folder import FolderSource
 from .loader import Loader
+from .memory import ImageSet
 from .open import open_data
 from .prepared import PreparedImages
 from .shards import ShardSource
 from .skipped import SkippedImages
-from .source import ImageSet, ImageSource, SkippedImage, Taken, TrainingImages, UnreadableImageError
+from .source import ImageSource, SkippedImage, Taken, TrainingImages, UnreadableImageError
 
 __all__ = [
     "FolderSource",

@@ -14,6 +14,8 @@ from .source import PASSING, UnreadableImageError
 
 FORMATS = ("BMP", "JPEG", "PNG", "WEBP")  # detected by content; no other Pillow decoder sees the bytes
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+OTHER_SUFFIXES = (".avif", ".gif", ".heic", ".jfif", ".jp2", ".jpe", ".jxl", ".pgm", ".ppm", ".tif", ".tiff")
+"""Of images that are not read: a folder of them is more likely a mistake than meant to be left out."""
 
 
 def decode(file: BinaryIO, channels: int, max_pixels: int) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pixelflow_training.config import DataConfig
 
-from .source import ImageSet, split
+from .memory import ImageSet
+from .source import split
 
 
 def load_digits(config: DataConfig, resolution: int, channels: int) -> tuple[ImageSet, ImageSet]:
@@ -40,7 +41,8 @@ def load_digits(config: DataConfig, resolution: int, channels: int) -> tuple[Ima
     labels = torch.from_numpy(scans.target.astype(np.int64))
 
     def part(chosen: Tensor) -> ImageSet:
-        return ImageSet(images[chosen], labels[chosen], [f"scan {number}" for number in chosen.tolist()])
+        names = [f"scan {number}" for number in chosen.tolist()]
+        return ImageSet(images[chosen], labels[chosen], names, "scikit-learn's digits")
 
     return part(kept), part(held_out)
 

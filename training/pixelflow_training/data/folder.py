@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from pixelflow_engine.errors import ConfigError
 
-from .decode import SUFFIXES, decode
+from .decode import OTHER_SUFFIXES, SUFFIXES, decode
 from .listing import Listing, describe, size_of
 from .names import Names
 from .source import unreadable
@@ -21,7 +24,8 @@ class FolderSource:
     """The images below a folder; the class is the index of the top-level folder in the sorted order of names.
 
     Images are sorted by the bytes of their paths, independently of the file system's order. Links are followed. Files
-    and folders whose names begin with a dot are ignored, as are files without the suffix of an image.
+    and folders whose names begin with a dot are ignored, as are files without the suffix of an image; a warning counts
+    those whose suffix is that of an image of another format.
 
     Args:
         root: the folder.
@@ -44,13 +48,15 @@ class FolderSource:
         if not classes or len(classes) != num_classes > 0:
             expected = f"model.num_classes, {num_classes}" if num_classes else "one or more"
             raise ConfigError(f"data.path: {root} has {_listed(classes, 'class folders')}, expected {expected}")
-        members = [_images_below(root, name) for name in classes]
+        others: dict[str, list[str]] = {name: [] for name in classes}
+        members = [_images_below(root, name, others[name]) for name in classes]
         if empty := [name for name, images in zip(classes, members, strict=True) if not images]:
             raise ConfigError(f"data.path: {root} has {_listed(empty, 'class folders')} without images")
         counts = torch.tensor([len(images) for images in members])
         self.labels: Tensor = torch.arange(len(classes)).repeat_interleave(counts)
         self._names = Names(name for images in members for name in images)
-        self._classes = classes
+        self.classes: list[str] = classes
+        _warn_of_others(root, (path for name in classes for path in others[name]))
 
     def name(self, sample: int) -> str:
         """Path relative to the root."""
@@ -70,12 +76,12 @@ class FolderSource:
         ends = torch.bincount(self.labels).cumsum(0).tolist()
         return {
             name: describe((image, size_of(self.root / image)) for image in map(self.name, range(begin, end)))
-            for name, begin, end in zip(self._classes, [0, *ends], ends, strict=False)
+            for name, begin, end in zip(self.classes, [0, *ends], ends, strict=False)
         }
 
 
-def _images_below(root: Path, name: str) -> list[str]:
-    """Return the paths of a class's images relative to the root, sorted."""
+def _images_below(root: Path, name: str, others: list[str]) -> list[str]:
+    """Return the paths of a class's images relative to the root, sorted; images of other formats go to ``others``."""
     found = []
     ways = {root: {_identity(root)}}  # folder -> identities of the folder and of all folders above it
     for folder, folders, files in os.walk(root / name, onerror=_raise, followlinks=True):
@@ -86,8 +92,19 @@ def _images_below(root: Path, name: str) -> list[str]:
         ways[path] = {*above, itself}
         folders[:] = [inner for inner in folders if inner[0] != "."]
         below = os.path.relpath(folder, root)
-        found += [f"{below}/{file}" for file in files if file[0] != "." and file.lower().endswith(SUFFIXES)]
+        shown = [file for file in files if file[0] != "."]
+        found += [f"{below}/{file}" for file in shown if file.lower().endswith(SUFFIXES)]
+        others += [file for file in shown if file.lower().endswith(OTHER_SUFFIXES)]
     return sorted(found, key=os.fsencode)
+
+
+def _warn_of_others(root: Path, files: Iterable[str]) -> None:
+    counts = Counter(Path(file).suffix.lower() for file in files)
+    if counts:
+        named = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
+        warnings.warn(
+            f"data.path: {root} has images that are left out, because their format is not read: {named}", stacklevel=3
+        )
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -7,12 +7,15 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from torch import Tensor
+
 from .source import PASSING, ImageSource
 
 Listing = dict[str, str]
 """The parts of the data, class folders or tars, by name.
 
 A value states the number of images, their total size in bytes, and a digest of the images' names and sizes in order.
+Images that are in no files have one part, with a digest of their labels.
 """
 
 
@@ -22,8 +25,12 @@ def listing_of(source: ImageSource) -> Listing:
     if own is not None:
         found: Listing = own()
         return found
-    labels = source.labels.contiguous()
-    return {"labels": f"{len(labels)} images, {hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]}"}
+    return {"labels": describe_labels(source.labels)}
+
+
+def describe_labels(labels: Tensor) -> str:
+    """Describe images by their labels ``[N]``."""
+    return f"{len(labels)} images, {hashlib.sha256(labels.contiguous().numpy().tobytes()).hexdigest()[:16]}"
 
 
 def describe(images: Iterable[tuple[str, int]]) -> str:

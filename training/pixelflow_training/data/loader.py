@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -113,7 +113,12 @@ class Loader:
     def __len__(self) -> int:
         return len(self.data)
 
-    def listing(self) -> dict[str, str] | None:
+    @property
+    def classes(self) -> Sequence[str] | None:
+        """Names of the classes of ``data``."""
+        return self.data.classes
+
+    def listing(self) -> dict[str, str]:
         """Listing of ``data``."""
         return self.data.listing()
 
@@ -152,9 +157,11 @@ class Loader:
             dead = [f"{process.pid} (exit code {process.exitcode})" for process in self._processes if process.exitcode]
             if not dead:
                 raise
+            hint = "-9 is often a want of memory, and data.workers says how many there are"
+            if {process.exitcode for process in self._processes} <= {1, None}:
+                hint = 'its own message is above; a program that trains must do so under `if __name__ == "__main__":`'
             raise ChildProcessError(
-                f"step {self._next_step}: a process that reads images has ended unexpectedly: {', '.join(dead)}; "
-                "-9 is often a want of memory, and data.workers says how many there are"
+                f"step {self._next_step}: a process that reads images has ended unexpectedly: {', '.join(dead)}; {hint}"
             ) from error.with_traceback(None)  # the frames of its traceback would keep the other workers alive
         if isinstance(taken, Exception):
             raise taken

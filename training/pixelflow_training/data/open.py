@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -44,11 +45,14 @@ def open_data(config: TrainConfig, source: ImageSource | None = None) -> tuple[T
         kind = FolderSource if data.name == "folder" else ShardSource
         source = kind(Path(data.path), model.num_classes, model.in_channels, data.max_pixels)
     _check_labels(source.labels, model.num_classes)
+    _check_classes(getattr(source, "classes", None), model.num_classes)
     kept, held_out = split(len(source.labels), data)
     return PreparedImages(source, kept, config), PreparedImages(source, held_out, config)
 
 
-def _check_labels(labels: Tensor, num_classes: int) -> None:
+def _check_labels(labels: object, num_classes: int) -> None:
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels: got {type(labels).__name__}, expected a tensor, torch.int64 [N]")
     if labels.dtype != torch.int64 or labels.ndim != 1:
         raise ValueError(f"labels: got {labels.dtype} {list(labels.shape)}, expected torch.int64 [N]")
     if num_classes and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
@@ -56,3 +60,8 @@ def _check_labels(labels: Tensor, num_classes: int) -> None:
             f"labels: got {int(labels.min())} to {int(labels.max())}, expected 0 to {num_classes - 1}: "
             f"model.num_classes is {num_classes}"
         )
+
+
+def _check_classes(classes: Sequence[str] | None, num_classes: int) -> None:
+    if classes is not None and num_classes and len(classes) != num_classes:
+        raise ValueError(f"classes: got {len(classes)} names, expected {num_classes}: model.num_classes")

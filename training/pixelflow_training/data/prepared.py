@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,11 @@ class PreparedImages:
 
     def __len__(self) -> int:
         return self.samples.shape[0]
+
+    @property
+    def classes(self) -> Sequence[str] | None:
+        """Names of the source's classes, if it knows them."""
+        return getattr(self.source, "classes", None)
 
     def listing(self) -> Listing:
         """Listing of the whole source, held-out images included: which images are used depends on all of them."""
@@ -71,7 +78,18 @@ class PreparedImages:
 
     def _load(self, number: int, place: tuple[float, float]) -> Tensor:
         channels, resolution, _ = self.shape
-        image = self.source.load(number)
+        try:
+            image = self.source.load(number)
+        except UnreadableImageError:
+            raise
+        except Exception as error:
+            error.add_note(f"while image {self.source.name(number)} was loaded")
+            raise
+        if not isinstance(image, Tensor):
+            raise ValueError(
+                f"image {self.source.name(number)}: got {type(image).__name__}, "
+                f"expected a tensor, torch.uint8 [{channels}, H, W]"
+            )
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != channels or not image.numel():
             raise ValueError(
                 f"image {self.source.name(number)}: got {image.dtype} {list(image.shape)}, "

@@ -43,9 +43,11 @@ def unreadable(error: OSError, path: Path) -> Exception:
 class ImageSource(Protocol):
     """Labelled images of any size, by number. Any object that implements it can be trained on: ``train(source=...)``.
 
-    With ``data.workers`` above 0 it is pickled, once for each worker. If it has a method ``listing()`` that describes
-    the data part by part in a ``dict[str, str]``, a resumed run compares that with the checkpoint's; otherwise it
-    compares the labels.
+    With ``data.workers`` above 0 it is pickled, once for each worker. It may also have
+
+    - a method ``listing()``, which describes the data part by part in a ``dict[str, str]``: a resumed run compares that
+      with the checkpoint's, and without it the labels alone;
+    - ``classes``, the names of the classes in the order of the labels, which a run keeps in ``classes.json``.
 
     Attributes:
         labels: ``[N]`` int64, from 0 to ``model.num_classes - 1``, one for each of the N images.
@@ -97,43 +99,18 @@ class TrainingImages(Protocol):
 
     def __len__(self) -> int: ...
 
-    def listing(self) -> dict[str, str] | None:
-        """Return the listing of the files, see :mod:`.listing`; None if the images do not come from files."""
+    @property
+    def classes(self) -> Sequence[str] | None:
+        """Names of the classes in the order of the labels, if the source knows them."""
+
+    def listing(self) -> dict[str, str]:
+        """Return the listing of the data, see :mod:`.listing`."""
 
     def name(self, sample: int) -> str:
         """Return a name by which a user can find a sample, given its number in plans."""
 
     def take(self, plan: Plan) -> Taken:
         """Return the images of a plan."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class ImageSet:
-    """Labelled images in memory.
-
-    Attributes:
-        images: ``[N, c, R, R]`` uint8.
-        labels: ``[N]`` int64.
-        names: of the images; by default their numbers.
-    """
-
-    images: Tensor
-    labels: Tensor
-    names: Sequence[str] = ()
-
-    def __len__(self) -> int:
-        return self.labels.shape[0]
-
-    def listing(self) -> None:
-        """Return None: the images are in memory, not in files."""
-
-    def name(self, sample: int) -> str:
-        """Return the given name of a sample, or its number."""
-        return self.names[sample] if self.names else str(sample)
-
-    def take(self, plan: Plan) -> Taken:
-        """Return the images of a plan."""
-        return Taken(self.images[plan.sample], self.labels[plan.sample])
 
 
 def split(count: int, config: DataConfig) -> tuple[Tensor, Tensor]:
