@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .attention_roundings import Roundings
 from .kernels import assert_filled, assert_level_d, poisoned
 
 TINY = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
@@ -156,9 +157,11 @@ def largest(x: Tensor) -> float:
 
 
 def assert_output(out: Tensor, of: Pack, name: str = "out") -> None:
-    """Assert level D for the forward pass."""
+    """Assert level D for the forward pass, and in 16 bits that the errors are those of rounding."""
     scale = (1 + logit_size(of)) * largest(of.v.double())
     assert_level_d(out, plain(of), truth(of)[0], name, scale=scale)
+    if of.q.dtype.itemsize == 2:
+        Roundings(of, torch.zeros_like(out)).check("out", out)
 
 
 def assert_lse(lse: Tensor, of: Pack) -> None:
@@ -182,9 +185,11 @@ def assert_lse(lse: Tensor, of: Pack) -> None:
 
 
 def assert_gradients(found: Sequence[Tensor], of: Pack, grad: Tensor) -> None:
-    """Assert level D for the backward pass. Roundings affect the terms of the sums over queries or keys: P dO for dV,
-    and for dQ and dK ``scale P (dP - delta)`` times a key or a query. ``P = exp(s - lse)`` carries the error of its
-    exponent; an inner product such as dP has an error relative to the sum of its terms' magnitudes.
+    """Assert level D for the backward pass, and in 16 bits that the errors are those of rounding.
+
+    Roundings affect the terms of the sums over queries or keys: P dO for dV, and for dQ and dK ``scale P (dP - delta)``
+    times a key or a query. ``P = exp(s - lse)`` carries the error of its exponent; an inner product such as dP has an
+    error relative to the sum of its terms' magnitudes.
     """
     expected, in_type = gradients(of, grad, truth), gradients(of, grad)
     share = torch.nan_to_num(masked_logits(of).softmax(-1)) if of.k.shape[0] else masked_logits(of)
@@ -197,8 +202,11 @@ def assert_gradients(found: Sequence[Tensor], of: Pack, grad: Tensor) -> None:
         error * dp * largest(of.q.double()) * queries_per_key,
         error * largest(grad.double()) * queries_per_key,
     )
+    roundings = Roundings(of, grad) if of.q.dtype.itemsize == 2 else None
     for name, got, a, b, scale in zip(("dq", "dk", "dv"), found, in_type, expected, scales, strict=True):
         assert_level_d(got, a, b.double(), name, scale=scale)
+        if roundings:
+            roundings.check(name, got)
 
 
 def run(of: Pack, config: dict[str, int] | None = None, multiple_of: int = 1) -> tuple[Tensor, Tensor]:
