@@ -31,7 +31,7 @@ class Call:
     class_labels: Sequence[int] | Sequence[Request] | int | Tensor | None = None
     num_inference_steps: int | Sequence[int] = 10
     guidance_scale: float | None = None
-    guidance_schedule: Literal["stagewise", "constant"] | Sequence[float] = "stagewise"
+    guidance_schedule: Literal["stagewise", "constant"] | Sequence[float] | None = None
     solver: Solver = "euler"
     shift: float = 1.0
     seed: int | Sequence[int] | None = 0
@@ -135,6 +135,8 @@ def plan_call(
     _check_words(call, config)
     if call.guidance_scale is None:
         call = replace(call, guidance_scale=guidance.default_scale(config.model))
+    if call.guidance_schedule is None:
+        call = replace(call, guidance_schedule=guidance.default_schedule(config.model))
     asked = _requested(call, config) if _is_mixed(call) else _uniform(call, config)
     batch = len(asked.sizes)
     steps = arguments.steps(call.num_inference_steps, config.scheduler.num_stages)

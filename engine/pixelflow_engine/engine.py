@@ -49,7 +49,8 @@ class PixelFlowEngine:
             to the next size with copies of its last image, whose results are discarded; a batch larger than the largest
             size is split into several (not possible with callbacks or ``stream``). In a list of requests, the images of
             each size are padded separately. Nothing is padded or split where an image depends on the whole batch by
-            definition: with ``noise="public"`` and, for Dopri5, ``error_norm="batch"``.
+            definition: with ``noise="public"`` and, for Dopri5, ``error_norm="batch"``. Prompts of a text model must in
+            addition be padded to one length by the caller: rounding depends on that, too.
 
     With ``backend="torch"`` and without ``compile`` the engine is exact: in float32 it is bitwise equal to the
     reference model and sampler. Every other combination is faster and equal up to rounding; see docs/architecture.md.
@@ -173,7 +174,7 @@ class PixelFlowEngine:
         *,
         num_inference_steps: int | Sequence[int] = 10,
         guidance_scale: float | None = None,
-        guidance_schedule: Literal["stagewise", "constant"] | Sequence[float] = "stagewise",
+        guidance_schedule: Literal["stagewise", "constant"] | Sequence[float] | None = None,
         solver: Solver = "euler",
         shift: float = 1.0,
         seed: int | Sequence[int] | None = 0,
@@ -206,7 +207,8 @@ class PixelFlowEngine:
             guidance_scale: largest guidance weight; 1 means no guidance. None means 2.4, or 1 for a model with neither
                 classes nor text. Ignored if ``guidance_schedule`` is a list.
             guidance_schedule: ``stagewise`` grows from 1 at the first stage to ``guidance_scale`` at the last,
-                ``constant`` uses ``guidance_scale`` at every stage; a list gives one weight per stage.
+                ``constant`` uses ``guidance_scale`` at every stage; a list gives one weight per stage. None means
+                ``constant`` for a text model and ``stagewise`` for others, as published.
             solver: ``euler``; ``heun`` (two evaluations per step) and ``ab2`` (Adams-Bashforth, one per step), both of
                 second order; or ``dopri5``, which chooses its own steps.
             shift: time shift of fixed steps; must be 1 for Dopri5.

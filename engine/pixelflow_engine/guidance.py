@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from .config import ModelConfig
@@ -13,6 +15,11 @@ PUBLISHED_FRACTIONS = (0.0, 1 / 6, 2 / 3, 1.0)
 def default_scale(model: ModelConfig) -> float:
     """2.4, the published scale of the class-conditional model; 1 for a model without any condition to guide by."""
     return 2.4 if model.num_classes > 0 or model.cross_attention_dim is not None else 1.0
+
+
+def default_schedule(model: ModelConfig) -> Literal["stagewise", "constant"]:
+    """``constant`` for a text model, ``stagewise`` for others, as published."""
+    return "constant" if model.cross_attention_dim is not None else "stagewise"
 
 
 def stagewise_weights(scale: float, num_stages: int) -> tuple[float, ...]:

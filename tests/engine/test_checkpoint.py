@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import importlib.resources
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -251,9 +252,15 @@ def test_training_checkpoint_without_average(tmp_path: Path) -> None:
     config = tiny_config()
     weights = random_weights(config)
     write_training_checkpoint(tmp_path / "model_1.pt", config, weights, None)
-    assert_same(load_checkpoint(tmp_path / "model_1.pt"), config, weights)
-    with pytest.raises(CheckpointError, match=r"model_1\.pt: a training checkpoint without the key ema"):
-        load_checkpoint(tmp_path / "model_1.pt", weights="ema")
+    shutil.copytree(tmp_path, tmp_path / "with-none", ignore=lambda folder, _: ["with-none"])
+    torch.save(
+        torch.load(tmp_path / "model_1.pt", weights_only=False) | {"ema": None}, tmp_path / "with-none" / "model_1.pt"
+    )
+    for folder in (tmp_path, tmp_path / "with-none"):
+        assert_same(load_checkpoint(folder / "model_1.pt"), config, weights)
+        message = r"model_1\.pt: a training checkpoint without weights under the key ema"
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(folder / "model_1.pt", weights="ema")
 
 
 @pytest.mark.parametrize("choice", ["ema", "model"])

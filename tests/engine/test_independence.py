@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from pixelflow_engine import Checkpoint, ModelConfig, PixelFlowConfig, PixelFlowEngine, SchedulerConfig
+from support.cascades import checkpoint_of, exact_engine
 from support.reference_models import random_reference
 
 SHAPE = {"heads": 2, "head_dim": 16, "depth": 2, "patch_size": 2, "num_classes": 5}
@@ -85,6 +87,37 @@ def test_batch_mates_do_not_matter(engine: PixelFlowEngine, solver: str, batch: 
         a = images(engine, labels, seeds, solver=solver)[place]
         b = images(engine, others, other_seeds, solver=solver)[place]
         assert np.array_equal(a, b), (place, batch)
+
+
+@pytest.mark.parametrize("solver", ["euler", "dopri5"])
+@pytest.mark.parametrize(("padded", "same"), [(40, True), (0, False)], ids=["one length", "each its own"])
+def test_prompts_of_batch_mates_do_not_matter_at_one_padded_length(solver: str, padded: int, same: bool) -> None:
+    """Whatever length they have under their masks. Padded to the longest of a call, they do: the negative control."""
+    shape = {**SHAPE, "num_classes": 0, "cross_attention_dim": 12}
+    model = random_reference(3, dtype=torch.float32, **shape)  # type: ignore[arg-type]
+    engine = exact_engine(checkpoint_of(model, 3, 16))
+    generator = torch.Generator().manual_seed(5)
+    own, null, *others = (torch.randn(length, 12, generator=generator) for length in (3, 1, 3, 40))
+    found = []
+    for other in others:
+        several = [own, other]
+        length = max([padded, *map(len, several)])
+        states = torch.stack([F.pad(prompt, (0, 0, 0, length - len(prompt))) for prompt in several])
+        mask = torch.stack([(torch.arange(length) < len(prompt)).float() for prompt in several])
+        out = engine(
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
+            null_encoder_hidden_states=F.pad(null, (0, 0, 0, length - 1))[None],
+            null_encoder_attention_mask=mask.new_zeros(1, length).index_fill(1, torch.tensor([0]), 1.0),
+            seed=[7, 8],
+            num_inference_steps=3,
+            solver=solver,  # type: ignore[arg-type]
+            rtol=0.1,
+            atol=0.1,
+            output_type="np",
+        )
+        found.append(np.asarray(out.images)[0])
+    assert np.array_equal(*found) == same
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -382,6 +382,25 @@ def test_grey_pictures_have_one_channel() -> None:
     assert torch.equal(engine([1], image=Image.fromarray(ramp), **options).images, expected)
 
 
+# --- defaults ------------------------------------------------------------------------------------------------
+
+
+def test_guidance_is_by_default_what_was_published_for_the_kind_of_model() -> None:
+    """Stage-wise for classes, constant for text (arXiv 2504.07963, section 4.3), none where nothing can guide."""
+    options: dict[str, Any] = {"num_inference_steps": 1, "output_type": "pt"}
+    text = normal((2, 1, 3, 12), seeded(71), torch.float32)
+    prompts = {"encoder_hidden_states": text[0], "null_encoder_hidden_states": text[1]}
+    for kind, given, expected in (
+        ({}, {"class_labels": [1]}, (1.0, 1 + 1.4 * (1 / 6 + 2 / 3) / 2, 2.4)),
+        ({"num_classes": 0, "cross_attention_dim": 12}, prompts, (2.4, 2.4, 2.4)),
+        ({"num_classes": 0}, {}, (1.0, 1.0, 1.0)),
+    ):
+        engine = packed_engine(checkpoint_of(random_reference(70, depth=1, **kind), 3, 16))
+        out = engine(**given, **options)
+        assert [stage.guidance_weight for stage in out.stages] == pytest.approx(expected)
+        assert torch.equal(out.images, engine(**given, **options, guidance_schedule=list(expected)).images)
+
+
 # --- what a call makes of odd arguments ----------------------------------------------------------------------
 
 

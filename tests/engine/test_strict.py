@@ -190,6 +190,7 @@ def test_other_types_agree_too(dtype: torch.dtype, solver: str, state: str, seed
     engine(
         **{k: v.to(dtype) if v.is_floating_point() else v for k, v in engine_condition.items()},
         num_inference_steps=case["steps"],
+        guidance_schedule="stagewise",
         seed=case["seeds"][:3],
         solver=solver,  # type: ignore[arg-type]
         state=state,  # type: ignore[arg-type]

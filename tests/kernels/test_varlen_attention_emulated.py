@@ -24,6 +24,7 @@ KERNELS = {"_attention_forward_kernel", "_delta_kernel", "_backward_keys_kernel"
 @pytest.mark.parametrize(
     ("dim", "dtype"),
     [(72, BF16), (72, FP16), *(pytest.param(*other, marks=thorough) for other in ((64, BF16), (72, FP32)))],
+    ids=str,
 )
 def test_self_attention(arch: int, dim: int, dtype: torch.dtype) -> None:
     """Members that end within a tile, at its end and after one token; one without tokens."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 from .mutant import Mutant
 
 TESTS = ("tests/kernels/test_varlen_attention_interpret.py",)
+IN_BFLOAT16 = (
+    "tests/kernels/test_varlen_attention_emulated.py", "-k", "test_self_attention and 90 and 72 and bfloat16",
+)  # fmt: skip
+"""The compiled kernels: what 16 bits round must not hide a mistake."""
 
 MUTANTS = (
     Mutant(
@@ -204,5 +208,51 @@ MUTANTS = (
         "grad_ptr += (q_start + first) * (stride_grad_token * unit)",
         "grad_ptr += q_start * (stride_grad_token * unit)",
         TESTS,
+    ),
+    *(
+        Mutant(
+            f"varlen_attention: {name}, in bfloat16", f"varlen_attention/{file}.py", before, after, IN_BFLOAT16, False
+        )
+        for name, file, before, after in (
+            ("dq zero", "backward", "dq_main * SCALE, dq_tail * SCALE", "dq_main * 0, dq_tail * 0"),
+            ("dk zero", "backward", "dk_main * SCALE, dk_tail * SCALE", "dk_main * 0, dk_tail * 0"),
+            (
+                "dq a fiftieth larger",
+                "backward",
+                "dq_main * SCALE, dq_tail * SCALE",
+                "dq_main * (SCALE * 1.02), dq_tail * SCALE",
+            ),
+            (
+                "delta not subtracted (keys)",
+                "backward",
+                "ds = (p * (dp - delta[None, :])).to(q_main.dtype)",
+                "ds = (p * dp).to(q_main.dtype)",
+            ),
+            ("delta not subtracted (queries)", "backward", "(dp - delta[:, None])", "dp"),
+            (
+                "last ragged tile of keys skipped (queries)",
+                "backward",
+                "        if whole < k_len:",
+                "        if whole + 1 < 0:",
+            ),
+            (
+                "last ragged tile of queries skipped (keys)",
+                "backward",
+                "        if whole < q_len:",
+                "        if whole + 1 < 0:",
+            ),
+            (
+                "row sum from the wrong lane",
+                "forward",
+                "(MAIN + tl.arange(0, TAIL) == HEAD_DIM)[None, :], acc_tail",
+                "(MAIN + tl.arange(0, TAIL) == HEAD_DIM - 1)[None, :], acc_tail",
+            ),
+            (
+                "tail left out of delta",
+                "backward",
+                "    if TAIL > 0:\n        delta += tl.sum(g_tail",
+                "    if TAIL < 0:\n        delta += tl.sum(g_tail",
+            ),
+        )
     ),
 )

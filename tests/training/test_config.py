@@ -332,3 +332,17 @@ def test_the_tiny_recipe_is_as_written(tmp_path: Path) -> None:
             hold(got[key], value)
 
     hold(config.to_dict(), yaml.safe_load(TINY_RECIPE))
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    """YAML's own reader keeps the last one: a group appended to a recipe would silently replace the first."""
+    text = "model: {num_attention_heads: 1, attention_head_dim: 8, depth: 1}\noptimizer: {lr: 1.0e-3}\n"
+    load_config(written(tmp_path, text))
+    with pytest.raises(ConfigError, match="the key 'optimizer' occurs twice"):
+        load_config(written(tmp_path, text + "optimizer: {warmup_steps: 3}\n"))
+
+
+def test_more_stages_than_training_pairs_are_made_for_are_refused(tmp_path: Path) -> None:
+    assert "scheduler.num_stages: got 7, expected at most 6 for training" in refused(
+        tmp_path, "scheduler.num_stages=7", "resolution=1024", "batch_size=8"
+    )

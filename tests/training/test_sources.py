@@ -246,6 +246,15 @@ def test_nor_is_one_that_comes_while_an_image_is_read_or_asked_for_its_size(
             source.listing()
 
 
+def test_a_named_pipe_is_no_image_and_is_not_waited_for(tmp_path: Path) -> None:
+    write_tree(tmp_path, ["a/1.png"])
+    os.mkfifo(tmp_path / "a" / "2.png")
+    source = folder_source(tmp_path, 1)
+    assert source.name(1) == "a/2.png"
+    with pytest.raises(UnreadableImageError, match="not a regular file"):
+        source.load(1)
+
+
 # --- shards ------------------------------------------------------------------------------------------------
 
 
@@ -345,7 +354,7 @@ def test_a_tar_that_is_compressed_or_cut_or_damaged_is_refused(tmp_path: Path) -
         archive.add(tar)
     for content in (compressed.read_bytes(), b"", b"text" * 200, whole[: last.offset_data], bytes(damaged)):
         tar.write_bytes(content)
-        with pytest.raises(ConfigError, match=rf"^data\.path: {tar}: (not a tar|damaged at byte {third.offset}$)"):
+        with pytest.raises(ConfigError, match=rf"^data\.path: {tar}: (not a tar|damaged at byte {third.offset},)"):
             shard_source(tmp_path)
     # Without the zeros at the end, which say nothing, it is whole.
     tar.write_bytes(whole[: last.offset_data + 512])
@@ -358,3 +367,24 @@ def test_a_shard_that_has_gone_is_an_unreadable_image(tmp_path: Path) -> None:
     tar.unlink()
     with pytest.raises(UnreadableImageError, match=r"^No such file or directory$"):
         source.load(0)
+
+
+@pytest.mark.parametrize("fault", ["joined", "a header of zeros"])
+def test_a_tar_that_seems_to_end_early_is_refused(fault: str, tmp_path: Path) -> None:
+    members = [
+        (f"{i}{suffix}", content) for i in range(4) for suffix, content in ((".png", PICTURES[0]), (".cls", b"0"))
+    ]
+    write_tar(tmp_path / "1.tar", members)
+    whole = (tmp_path / "1.tar").read_bytes()
+    assert len(shard_source(tmp_path, 1).labels) == 4
+    if fault == "joined":
+        changed = whole + whole
+    else:
+        with tarfile.open(tmp_path / "1.tar") as archive:
+            place = archive.getmember("2.png").offset
+        changed = whole[:place] + bytes(tarfile.BLOCKSIZE) + whole[place + tarfile.BLOCKSIZE :]
+    (tmp_path / "1.tar").write_bytes(changed)
+    with pytest.raises(ConfigError, match=r"1\.tar: damaged at byte \d+, or several tars in one file"):
+        shard_source(tmp_path, 1)
+    (tmp_path / "1.tar").write_bytes(whole + bytes(3 << 20))  # more zeros than usual are an end as well
+    assert len(shard_source(tmp_path, 1).labels) == 4

@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import yaml
 
+from pixelflow_engine.checkpoint.text import StrictLoader
 from pixelflow_engine.config import MAX_STEPS, ModelConfig, PixelFlowConfig, SchedulerConfig, from_mapping
 from pixelflow_engine.errors import ConfigError
+from pixelflow_kernels.cascade.law import MAX_STAGES
 
 PILLOW_PIXELS = 89_478_485  # above this, Pillow warns of a decompression bomb
 
@@ -281,6 +283,10 @@ class TrainConfig:
         if self.data.name != "digits" and self.model.in_channels not in (1, 3):
             raise ConfigError(f"model.in_channels: got {self.model.in_channels}, expected 1 or 3 for images from files")
         self._check_samples()
+        if self.scheduler.num_stages > MAX_STAGES:
+            raise ConfigError(
+                f"scheduler.num_stages: got {self.scheduler.num_stages}, expected at most {MAX_STAGES} for training"
+            )
         halvings = 2**self.scheduler.num_stages
         if self.network.resolution % halvings:
             raise ConfigError(
@@ -340,7 +346,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     path = recipe_path(name)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # whose safe loader keeps the last of two keys
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if not isinstance(data, dict):

@@ -162,9 +162,9 @@ def _choose(content: Any, weights: Weights, path: Path) -> Any:
     if "model" not in content and "ema" not in content:
         refuse_choice(weights, path)
         return content
-    key = weights if weights != "auto" else "ema" if "ema" in content else "model"
-    if key not in content:
-        raise CheckpointError(f"{path}: a training checkpoint without the key {key}")
+    key = weights if weights != "auto" else "ema" if content.get("ema") is not None else "model"
+    if content.get(key) is None:
+        raise CheckpointError(f"{path}: a training checkpoint without weights under the key {key}")
     return content[key]
 
 

@@ -75,7 +75,7 @@ def parse_yaml(data: bytes, path: Path) -> object:
     # Besides YAMLError, parsing of scalars raises its own errors: a date with month 13, a number of 5000 digits.
     with about(path, yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
         # The strict loader derives from the safe one, so it constructs only plain data.
-        return yaml.load(data.decode("utf-8"), Loader=_StrictLoader)
+        return yaml.load(data.decode("utf-8"), Loader=StrictLoader)
 
 
 def _check_depth(data: bytes) -> None:
@@ -100,12 +100,13 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"got {name}, expected a finite number")
 
 
-class _StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """The safe loader without aliases, which can expand exponentially; duplicate keys are errors."""
 
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse anchors, aliases and deep nesting."""
         events: Any = self  # its stubs give this method no types
         event = events.peek_event()
         if getattr(event, "anchor", None) is not None:  # an alias carries its anchor's name here too
@@ -119,6 +120,7 @@ class _StrictLoader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Refuse duplicate keys, and keys that are no plain values."""
         seen: set[Hashable] = set()
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from pixelflow_engine.errors import ConfigError
 from .decode import OTHER_SUFFIXES, SUFFIXES, decode
 from .listing import Listing, describe, size_of
 from .names import Names
-from .source import unreadable
+from .source import UnreadableImageError, unreadable
 
 
 class FolderSource:
@@ -66,6 +67,8 @@ class FolderSource:
         """See :class:`~.source.ImageSource`."""
         path = self.root / self._names[sample]
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for a writer
+                raise UnreadableImageError("not a regular file")
             with path.open("rb") as file:
                 return decode(file, self.channels, self.max_pixels)
         except OSError as error:

@@ -22,6 +22,7 @@ from .source import unreadable
 
 LABELS = (".cls", ".json")
 LABEL_BYTES = 1 << 20  # a longer file is not taken for a label
+CHUNK = 1 << 20
 
 
 class Member(NamedTuple):
@@ -116,9 +117,14 @@ def _members(shard: Path, descriptor: int) -> Iterator[Member]:
             end = archive.offset
     except tarfile.TarError as error:
         raise ConfigError(f"data.path: {shard}: not a tar without compression, or not all of one: {error}") from error
-    # tarfile also stops without an error at a damaged header, so check that a block of zeros, the end, follows.
-    if os.pread(descriptor, tarfile.BLOCKSIZE, end).strip(b"\0"):
-        raise ConfigError(f"data.path: {shard}: damaged at byte {end}")
+    # tarfile also stops without an error at a damaged header, and at the end of the first of two tars that were joined.
+    while block := os.pread(descriptor, CHUNK, end):
+        if rest := block.lstrip(b"\0"):
+            raise ConfigError(
+                f"data.path: {shard}: damaged at byte {end + len(block) - len(rest)}, or several tars in one file: "
+                "expected zeros to its end"
+            )
+        end += len(block)
 
 
 def _samples(shard: Path, members: list[Member]) -> Iterator[tuple[Member, Member | None]]:
