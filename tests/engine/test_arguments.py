@@ -121,11 +121,11 @@ SINGLE_BAD_VALUES: dict[str, list[tuple[object, str]]] = {
         (2**64, str(2**64)), ([1, 10**7, 1], str(10**7)),
     ],
     "guidance_scale": [
-        (NAN, "nan"), (INF, "inf"), (-INF, "-inf"), (True, "True"), ("2", "'2'"), (None, "None"), ([2.0], "[2.0]"),
+        (NAN, "nan"), (INF, "inf"), (-INF, "-inf"), (True, "True"), ("2", "'2'"), ([2.0], "[2.0]"),
         (HUGE, "1000"), *NOT_A_NUMBER,
     ],
     "guidance_schedule": [
-        ("linear", "'linear'"), (None, "None"), (2.0, "2.0"),
+        ("linear", "'linear'"), (2.0, "2.0"),
         ([], "0 weights"), ([1.0, 2.0], "2 weights"), ([1, 1, 1, 1], "4 weights"),
         ([1.0, NAN, 2.0], "nan"), ([1.0, INF, 2.0], "inf"), ([1.0, True, 2.0], "True"), ([1.0, "2", 2.0], "'2'"),
         (np.array([1.0, 2.0]), "got 2 weights, expected 3"),

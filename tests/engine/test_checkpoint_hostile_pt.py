@@ -155,7 +155,7 @@ def test_pt_weights(public: Path, form: str, change: Callable[[Weights], Any], w
         (torch.zeros(3), "holds a Tensor, expected a dict"),
         (None, "holds a NoneType, expected a dict"),
         ({}, "0 tensors, expected"),
-        ({"ema": None, "model": None}, "the weights are a NoneType, expected a dict of tensors"),
+        ({"ema": None, "model": None}, "a training checkpoint without weights under the key model"),
         ({"ema": [torch.zeros(1)]}, "the weights are a list, expected a dict of tensors"),
         ({"state_dict": {}}, "got a dict, expected a tensor"),
         ({1: torch.zeros(1)}, "a tensor's name is a int"),
