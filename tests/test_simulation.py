@@ -147,12 +147,27 @@ WAITS = {
     "made of numbers": lambda x: torch.tensor([1.0], device="cuda"),
     "nonzero": lambda x: x.nonzero(),
     "mask": lambda x: x[x > 0],
+    "mask assigned to": lambda x: x.__setitem__(x > 0, x + 1),
+    "list": lambda x: x[[0, 2]],
+    "index of the host": lambda x: x[torch.tensor([0, 2])],
+    "number put": lambda x: x.__setitem__(torch.zeros(1, dtype=torch.int64, device="cuda"), 2.0),
+    "where": lambda x: torch.where(x > 0, x, torch.tensor(0.0)),
+    "allclose": lambda x: torch.allclose(x, x),
+    "unique_consecutive": lambda x: x.unique_consecutive(),
+    "bincount": lambda x: x.long().bincount(),
+    "repr": repr,
 }
 PASSES = {
     "pinned": lambda x: uploaded(torch.ones(3), x.device),
     "download": lambda x: Download(x),
     "fill": lambda x: x.fill_(1.0),
     "masked_fill": lambda x: x.masked_fill_(x > 0, 0.0),
+    "mask assigned a number": lambda x: x.__setitem__(x > 0, 0.0),
+    "mask of the host": lambda x: x[torch.ones(4) > 0],
+    "index": lambda x: x[torch.zeros(2, dtype=torch.int64, device="cuda")],
+    "number of the host as index": lambda x: x[torch.tensor(1)],
+    "where": lambda x: torch.where(x > 0, x, 0.0),
+    "where, of numbers": lambda x: torch.where(x > 0, 1.0, 0.0),
     "made on it": lambda x: torch.zeros(3, device="cuda"),
     "of the host": lambda x: torch.ones(3).sum().item(),
 }
@@ -174,10 +189,12 @@ def test_waiting_is_an_error_if_asked_for_and_in_a_capture(
 
 @pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
 def test_what_does_not_wait_passes(gpu: torch.device, passes: Callable[[torch.Tensor], object]) -> None:
-    x = torch.ones(4, device=gpu)
+    x, graph = torch.ones(4, device=gpu), torch.cuda.CUDAGraph()
     torch.cuda.set_sync_debug_mode("error")
     passes(x)
     torch.cuda.set_sync_debug_mode("default")
+    with torch.cuda.graph(graph):
+        passes(x)
 
 
 def test_a_download_is_of_its_time(gpu: torch.device) -> None:

@@ -33,7 +33,8 @@ from pixelflow_engine.solvers import Tolerance
 from pixelflow_engine.traceable import TraceableOperations
 from support.engines import tiny_config
 from support.kernels import assert_same_bits
-from support.recording import READS, packed_engine
+from support.recording import packed_engine
+from support.waits import name_of, waits
 
 CUDA = torch.device("cuda", 0)
 COPIES = {"_to_copy", "copy_"}
@@ -50,10 +51,11 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name.split("::")[-1]
+        name = name_of(func)
         out = func(*args, **kwargs)
         devices = {x.device.type for x in (*args, out) if isinstance(x, Tensor)}
-        if name in READS or (name in COPIES and len(devices) > 1 and not _at_once(args, kwargs)):
+        copies = name in COPIES and len(devices) > 1 and not _at_once(args, kwargs)
+        if copies or waits(func, args, kwargs, lambda x: x.is_cuda) is not None:
             self.seen.append(name)
         return out
 

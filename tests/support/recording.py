@@ -34,12 +34,7 @@ from pixelflow_engine.operations import PlainOperations
 from pixelflow_engine.packed_stages import ProgramStore
 
 from .engines import tiny_config, tiny_model, uncompiled
-
-# Operations that read values on the host, or whose shapes depend on values.
-READS = {
-    "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "masked_select", "_unique2",
-    "unique_dim", "unique_consecutive", "unique_dim_consecutive", "bincount", "histc", "is_same_size_values",
-}  # fmt: skip
+from .waits import name_of, waits
 
 # Python functions that read or make values without a dispatched operation.
 HOST_FUNCTIONS = {
@@ -124,7 +119,7 @@ class _Record(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "profiler":  # profiler ranges are on the host: a graph has none
             return func(*args, **kwargs)
-        _refuse(func, args, kwargs)
+        self.refuse(func, args, kwargs)
         flat, form = tree_flatten((args, kwargs))
         arguments = [_Slot(self._slot(x)) if isinstance(x, Tensor) else x for x in flat]
         writes = [s.number for s, x in zip(arguments, flat, strict=True) if isinstance(x, Tensor)]
@@ -138,6 +133,14 @@ class _Record(TorchDispatchMode):
         outputs = [self._output(x, inputs) if isinstance(x, Tensor) else None for x in tree_flatten(out)[0]]
         self.nodes.append(_Node(func, arguments, form, outputs, writes))
         return out
+
+    def refuse(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Raise an error for what cannot be captured; a number may be of the host."""
+        what, device = waits(func, args, kwargs, lambda x: x.dim() > 0), kwargs.get("device")
+        if what is None and device is not None and torch.device(device).type != "cpu":
+            what = f"{name_of(func)} to {device}"
+        if what is not None:
+            raise RefusedError(f"operation not permitted when stream is capturing: {what}")
 
     def _slot(self, x: Tensor) -> int:
         if id(x) not in self.known:
@@ -168,21 +171,6 @@ class _Record(TorchDispatchMode):
                 value = args[i] if i < len(args) else kwargs.get(argument.name)
                 found |= {self._slot(x) for x in tree_flatten(value)[0] if isinstance(x, Tensor)}
         return found
-
-
-def _refuse(func: Any, args: Any, kwargs: Any) -> None:
-    name = func._schema.name.split("::")[-1]
-    if name in READS:
-        raise RefusedError(f"operation not permitted when stream is capturing: {name}")
-    if name == "index" and any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
-        raise RefusedError("operation not permitted when stream is capturing: an index of truth values")
-    if name == "repeat_interleave" and func._overloadname == "Tensor" and kwargs.get("output_size") is None:
-        raise RefusedError(
-            "operation not permitted when stream is capturing: repeat_interleave without its output_size"
-        )
-    device = kwargs.get("device")
-    if device is not None and torch.device(device).type != "cpu":
-        raise RefusedError(f"operation not permitted when stream is capturing: {name} to {device}")
 
 
 class _Host(TorchFunctionMode):

@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from support.waits import INDEXING, name_of, waits
+
 from .missing import MISSING
 from .residents import Storages
 from .runtime import Runtime, SimulatedGenerator
@@ -22,10 +24,9 @@ CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 NAMED = re.compile(r"cpu|cuda(:\d+)?")
 
-MIXED = {"copy_", "_foreach_copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_", "set_"}
+COPIES = {"copy_", "_foreach_copy_"}
+MIXED = COPIES | INDEXING | {"_to_copy", "set_"}
 """Operations on tensors of two devices."""
-WAIT = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
-"""Operations whose result, or the size of it, the host waits for."""
 HOST_POINTER = "Pointer argument cannot be accessed from Triton (cpu tensor?)"
 GETTERS = {
     Tensor.device.__get__: lambda on_device: CUDA if on_device else CPU,
@@ -35,6 +36,9 @@ GETTERS = {
 }
 MADE_OF_PYTHONS_DATA = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
 OF_THE_HOST = {Tensor.numpy, Tensor.__array__}
+READ_UNSEEN = {Tensor.tolist, Tensor.__repr__}
+"""Functions that read values, but not by an operation that a mode is shown."""
+WHERE = {torch.where, Tensor.where}
 
 
 class Placement:
@@ -119,16 +123,18 @@ class _Calls(TorchFunctionMode):
             return None
         if func in OF_THE_HOST and args[0] in here.device:
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
-        if func is Tensor.tolist and args[0] in here.device:
-            here.runtime.wait("tolist")
+        if func in READ_UNSEEN and args[0] in here.device:
+            here.runtime.wait(func.__name__)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         pinned, wanted = kwargs.pop("pin_memory", False), self._wanted(func, args, kwargs)
         self._check_generator(wanted, tensors, kwargs)
+        if func in WHERE and len({x in here.device for x in tensors}) > 1:
+            here.runtime.wait("where with a tensor of the host")  # a number of Python's fills one of the device
         if wanted is None:
             with here.making(on_device=False):
                 out = func(*args, **kwargs)
         else:
-            if self._waits(func, wanted, tensors) and not kwargs.get("non_blocking", False):
+            if self._copies(func, wanted, tensors) and not kwargs.get("non_blocking", False):
                 here.runtime.wait("a copy between devices")
             if func is Tensor.cuda:
                 func, args = Tensor.to, (args[0], CPU)
@@ -138,7 +144,7 @@ class _Calls(TorchFunctionMode):
             out = here.place(out, wanted.type == "cuda", tensors)
         return self._pinned(out) if pinned else out
 
-    def _waits(self, func: Any, wanted: torch.device, tensors: list[Tensor]) -> bool:
+    def _copies(self, func: Any, wanted: torch.device, tensors: list[Tensor]) -> bool:
         """Whether the call copies between devices."""
         if func in MADE_OF_PYTHONS_DATA and not (tensors and tensors[-1] in self.placement.device):
             return wanted.type == "cuda"
@@ -197,21 +203,23 @@ class _Operations(TorchDispatchMode):
         if not any(there):
             out = func(*args, **kwargs)
             return self._results(out, []) if here.unasked and not tensors else out
-        name = func._schema.name.split("::")[-1]
+        name = name_of(func)
         if (operation := here.operations.get(func._schema.name)) is not None:
             # Where they are launched, all that kernels are given is checked; a table's addresses stay on the host.
             values = [on_device for x, on_device in zip(tensors, there, strict=True) if x.is_floating_point()]
             if not here.emulated and not all(values):
                 raise ValueError(HOST_POINTER)
             return self._results(self._run(operation, func, args, kwargs), tensors)
-        others = [x for x, on_device in zip(tensors, there, strict=True) if not on_device and x.dim() > 0]
-        if others and name not in MIXED:
+        others = [x for x, on_device in zip(tensors, there, strict=True) if not on_device]
+        if any(x.dim() > 0 for x in others) and name not in MIXED:
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
                 f"({func})"
             )
-        if self._waits(name, func, args, kwargs, tensors, there):
-            here.runtime.wait(str(func))
+        if (what := waits(func, args, kwargs, here.device.__contains__)) is not None:
+            here.runtime.wait(what)
+        if others and name in COPIES and not kwargs.get("non_blocking", args[2] if len(args) > 2 else False):
+            here.runtime.wait("a copy between devices")
         with torch._C.DisableTorchFunction():
             out = MISSING.get(func._schema.name, func)(*args, **kwargs)
         return self._results(out, tensors)
@@ -222,18 +230,6 @@ class _Operations(TorchDispatchMode):
                 return operation._backend_fns["cuda"](*args, **kwargs)
         with torch._C.DisableTorchFunction():
             return func(*args, **kwargs)
-
-    def _waits(self, name: str, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], there: list[bool]) -> bool:
-        if name in WAIT:
-            return True
-        if name in ("copy_", "_foreach_copy_"):
-            non_blocking = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
-            return not non_blocking and not all(there)
-        if name.startswith("index") and any(
-            isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1])
-        ):
-            return True
-        return name == "repeat_interleave" and func._overloadname == "Tensor" and kwargs.get("output_size") is None
 
     def _results(self, out: Any, tensors: list[Tensor]) -> Any:
         given = {x.untyped_storage()._cdata for x in tensors}

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from support.recording import READS, RefusedError, _Graph, _Outside, _Record
+from support.recording import RefusedError, _Graph, _Outside, _Record
+from support.waits import waits
 
 from .residents import Storages
 
@@ -115,13 +116,14 @@ class Event:
 class _Capturing(_Record):
     """Records, and remembers what memory held that is not the graph's, since a capture executes nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: Storages) -> None:
         super().__init__()
+        self.device = device
         self.before: list[tuple[Tensor, Tensor]] = []
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name.split("::")[-1] in READS:
+        if waits(func, args, kwargs or {}, self.device.__contains__) is not None:
             return func(*args, **(kwargs or {}))  # refused there, if it is a tensor of the device
         for i, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -132,6 +134,9 @@ class _Capturing(_Record):
                         whole = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
                         self.before.append((whole, whole.clone()))
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def refuse(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Nothing: whoever runs the operation knows where its tensors are."""
 
     def restore(self) -> None:
         """Undo what the recorded operations did to that memory."""
@@ -228,7 +233,7 @@ class Runtime:
     ) -> Iterator[None]:
         """``torch.cuda.graph``."""
         assert not self.capturing, "a capture within a capture"
-        record, stream = _Capturing(), stream or Stream()
+        record, stream = _Capturing(self.device), stream or Stream()
         self.streams.append(stream)
         self.capturing = stream.capturing = True
         try:
