@@ -137,6 +137,12 @@ def test_operations_may_be_plain_pytorch_instead() -> None:
 # --- waiting -----------------------------------------------------------------------------------------------
 
 
+def event() -> torch.cuda.Event:
+    recorded = torch.cuda.Event(enable_timing=True)
+    recorded.record()
+    return recorded
+
+
 WAITS = {
     "item": lambda x: x[0].item(),
     "bool": lambda x: bool((x > 0).any()),
@@ -156,7 +162,21 @@ WAITS = {
     "unique_consecutive": lambda x: x.unique_consecutive(),
     "bincount": lambda x: x.long().bincount(),
     "repr": repr,
+    "stream": lambda x: torch.cuda.current_stream().synchronize(),
 }
+REFUSED = {
+    "to the device": lambda x: torch.ones(3).to("cuda", non_blocking=True),
+    "cuda": lambda x: torch.ones(3).cuda(non_blocking=True),
+    "copy_": lambda x: x.copy_(torch.ones(4), non_blocking=True),
+    "copy_ to the host": lambda x: torch.ones(4).copy_(x, non_blocking=True),
+    "_foreach_copy_": lambda x: torch._foreach_copy_([x], [torch.ones(4)], non_blocking=True),
+    "device": lambda x: torch.cuda.synchronize(),
+    "event": lambda x: event().synchronize(),
+    "event's query": lambda x: event().query(),
+    "event's time": lambda x: event().elapsed_time(event()),
+    "download": lambda x: Download(x).wait(),
+}
+"""What a capture refuses although the mode for errors does not know of it."""
 PASSES = {
     "pinned": lambda x: uploaded(torch.ones(3), x.device),
     "download": lambda x: Download(x),
@@ -185,6 +205,16 @@ def test_waiting_is_an_error_if_asked_for_and_in_a_capture(
     torch.cuda.set_sync_debug_mode("default")
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"), torch.cuda.graph(graph):
         waits(x)
+
+
+@pytest.mark.parametrize("refused", REFUSED.values(), ids=REFUSED)
+def test_a_capture_refuses_more(gpu: torch.device, refused: Callable[[torch.Tensor], object]) -> None:
+    x, graph = torch.ones(4, device=gpu), torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    refused(x)
+    torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(RuntimeError, match=r"stream is capturing|during CUDA graph capture"), torch.cuda.graph(graph):
+        refused(x)
 
 
 @pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
@@ -222,6 +252,18 @@ def test_a_capture_executes_nothing_and_a_replay_repeats_it(gpu: torch.device) -
     weights.fill_(1.0)
     graph.replay()
     assert out.tolist() == [[2.0] * 50] * 2
+
+
+def test_a_graph_copies_page_locked_memory_again(gpu: torch.device) -> None:
+    x, y = torch.ones(3).pin_memory(), torch.ones(3).pin_memory()
+    there, graph = torch.ones(3, device=gpu), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        there.copy_(x, non_blocking=True)
+        y.copy_(there + 1, non_blocking=True)
+    assert there.tolist() == y.tolist() == [1, 1, 1]
+    x.fill_(5)
+    graph.replay()
+    assert (there.tolist(), y.tolist()) == ([5, 5, 5], [6, 6, 6])
 
 
 def test_a_graph_needs_the_memory_that_it_reads(gpu: torch.device) -> None:

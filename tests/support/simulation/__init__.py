@@ -7,8 +7,9 @@ enforced, and an error where it is violated:
   device (:mod:`.placement`).
 - Kernels are compiled by Triton for the architecture and emulated (:mod:`support.ptx`); what they are given lies on the
   device.
-- What waits for the device is an error in ``torch.cuda.set_sync_debug_mode("error")`` and while a graph is captured
-  (:mod:`.runtime`). A capture executes nothing; a replay repeats the operations on the same memory, which has to be
+- What waits for the device (:mod:`support.waits`) is an error in ``torch.cuda.set_sync_debug_mode("error")`` and while
+  a graph is captured (:mod:`.runtime`). So are in a capture copies between pageable memory and the device, and
+  questions to events. A capture executes nothing; a replay repeats the operations on the same memory, which has to be
   there still.
 
 Not simulated: time, and therefore missing synchronisation between streams; peaks of memory, which are what is allocated

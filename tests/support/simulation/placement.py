@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from support.recording import RefusedError
 from support.waits import INDEXING, name_of, waits
 
 from .missing import MISSING
@@ -27,6 +28,7 @@ NAMED = re.compile(r"cpu|cuda(:\d+)?")
 COPIES = {"copy_", "_foreach_copy_"}
 MIXED = COPIES | INDEXING | {"_to_copy", "set_"}
 """Operations on tensors of two devices."""
+UNPINNED = "Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU tensor is pinned."
 HOST_POINTER = "Pointer argument cannot be accessed from Triton (cpu tensor?)"
 GETTERS = {
     Tensor.device.__get__: lambda on_device: CUDA if on_device else CPU,
@@ -78,6 +80,17 @@ class Placement:
             yield
         finally:
             self.unasked = before
+
+    def copy(self, non_blocking: bool, host: Iterable[Tensor] = ()) -> None:
+        """Between the devices: what the host does not wait for has to stay in place, if a graph is to repeat it.
+
+        Args:
+            host: tensors of the host that are read or written; what is made for the copy is page-locked.
+        """
+        if not non_blocking:
+            self.runtime.wait("a copy between devices")
+        if self.runtime.capturing and not all(x in self.pinned for x in host):
+            raise RefusedError(UNPINNED)
 
     def place(self, out: Any, on_device: bool, inputs: list[Tensor]) -> Any:
         """Return results where they belong; one that is an input of the other device is copied first."""
@@ -134,8 +147,10 @@ class _Calls(TorchFunctionMode):
             with here.making(on_device=False):
                 out = func(*args, **kwargs)
         else:
-            if self._copies(func, wanted, tensors) and not kwargs.get("non_blocking", False):
-                here.runtime.wait("a copy between devices")
+            if self._copies(func, wanted, tensors):
+                non_blocking = kwargs.get("non_blocking", False)
+                here.copy(non_blocking, tensors[:1] if wanted.type == "cuda" else ())
+                pinned |= non_blocking and wanted.type == "cpu"
             if func is Tensor.cuda:
                 func, args = Tensor.to, (args[0], CPU)
             args, kwargs = tree_map(_on_cpu, (args, kwargs))
@@ -218,8 +233,8 @@ class _Operations(TorchDispatchMode):
             )
         if (what := waits(func, args, kwargs, here.device.__contains__)) is not None:
             here.runtime.wait(what)
-        if others and name in COPIES and not kwargs.get("non_blocking", args[2] if len(args) > 2 else False):
-            here.runtime.wait("a copy between devices")
+        if others and name in COPIES:
+            here.copy(kwargs.get("non_blocking", args[2] if len(args) > 2 else False), others)
         with torch._C.DisableTorchFunction():
             out = MISSING.get(func._schema.name, func)(*args, **kwargs)
         return self._results(out, tensors)

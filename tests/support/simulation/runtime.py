@@ -10,7 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -60,11 +60,12 @@ class Autocast(torch.autocast):
 class Stream:
     """A stream; whatever is submitted to it is done already."""
 
+    runtime: ClassVar[Runtime]
     cuda_stream = 0
     device = torch.device("cuda", 0)
 
     def __init__(self, device: Any = None, priority: int = 0) -> None:
-        self.capturing = False
+        pass
 
     def wait_stream(self, other: Stream) -> None:
         """Nothing is left to wait for."""
@@ -76,16 +77,21 @@ class Stream:
 
     def synchronize(self) -> None:
         """Nothing is left to wait for."""
-        if self.capturing:
-            raise RefusedError("operation not permitted when stream is capturing: synchronize")
+        self.runtime.wait("synchronize")
 
     def query(self) -> bool:
         """Everything is done."""
+        self.runtime.refuse("query")
         return True
 
 
 class Event:
-    """An event, which has passed once it is recorded."""
+    """An event, which has passed once it is recorded.
+
+    The mode for errors does not know of events, but nobody may ask for one while a graph is captured.
+    """
+
+    runtime: ClassVar[Runtime]
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
         self.timing, self.at = enable_timing, None
@@ -96,12 +102,14 @@ class Event:
 
     def synchronize(self) -> None:
         """Nothing is left to wait for."""
+        self.runtime.refuse("an event's synchronize")
 
     def wait(self, stream: Stream | None = None) -> None:
         """Nothing is left to wait for."""
 
     def query(self) -> bool:
         """It has passed."""
+        self.runtime.refuse("an event's query")
         return True
 
     def elapsed_time(self, other: Event) -> float:
@@ -110,6 +118,7 @@ class Event:
         assert other.timing
         assert self.at is not None
         assert other.at is not None
+        self.runtime.refuse("an event's elapsed_time")
         return max(1000 * (other.at - self.at), 1e-3)
 
 
@@ -191,7 +200,8 @@ class Runtime:
         self.arch = arch
         self.device = Storages()
         self.sync_debug_mode = "default"
-        self.streams = [Stream()]
+        self.Stream, self.Event = (type(of.__name__, (of,), {"runtime": self}) for of in (Stream, Event))
+        self.streams = [self.Stream()]
         self.capturing = False
         self.limit: float | None = None
 
@@ -205,17 +215,20 @@ class Runtime:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {x.untyped_storage().nbytes()} bytes")
         self.device.add(x)
 
-    def wait(self, what: str) -> None:
-        """Something waits for the device."""
+    def refuse(self, what: str) -> None:
+        """Something is done that is an error while a graph is captured."""
         if self.capturing:
             raise RefusedError(f"operation not permitted when stream is capturing: {what}")
+
+    def wait(self, what: str) -> None:
+        """Something waits for the device."""
+        self.refuse(what)
         if self.sync_debug_mode == "error":
             raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
 
     def synchronize(self, device: Any = None) -> None:
-        """``torch.cuda.synchronize``."""
-        if self.capturing:
-            raise RefusedError("operation not permitted when stream is capturing: synchronize")
+        """``torch.cuda.synchronize``, of which the mode for errors does not know."""
+        self.refuse("synchronize")
 
     @contextlib.contextmanager
     def stream(self, stream: Stream | None) -> Iterator[None]:
@@ -233,14 +246,14 @@ class Runtime:
     ) -> Iterator[None]:
         """``torch.cuda.graph``."""
         assert not self.capturing, "a capture within a capture"
-        record, stream = _Capturing(self.device), stream or Stream()
-        self.streams.append(stream)
-        self.capturing = stream.capturing = True
+        record = _Capturing(self.device)
+        self.streams.append(stream or self.Stream())
+        self.capturing = True
         try:
             with record:
                 yield
         finally:
-            self.capturing = stream.capturing = False
+            self.capturing = False
             self.streams.pop()
             with _disable_current_modes():
                 record.restore()
@@ -277,7 +290,7 @@ class Runtime:
             "get_device_capability": lambda device=None: divmod(self.arch, 10),
             "get_device_properties": lambda device=None: properties, "get_device_name": lambda device=None: NAME,
             "device": no_context, "device_of": no_context,
-            "Stream": Stream, "Event": Event, "stream": self.stream, "synchronize": self.synchronize,
+            "Stream": self.Stream, "Event": self.Event, "stream": self.stream, "synchronize": self.synchronize,
             "current_stream": lambda device=None: self.streams[-1],
             "default_stream": lambda device=None: self.streams[0],
             "CUDAGraph": CUDAGraph, "graph": self.graph, "graph_pool_handle": lambda: (0, next(handles)),
