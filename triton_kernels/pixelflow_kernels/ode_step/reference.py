@@ -94,7 +94,7 @@ def root_mean_square(x: Tensor, batch_wide: bool) -> Tensor:
 def first_trial(norms: Tensor) -> Tensor:
     """Compute Hairer's trial step ``[B]`` from the norms ``[2, B]`` of state and slope."""
     size, speed = norms
-    # Not torch.where: a Python number among its arguments is copied from the host, which synchronises.
+    # Not torch.where: it would first fill a tensor with the Python number, which is one launch more.
     return (0.01 * size / speed).masked_fill((size < 1e-5) | (speed < 1e-5), 1e-6)
 
 
