@@ -85,6 +85,49 @@ def test_requests_are_images_of_calls_of_their_own(kind: str, solver: str) -> No
 
 
 @by_engine
+@pytest.mark.parametrize("batch_sizes", [None, (2,)])
+@pytest.mark.parametrize("first_scale", [1.0, 2.5])
+def test_an_empty_prompt_of_each_image_goes_where_its_image_goes(
+    build: Any, batch_sizes: tuple[int, ...] | None, first_scale: float
+) -> None:
+    """Widths 16, 32 and 16 are sorted by size, an image without null halves comes last, and batches are filled up."""
+    checkpoint, generator = checkpoint_of(random_reference(29, **KINDS["text"]), 2, 8), seeded(30)
+    requests = [
+        Request(
+            seed=i,
+            guidance_scale=scale,
+            width=width,
+            encoder_hidden_states=normal((2 + i, 12), generator, torch.float32),
+        )
+        for i, (width, scale) in enumerate([(16, first_scale), (32, 3.0), (16, 2.0)])
+    ]
+    nulls = normal((3, 5, 12), generator, torch.float32)
+    mask = (torch.arange(5) < torch.tensor([[2], [5], [1]])).float()
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
+
+    def each(engine: PixelFlowEngine) -> list[Tensor]:
+        return [
+            alone(
+                engine,
+                request,
+                **options,
+                null_encoder_hidden_states=nulls[i : i + 1],
+                null_encoder_attention_mask=mask[i : i + 1],
+            )
+            for i, request in enumerate(requests)
+        ]
+
+    expected, reference = each(exact_engine(checkpoint, torch.float64)), each(exact_engine(checkpoint))
+    out = build(checkpoint, batch_sizes=batch_sizes)(
+        requests, **options, null_encoder_hidden_states=nulls, null_encoder_attention_mask=mask
+    )
+    assert out.statuses == ("ok",) * 3
+    for i, image in enumerate(out.images):
+        bound = 2 * (reference[i] - expected[i]).abs().max().item() + 32 * U32
+        assert (image - expected[i]).abs().max().item() <= bound, i
+
+
+@by_engine
 @pytest.mark.parametrize("solver", ["euler", "heun", "ab2", "dopri5"])
 def test_requests_that_are_alike_have_the_bits_of_a_plain_call(build: Any, solver: str) -> None:
     engine = build(checkpoint_of(random_reference(22), 2, 8))

@@ -127,17 +127,23 @@ def checkpoint_of(model: PixelFlowTransformer, num_stages: int, resolution: int)
     return Checkpoint(whole, model.state_dict(), "random")
 
 
-def exact_engine(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PixelFlowEngine:
+def exact_engine(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, batch_sizes: Sequence[int] | None = None
+) -> PixelFlowEngine:
     """Return the host-driven engine, which is bit-equal to the reference."""
-    engine = PixelFlowEngine.from_checkpoint(checkpoint, dtype=dtype, backend="torch")
+    engine = PixelFlowEngine.from_checkpoint(checkpoint, dtype=dtype, backend="torch", batch_sizes=batch_sizes)
     assert engine.exact
     return engine
 
 
-def packed_engine(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PixelFlowEngine:
+def packed_engine(
+    checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, batch_sizes: Sequence[int] | None = None
+) -> PixelFlowEngine:
     """Return an engine with packed tokens and programs in plain PyTorch: the compiled engine without torch.compile."""
     with uncompiled():
-        engine = PixelFlowEngine.from_checkpoint(checkpoint, dtype=dtype, backend="torch", compile=True)
+        engine = PixelFlowEngine.from_checkpoint(
+            checkpoint, dtype=dtype, backend="torch", compile=True, batch_sizes=batch_sizes
+        )
     assert not engine.exact
     return engine
 
