@@ -99,17 +99,17 @@ def test_the_writer_does_not_wait_for_a_gpu(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_copy_is_pinned_kept_and_whole() -> None:
-    tensors = {"model": {f"{i}": torch.full((1 << 20,), float(i), device="cuda") for i in range(64)}}
+    tensors = {"model": {f"{i}": torch.zeros(1 << 20, device="cuda") for i in range(64)}}
     stager = Stager()
     places = []
     for turn in (1, 2):
-        for tensor in tensors["model"].values():
-            tensor.mul_(2)
+        for i, tensor in enumerate(tensors["model"].values()):
+            tensor.fill_(100 * turn + i)
         copy = stager.stage(tensors)
         for tensor in tensors["model"].values():
-            tensor.neg_()
-        for i in range(64):
-            assert torch.equal(copy["model"][f"{i}"].abs(), torch.full((1 << 20,), float(i * 2**turn)))
+            tensor.fill_(-1)
+        for i in reversed(range(64)):  # the last to arrive first
+            assert torch.equal(copy["model"][f"{i}"], torch.full((1 << 20,), 100.0 * turn + i))
             assert copy["model"][f"{i}"].is_pinned()
         places.append([tensor.data_ptr() for tensor in copy["model"].values()])
     assert places[0] == places[1]
