@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 
 from pixelflow_benchmarks.harness.timing import Timing
-from pixelflow_benchmarks.suites.tuning.choose import choose
+from pixelflow_benchmarks.suites.tuning.choose import GAIN, choose
 from pixelflow_benchmarks.suites.tuning.measure import refusal, tune
-from pixelflow_benchmarks.suites.tuning.spaces import SPACES, Config
+from pixelflow_benchmarks.suites.tuning.spaces import SPACES, TIED, Config
 from pixelflow_benchmarks.suites.tuning.trial import Trial
 from pixelflow_benchmarks.suites.tuning.tunables import KERNELS, Tunable, tunables
 
@@ -200,6 +201,54 @@ def test_no_kernel_begins_after_the_budget() -> None:
 # --- the kernels themselves --------------------------------------------------------------------------------
 
 
+def assert_chosen_from(records: list[dict[str, Any]], kernel: str) -> list[bool]:
+    """A choice for each shape class, by the measured times; returns which of them propose another configuration.
+
+    Every class's present configuration was timed, and no class of short sequences has one of long sequences beside it.
+    """
+
+    def key(config: Config) -> tuple[tuple[str, int], ...]:
+        return tuple(sorted(config.items()))
+
+    def mean(ratios: list[float]) -> float:
+        return math.prod(ratios) ** (1 / len(ratios))
+
+    choices, changed = choose(records), []
+    assert [(c.kernel, c.shape_class) for c in choices] == [
+        (kernel, name) for name in dict.fromkeys(r["shape_class"] for r in records)
+    ]
+    for choice in choices:
+        of = [r for r in records if r["shape_class"] == choice.shape_class]
+        present = {r["problem"]: r for r in of if r["present"]}
+        assert all(choice.present == r["config"] and r["result"] == "timed" for r in present.values())
+        assert choice.problems == (*present,)
+        times = {p: {key(r["config"]): r for r in of if r["problem"] == p and r["result"] == "timed"} for p in present}
+        throughout = set.intersection(*({*several} for several in times.values()))
+        assert (choice.timed, choice.tried) == (len(throughout), len({key(r["config"]) for r in of}))
+        assert {k: choice.chosen.get(k) for k in TIED.get(kernel, ())} == {
+            k: choice.present.get(k) for k in TIED.get(kernel, ())
+        }
+        ratios, bounds = (
+            {c: mean([times[p][c][mine] / r[theirs] for p, r in present.items()]) for c in throughout}
+            for mine, theirs in (("median", "median"), ("high", "low"))
+        )
+        ratio, bits = (
+            ratios[key(choice.chosen)],
+            [several[key(choice.chosen)]["same_bits"] for several in times.values()],
+        )
+        assert choice.ratio == pytest.approx(ratio, rel=1e-9)
+        assert choice.same_bits == all(bits)
+        assert choice.changed == (choice.ratio != 1.0)
+        if choice.changed:
+            assert ratio < 1 - GAIN + 1e-9
+            assert bounds[key(choice.chosen)] < 1 + 1e-9
+        better = [ratios[c] for c in throughout if ratios[c] < 1 - GAIN - 1e-9 and bounds[c] < 1 - 1e-9]
+        if kernel not in TIED:
+            assert ratio <= min(better, default=1.0) * (1 + 1e-9)
+        changed.append(choice.changed)
+    return changed
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_candidate_is_accepted_by_its_kernel_and_right(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,10 +270,15 @@ def test_every_candidate_is_accepted_by_its_kernel_and_right(kernel: str, monkey
     different = {repr(sorted((k, v) for k, v in c.items() if k.isupper())): c for c in SPACES[kernel]}
     (tunable,) = tunables([kernel], (0, 3), 1, torch.float32, CPU)
     small = Tunable(kernel, tuple(different.values()), tunable.trials)
-    same = Timing((1.0, 1.0, 1.0))
-    records = list(tune([small], CPU, 3, timer=lambda variants, *_: dict.fromkeys(variants, same)))
+
+    def each_faster_than_the_one_before(variants: Mapping[str, object], *_: object) -> dict[str, Timing]:
+        return {name: Timing((0.9 ** int(name),) * 3) for name in variants}
+
+    records = list(tune([small], CPU, 3, timer=each_faster_than_the_one_before))
     assert records
     assert [r for r in records if r["result"] != "timed"] == []
+    changed = assert_chosen_from(records, kernel)
+    assert any(changed) or kernel in TIED or len(different) == 1
 
 
 @pytest.mark.gpu
@@ -237,5 +291,6 @@ def test_candidates_are_compiled_in_threads_captured_and_timed(kernel: str) -> N
     assert [r for r in records if r["present"] and r["result"] != "timed"] == []
     timed = [r for r in records if r["result"] == "timed"]
     assert all(r["captured"] and r["registers"] > 0 and r["spills"] >= 0 for r in timed)
+    assert all(r["repeats"] == 3 and 0 < r["low"] <= r["median"] <= r["high"] for r in timed)
     assert {r["result"] for r in records} <= {"timed", "spills", "failed"}
-    assert choose(records)
+    assert_chosen_from(records, kernel)
