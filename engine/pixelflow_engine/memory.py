@@ -94,7 +94,14 @@ def allocated(device: torch.device) -> int:
 
 
 def free(device: torch.device) -> int:
-    """Bytes still available to PyTorch: free device memory plus reserved but unused memory; 0 without CUDA."""
+    """Bytes still available to PyTorch; 0 without CUDA.
+
+    Memory that it may still reserve, which is what the device has and ``set_per_process_memory_fraction`` allows, and
+    memory that is reserved but unused.
+    """
     if device.type != "cuda":
         return 0
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    on_device, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
+    return max(min(on_device, allowed), 0) + reserved - torch.cuda.memory_allocated(device)

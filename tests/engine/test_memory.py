@@ -131,6 +131,40 @@ def test_what_was_tried(text: str, size: int) -> None:
     assert memory.tried(text) == size
 
 
+def allocator(monkeypatch: pytest.MonkeyPatch, fraction: float, reserved: int, allocated: list[int]) -> None:
+    """A GPU of 800 MiB of which 500 are free, as PyTorch reports it; ``allocated`` MiB of a process's are in use."""
+    amounts = iter(allocated)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (500 * MIB, 800 * MIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved * MIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(amounts) * MIB)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "free"),
+    [
+        (1.0, 500 + 80),  # all that is free, and 80 reserved but unused
+        (0.875, 500 + 80),  # 700 allowed: exactly what is free and reserved
+        (0.5, 200 + 80),  # 400 allowed, of which 200 are reserved
+        (0.125, 80),  # less allowed than is reserved: no more, but that is still there
+    ],
+)
+def test_what_is_free_to_a_process(monkeypatch: pytest.MonkeyPatch, fraction: float, free: int) -> None:
+    allocator(monkeypatch, fraction, reserved=200, allocated=[120])
+    assert memory.free(torch.device("cuda")) == free * MIB
+
+
+@pytest.mark.parametrize(("fraction", "fit"), [(1.0, 6), (0.5, 4)])
+def test_what_a_process_may_not_have_is_not_offered(monkeypatch: pytest.MonkeyPatch, fraction: float, fit: int) -> None:
+    """Seven had 80 MiB of 630 when an allocation failed: of 660 MiB there is room for all but one, of 360 for four."""
+    allocator(monkeypatch, fraction, reserved=200, allocated=[40, 120, 120])
+    with (
+        pytest.raises(torch.cuda.OutOfMemoryError, match=f"7 images at once, about 90 MiB each; about {fit} would fit"),
+        memory.told_what_fits(torch.device("cuda"), 7, least=630 * MIB),
+    ):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
 def test_other_errors_pass() -> None:
     with pytest.raises(KeyError, match="stop"), memory.told_what_fits(torch.device("cpu"), 3):
         raise KeyError("stop")
