@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -303,6 +304,32 @@ def test_peaks_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == {"activations": 65, "reserved_bytes": 900}
     found = peaks.peak_of(lambda: None, device, 100, (0, 1))
     assert found == {"activations": 65 + 293, "reserved_bytes": 900, "pool_bytes": 300}
+
+
+def test_every_variant_begins_with_one_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up: a product allocates 32 for its stream, which stay; the streams of captures come around again."""
+    workspaces: dict[str, int] = {}
+
+    class Ones:
+        def __matmul__(self, other: Ones) -> Ones:
+            workspaces.setdefault("current", 32)
+            return self
+
+    cuda = SimpleNamespace(
+        device=lambda device: contextlib.nullcontext(),
+        synchronize=lambda: None,
+        empty_cache=lambda: None,
+        memory_allocated=lambda device: 100 + sum(workspaces.values()),
+    )
+    clear = SimpleNamespace(_cuda_clearCublasWorkspaces=workspaces.clear)
+    monkeypatch.setattr(peaks, "torch", SimpleNamespace(cuda=cuda, _C=clear, ones=lambda *_, device: Ones()))
+    charged = []
+    for sides in (("a",), ("a", "b"), (), ("b",)):
+        before = peaks.settle(torch.device("cuda"))
+        assert before == 132
+        workspaces |= dict.fromkeys(sides, 32)
+        charged.append(cuda.memory_allocated("cuda") - before)
+    assert charged == [32, 64, 0, 32]
 
 
 def test_by_how_much_the_process_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,13 +18,20 @@ PROCESS = Path("/proc/self")
 
 
 def settle(device: torch.device) -> int:
-    """Release unreferenced memory and return the bytes that remain allocated on a GPU; 0 for a CPU."""
+    """Release unreferenced memory and return the bytes that remain allocated on a GPU; 0 for a CPU.
+
+    Of cuBLAS's workspaces, of which PyTorch keeps one for each stream that multiplied, that of the current stream
+    remains. Those of streams on which earlier variants captured are released: otherwise a variant whose captures are
+    given the same streams would not be charged for theirs. No graph that was captured before may be replayed again.
+    """
     gc.collect()
     if device.type != "cuda":
         return 0
     with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
         one = torch.ones(16, 16, device=device)
-        _ = one @ one  # allocates the library's workspace, which must not be attributed to a variant
+        _ = one @ one  # allocates this stream's workspace, which must not be attributed to a variant
         del one, _
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
