@@ -61,6 +61,7 @@ class CudaCapture:
         # memory.
         self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self.pool = torch.cuda.graph_pool_handle()
+        self.side: torch.cuda.Stream | None = None
 
     def capture(self, launch: Launch) -> Launch:
         """See :class:`Capture`. The warm-up also compiles kernels and creates library handles."""
@@ -70,7 +71,8 @@ class CudaCapture:
         # A failed capture leaves its own stream current; this context restores the caller's stream in any case.
         stay = torch.cuda.stream(torch.cuda.current_stream(self.device))
         with reported(), torch.cuda.device(self.device), stay:
-            side = torch.cuda.Stream()
+            # One stream for all captures: cuBLAS keeps a workspace for each stream, and the graphs take turns anyway.
+            side = self.side = self.side or torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             try:
                 with torch.cuda.stream(side):

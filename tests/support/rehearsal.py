@@ -29,6 +29,7 @@ torch.cuda.is_available = lambda: True  # asked while tests are collected
 NOT_SIMULATED = {
     "test_without_sizes_the_others_do_matter": "a CPU divides products otherwise",
     "test_two_threads_on_two_streams": "the modes of torch are those of one thread",
+    "test_candidates_are_compiled_in_threads_captured_and_timed": "the modes of torch are those of one thread",
     "test_halving_rounds_as_torch_does_here": "a CPU adds in another order",
 }
 
