@@ -113,7 +113,8 @@ def generate(
     seeds = arguments.per_image_seeds(seed, count)
     num_stages = engine.config.scheduler.num_stages
     per_stage = _numbers("steps", steps, int, "integers")
-    columns = images_per_label if images_per_label > 1 else None  # of a sheet: each label has a row of its own
+    rows_of_labels = images_per_label > 1 and len(class_label or []) > 1
+    columns = images_per_label if rows_of_labels else None  # of a sheet
     reports = []
     batches = range(0, count, batch_size)
     with (

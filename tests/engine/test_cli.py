@@ -176,6 +176,21 @@ def test_generate_hands_on_every_option(
     assert images.shape != plain.shape or not np.array_equal(images, plain), "the option makes no difference"
 
 
+@pytest.mark.parametrize(
+    ("labels", "each", "rows", "columns"), [([1, 3], 5, 2, 5), ([1], 7, 3, 3), ([1, 2, 3], 1, 2, 2)]
+)
+def test_a_sheet_of_several_labels_has_a_row_for_each(
+    labels: list[int], each: int, rows: int, columns: int, run: Run, model: Path, tmp_path: Path
+) -> None:
+    wanted = [word for label in labels for word in ("--class-label", label)]
+    output = tmp_path / "sheet.png"
+    ran = run("generate", "--model", model, "--output", output, *wanted, "--images-per-label", each, "--steps", 1)
+    assert ran.code == 0, ran.err
+    side = PixelFlowEngine.from_pretrained(model).config.resolution
+    with Image.open(output) as sheet:
+        assert sheet.size == (columns * (side + 2) + 2, rows * (side + 2) + 2)
+
+
 def test_generate_in_another_type(run: Run, model: Path, tmp_path: Path) -> None:
     output = tmp_path / "samples.npy"
     assert run("generate", "--model", model, "--output", output, *GENERATE, "--dtype", "float64").code == 0
