@@ -164,7 +164,7 @@ def plan_call(
     sources, seeds = _noise(call, asked.seeds, batch, device)
     strength = arguments.finite_number("strength", call.strength)
     first, given = _given_image(call, config, lots, strength)
-    first_step = _first_step(steps[first], strength, first, given is not None)
+    first_step = _first_step(call.solver, steps[first], strength, first, given is not None)
     arguments.mask_values("", asked.condition.text)
     arguments.mask_values("null_", asked.condition.null_text)
     runs = []
@@ -368,13 +368,14 @@ def _given_image(
     return first, image.expand(batch, -1, -1, -1)
 
 
-def _first_step(num_steps: int, strength: float, stage: int, given: bool) -> int:
+def _first_step(solver: Solver, num_steps: int, strength: float, stage: int, given: bool) -> int:
     """The step at which the first stage begins; ``strength`` is the share of its steps that are run."""
     first_step = num_steps - max(1, round(strength * num_steps))
     if given and stage == 0 and first_step == 0:
+        could_be_less = solver != "dopri5" and num_steps > 1
         raise ValueError(
-            f"strength: got {strength} with start_stage=0, where all {num_steps} steps would run, from pure noise, and "
-            "no bit would depend on the image; expected less, or a later stage"
+            f"strength: got {strength} with start_stage=0, where the whole stage would run, from pure noise, and no "
+            f"bit would depend on the image; expected {'less, or ' if could_be_less else ''}a later stage"
         )
     return first_step
 

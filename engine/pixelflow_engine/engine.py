@@ -334,6 +334,11 @@ class PixelFlowEngine:
             labels = [0] * number if self.config.model.num_classes > 0 else None
             seed = 0 if options.get("noise") == "public" else list(range(number))
             least: dict[str, Any] = {"num_inference_steps": 2, "seed": seed, "output_type": "pt"}
+            if (
+                "num_inference_steps" not in options
+                and arguments.finite_number("strength", options.get("strength", 1)) < 1
+            ):
+                least["num_inference_steps"], options = 4, options | {"strength": 0.5}  # two steps of the first stage
             self(labels, **(least | options | _prompts_of(number, options)))
 
     def close(self) -> None:

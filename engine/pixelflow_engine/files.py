@@ -15,8 +15,8 @@ from typing import BinaryIO, cast
 def folder_for(folder: Path) -> Iterator[None]:
     """Make a folder and its missing parents; those that are still empty are removed again if the block fails."""
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         for path in absent:
@@ -29,11 +29,17 @@ def folder_for(folder: Path) -> Iterator[None]:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file in the folder of ``path``, made if missing, that gets its name at the end of the block.
 
-    Readers see either the old file or the complete new one. If the block fails, nothing is left behind.
+    Readers see either the old file or the complete new one. If the block fails, nothing is left behind. A link keeps
+    its place: what it leads to is replaced. A device or a pipe is written directly.
 
     Raises:
         OSError: on entering: there can be no file at ``path``; the error has its name.
     """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as special:
+            yield special
+        return
     with folder_for(path.parent):
         try:
             if path.is_dir():

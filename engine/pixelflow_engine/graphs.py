@@ -99,6 +99,7 @@ class CudaCapture:
         """
         graph.reset()
         FAILED.append(graph)
+        self.side = None  # in case the capture did not end there
         device = torch.cuda.current_device()
         pool, self.pool = self.pool, torch.cuda.graph_pool_handle()
         try:

@@ -37,7 +37,8 @@ def image_files(output: str, count: int) -> list[Path]:
     return [path / f"{i:06d}.png" for i in range(count)] if _is_folder(output) else [path]
 
 
-def image_writer(output: str, count: int, columns: int | None = None) -> AbstractContextManager[Write]:
+@contextmanager
+def image_writer(output: str, count: int, columns: int | None = None) -> Iterator[Write]:
     """A context manager that writes ``count`` images; its function takes the next ones, ``[n, H, W, c]`` in [0, 1].
 
     Missing folders are made. Whether the path can be written is tried on entering. Single files appear when the block
@@ -54,12 +55,29 @@ def image_writer(output: str, count: int, columns: int | None = None) -> Abstrac
         ValueError: the path has another ending, the folder contains PNG files, or another number of images was written.
         OSError: the path cannot be written.
     """
-    path = Path(check_output(output))
+    check_output(output)
+    written = 0
+    with _writer(output, count, columns) as write:
+
+        def counted(images: NDArray[np.float32]) -> None:
+            nonlocal written
+            written += len(images)
+            if written > count:
+                raise ValueError(f"images: got {written} to write, expected {count}")
+            write(images)
+
+        yield counted
+        if written != count:
+            raise ValueError(f"images: got {written} to write, expected {count}")
+
+
+def _writer(output: str, count: int, columns: int | None) -> AbstractContextManager[Write]:
+    path = Path(output)
     if _is_folder(output):
         return _folder(path, count)
     match path.suffix.lower():
         case ".png":
-            return _sheet(path, count, columns or math.ceil(math.sqrt(count)))
+            return _sheet(path, columns or math.ceil(math.sqrt(count)))
         case ".npz":
             return _archive(path, count)
         case _:
@@ -95,17 +113,15 @@ def _folder(path: Path, count: int) -> Iterator[Write]:
                 save_png(Image.fromarray(image), next(files))
 
         yield write
-        _check_written(count - sum(1 for _ in files), count)
 
 
 @contextmanager
-def _sheet(path: Path, count: int, columns: int) -> Iterator[Write]:
+def _sheet(path: Path, columns: int) -> Iterator[Write]:
     parts: list[Pixels] = []
     with atomic_file(path) as file:
         yield lambda images: parts.append(to_uint8(images))
         drawn = np.concatenate(parts)
-        _check_written(len(drawn), count)
-        image = Image.fromarray(drawn[0]) if count == 1 else contact_sheet(drawn, columns)
+        image = Image.fromarray(drawn[0]) if len(drawn) == 1 else contact_sheet(drawn, columns)
         image.save(file, "PNG")
 
 
@@ -129,21 +145,15 @@ def _archive(path: Path, count: int) -> Iterator[Write]:
 @contextmanager
 def _npy(file: BinaryIO, count: int) -> Iterator[Callable[[NDArray[np.generic]], None]]:
     """Write an array of ``count`` rows, of which any number comes at a time, in NumPy's format."""
-    written = 0
+    begun = False
 
     def write(rows: NDArray[np.generic]) -> None:
-        nonlocal written
-        if written == 0:
+        nonlocal begun
+        if not begun:
             shape = (count, *rows.shape[1:])
             header = {"descr": rows.dtype.str, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
+        begun = True
         file.write(np.ascontiguousarray(rows).data)
-        written += len(rows)
 
     yield write
-    _check_written(written, count)
-
-
-def _check_written(written: int, count: int) -> None:
-    if written != count:
-        raise ValueError(f"images: got {written} to write, expected {count}")

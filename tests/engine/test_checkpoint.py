@@ -297,6 +297,11 @@ def test_bundled_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     Path("digits/0.png").touch()
     assert_same(load_checkpoint("digits"), config, bundled)  # a folder of anything else does not hide it
     Path("digits/0.png").unlink()
+    for sign in ("model_0001.pt", "x.safetensors", "config.yaml", "recipe.yaml"):  # what was meant is not passed over
+        Path("digits", sign).touch()
+        with pytest.raises(CheckpointError, match="digits"):
+            load_checkpoint("digits")
+        Path("digits", sign).unlink()
     save_checkpoint("digits", config, local, overwrite=True)
     assert_same(load_checkpoint("digits"), config, local)
     Path("digits/model.safetensors").unlink()

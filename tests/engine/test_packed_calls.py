@@ -333,9 +333,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too strong": ({"image": IMAGE, "strength": 1.01}, "strength: got 1.01"),
     "nan": ({"image": IMAGE, "strength": float("nan")}, "strength: got nan"),
     "words": ({"image": IMAGE, "strength": "all"}, "strength: got 'all'"),
-    "nothing of it": ({"image": IMAGE}, "strength: got 1.0 with start_stage=0, where all 10 steps would run"),
-    "rounded to all": ({"image": IMAGE, "strength": 0.96}, "strength: got 0.96 with start_stage=0, where all 10 steps"),
-    "nothing in dopri5": ({"image": IMAGE, "solver": "dopri5"}, "strength: got 1.0 with start_stage=0"),
+    "nothing of it": ({"image": IMAGE}, "strength: got 1.0 with start_stage=0, .* expected less, or a later stage$"),
+    "rounded to all": ({"image": IMAGE, "strength": 0.96}, "strength: got 0.96 with start_stage=0, .* expected less"),
+    "of one step": (
+        {"image": IMAGE, "strength": 0.3, "num_inference_steps": 1},
+        "strength: got 0.3 with start_stage=0, .* expected a later stage$",
+    ),
+    "nothing in dopri5": (
+        {"image": IMAGE, "solver": "dopri5"},
+        "strength: got 1.0 with start_stage=0, .* expected a later stage$",
+    ),
     "stage alone": ({"start_stage": 1}, "image: got None with start_stage=1 and strength=1"),
     "strength alone": ({"strength": 0.5}, "image: got None with start_stage=0 and strength=0.5"),
     "dopri5": ({"image": IMAGE, "strength": 0.5, "solver": "dopri5"}, "strength: got 0.5 with solver='dopri5'"),
@@ -380,6 +387,17 @@ def test_grey_pictures_have_one_channel() -> None:
     options = {"num_inference_steps": 2, "start_stage": 2, "output_type": "pt"}
     expected = engine([1], image=torch.from_numpy(ramp)[None, None].float() / 255, **options).images
     assert torch.equal(engine([1], image=Image.fromarray(ramp), **options).images, expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"start_stage": 0, "strength": 0.9}, {"start_stage": 1, "strength": 0.96}, {"start_stage": 2}]
+)
+def test_a_warm_up_takes_what_a_call_takes(engine: PixelFlowEngine, options: dict[str, Any]) -> None:
+    """Of its few steps a large strength would be all."""
+    engine([1, 2], image=IMAGE, num_inference_steps=10, **options)
+    engine.warmup([2], image=IMAGE, **options)
+    with pytest.raises(ValueError, match=r"^strength: got 'much'"):
+        engine.warmup([2], image=IMAGE, strength="much")
 
 
 # --- defaults ------------------------------------------------------------------------------------------------

@@ -262,7 +262,7 @@ def test_batches_make_the_same_files_as_the_whole(output: str, channels: int, tm
     assert names(tmp_path / "parts") == names(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("output", ["a.png", "a.npz", "a.npy"])
+@pytest.mark.parametrize("output", ["a.png", "a.npz", "a.npy", "a/"])
 @pytest.mark.parametrize("count", [2, 4])
 def test_another_number_of_images_is_no_file(output: str, count: int, tmp_path: Path) -> None:
     with (
@@ -270,6 +270,16 @@ def test_another_number_of_images_is_no_file(output: str, count: int, tmp_path: 
         image_writer(f"{tmp_path}/new/{output}", count) as write,
     ):
         write(random_images(3, 4, 6))
+    assert names(tmp_path) == ([] if count == 2 or output != "a/" else ["new"]), "a folder keeps what was made"
+
+
+@pytest.mark.parametrize("output", ["a.png", "a.npz", "a.npy", "a/"])
+def test_no_images_are_no_file(output: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=r"^images: got 0 to write, expected 2$"),
+        image_writer(f"{tmp_path}/{output}", 2),
+    ):
+        pass
     assert names(tmp_path) == []
 
 
@@ -308,6 +318,21 @@ def test_a_failure_midway_changes_nothing(
     assert seen == [before], "a reader sees a file that is not whole"
     assert (path.read_bytes() if path.exists() else None) == before
     assert names(tmp_path) == ([] if before is None else [path.name]), "something is left behind"
+
+
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("file")
+    write_atomically(tmp_path / "link", lambda file: file.write(b"new"))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(tmp_path / "pipe", lambda file: file.write(b"through"))
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    assert names(tmp_path) == ["file", "link", "pipe"]
 
 
 def test_a_failure_leaves_nothing_in_the_place_of_a_folder(tmp_path: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .attention_roundings import Roundings
 from .kernels import assert_filled, assert_level_d, poisoned
+
+if TYPE_CHECKING:
+    from .attention_roundings import Roundings
 
 TINY = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
 TINY_BACKWARD = {"delta": {"BLOCK_M": 32, "num_warps": 4}, "keys": TINY, "queries": TINY}
@@ -156,12 +158,19 @@ def largest(x: Tensor) -> float:
     return x.abs().max().item() if x.numel() else 0.0
 
 
+def roundings_of(of: Pack, grad: Tensor) -> Roundings:
+    """See :class:`~.attention_roundings.Roundings`, whose module is built on this one."""
+    from .attention_roundings import Roundings
+
+    return Roundings(of, grad)
+
+
 def assert_output(out: Tensor, of: Pack, name: str = "out") -> None:
     """Assert level D for the forward pass, and in 16 bits that the errors are those of rounding."""
     scale = (1 + logit_size(of)) * largest(of.v.double())
     assert_level_d(out, plain(of), truth(of)[0], name, scale=scale)
     if of.q.dtype.itemsize == 2:
-        Roundings(of, torch.zeros_like(out)).check("out", out)
+        roundings_of(of, torch.zeros_like(out)).check("out", out)
 
 
 def assert_lse(lse: Tensor, of: Pack) -> None:
@@ -202,7 +211,7 @@ def assert_gradients(found: Sequence[Tensor], of: Pack, grad: Tensor) -> None:
         error * dp * largest(of.q.double()) * queries_per_key,
         error * largest(grad.double()) * queries_per_key,
     )
-    roundings = Roundings(of, grad) if of.q.dtype.itemsize == 2 else None
+    roundings = roundings_of(of, grad) if of.q.dtype.itemsize == 2 else None
     for name, got, a, b, scale in zip(("dq", "dk", "dv"), found, in_type, expected, scales, strict=True):
         assert_level_d(got, a, b.double(), name, scale=scale)
         if roundings:

@@ -60,7 +60,7 @@ def test_the_example(tmp_path: Path) -> None:
     begun = run_example(run, *small, "steps=2", "data.workers=1")
     assert begun.returncode == 0, begun.stderr
     assert begun.stdout == f"wrote {run}/model\n"
-    assert f"{run} begins: 1,984 images to train on, 64 held out, 2 classes; 2 steps\n" in begun.stderr
+    assert f"{run} begins: 1,984 images to train on, 64 held out, 2 classes; to step 2\n" in begun.stderr
     assert json.loads((run / "classes.json").read_text()) == {"0": "square", "1": "disc"}
     again = run_example(run, *small, "steps=3")
     assert f"{run} goes on after step 2: " in again.stderr
@@ -100,6 +100,8 @@ def test_a_run_does_not_go_on_with_the_images_of_another_source(begins: str, tmp
         (Noise(labels=[0, 1, 2]), r"labels: got list, expected a tensor, torch\.int64 \[N\]"),
         (Noise(labels=torch.arange(40.0)), r"labels: got torch\.float32 \[40\], expected torch\.int64 \[N\]"),
         (Noise(labels=torch.arange(40)), "labels: got 0 to 39, expected 0 to 9"),
+        (Noise(classes=10), "classes: got 10, expected a list or tuple of names"),
+        (Noise(classes="ab"), "classes: got 'ab', expected a list"),
         (Noise(classes=["a", "b"]), r"classes: got 2 names, expected 10: model\.num_classes"),
         (
             Noise(load=lambda sample: [sample]),
@@ -107,7 +109,7 @@ def test_a_run_does_not_go_on_with_the_images_of_another_source(begins: str, tmp
         ),
         (Noise(load=lambda sample: torch.zeros(1, 8, 8)), r"image noise \d+: got torch\.float32 \[1, 8, 8\]"),
     ],
-    ids=["a list", "floats", "too large", "class names", "no tensor", "no bytes"],
+    ids=["a list", "floats", "too large", "a number", "a text", "class names", "no tensor", "no bytes"],
 )
 def test_what_is_wrong_with_a_source_is_named(source: Noise, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):

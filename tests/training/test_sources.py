@@ -204,10 +204,15 @@ class FailingFile(io.BytesIO):
 
 def test_images_of_other_formats_are_left_out_with_a_warning(tmp_path: Path) -> None:
     write_tree(tmp_path, ["a/1.png", "a/2.gif", "b/inner/3.GIF", "b/4.png", "b/5.tiff", "b/notes.txt", "b/.6.gif"])
-    with pytest.warns(UserWarning, match=rf"^data\.path: {tmp_path} has images .*: 2 \.gif, 1 \.tiff$"):
+    with pytest.warns(UserWarning, match=rf"^data\.path: {tmp_path} has images .*not read: 2 \.gif, 1 \.tiff$"):
         source = folder_source(tmp_path, 2)
     assert [source.name(i) for i in range(len(source.labels))] == ["a/1.png", "b/4.png"]
     assert source.classes == ["a", "b"]
+    (tmp_path / "b" / "4.png").unlink()
+    with pytest.raises(
+        ConfigError, match=r"\(b\) without images; of formats that are not read there are 2 \.gif, 1 \.tiff$"
+    ):
+        folder_source(tmp_path, 2)
 
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])

@@ -35,7 +35,7 @@ def run(
     from_step: Annotated[
         int | None, typer.Option(min=0, help="Resume from this checkpoint, not the last; later ones are deleted.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, and no line before it.")] = False,
 ) -> None:
     """Train a model from a recipe, or resume a run; the result is a checkpoint that every other command accepts.
 

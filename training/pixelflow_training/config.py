@@ -346,9 +346,9 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     path = recipe_path(name)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # whose safe loader keeps the last of two keys
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
+        data = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # no keys twice, no anchors
+    except (yaml.YAMLError, ValueError) as error:  # a date with a month 13 is a ValueError
+        raise ConfigError(f"{path}: not YAML, or not plain YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: got {type(data).__name__}, expected a mapping")
     for override in overrides:

@@ -199,7 +199,9 @@ def introduction(output: Path, step: int, config: TrainConfig, images: int, held
     """What a run begins with, in one line."""
     classes = f"{config.model.num_classes} classes" if config.model.num_classes else "no classes"
     begins = f"goes on after step {step}" if step else "begins"
-    return f"{output} {begins}: {images:,} images to train on, {held_out:,} held out, {classes}; {config.steps:,} steps"
+    return (
+        f"{output} {begins}: {images:,} images to train on, {held_out:,} held out, {classes}; to step {config.steps:,}"
+    )
 
 
 def due(every: int | None, state: TrainState, config: TrainConfig) -> bool:

@@ -107,9 +107,12 @@ class RunDirectory:
         replace_text(self.path / "recipe.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
 
     def write_classes(self, names: Sequence[str] | None) -> None:
-        """Write the names of the classes by label, if there are any."""
-        if names is not None:
-            replace_text(self.path / "classes.json", json.dumps(dict(enumerate(names)), indent=1) + "\n")
+        """Write the names of the classes by label; without names there is no file."""
+        path = self.path / "classes.json"
+        if names is None:
+            path.unlink(missing_ok=True)
+        else:
+            replace_text(path, json.dumps(dict(enumerate(names)), indent=1) + "\n")
 
     @property
     def has_checkpoints(self) -> bool:

@@ -31,8 +31,8 @@ RUN_FILE, RUN_MODEL = "recipe.yaml", "model"
 """The file that identifies a run directory, and the folder in it that holds its model."""
 PICKLED_FILE = ".metadata"
 """Metadata file of torch.distributed.checkpoint."""
-RECOGNIZED = (*REPLACEABLE, RUN_FILE, PICKLED_FILE)
-"""Files of which a folder has at least one if it is meant to be a checkpoint."""
+RECOGNIZED = ("*.pt", "*.safetensors", "config.*", RUN_FILE, "checkpoints", PICKLED_FILE)
+"""A folder with an entry of such a name is meant to be a checkpoint, if a damaged one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,8 @@ def load_checkpoint(path_or_name: str | os.PathLike[str], weights: Weights = "au
             - a ``.pt`` file with a ``config.yaml`` beside it;
             - a run directory of ``pixelflow train``: the averaged model as of its last evaluation. Its ``checkpoints``,
               whose metadata is a pickle, are never read here;
-            - the name of a bundled model. An existing path takes precedence over a name.
+            - the name of a bundled model. An existing path takes precedence over a name, but for a folder without any
+              file of a checkpoint.
         weights: which weights of a training checkpoint (a ``.pt`` file with the key ``model`` or ``ema``) to read:
             "ema", "model", or "auto", which takes the moving average if there is one. Any other checkpoint has one set
             of weights and accepts only "auto".
@@ -260,7 +261,7 @@ def _located(path_or_name: str | os.PathLike[str]) -> Path:
         bundled = bundled_models()
         named = bundled.get(str(path_or_name))
         # A folder that only happens to have a bundled model's name does not hide it.
-        if named is not None and path.is_dir() and not any((path / file).exists() for file in RECOGNIZED):
+        if named is not None and path.is_dir() and not any(any(path.glob(entry)) for entry in RECOGNIZED):
             return named
         if path.exists():
             return path

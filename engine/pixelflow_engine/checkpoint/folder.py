@@ -37,6 +37,7 @@ def replace_folder(
         OSError: from the file system or ``write``; everything is as it was before.
     """
     check_destination(destination, overwrite=overwrite, replaceable=replaceable)
+    absent = [path for path in destination.parents if not path.exists()]
     token = secrets.token_hex(4)
     temporary = destination.with_name(f".{destination.name}.{token}.partial")
     retired = destination.with_name(f".{destination.name}.{token}.old")
@@ -52,7 +53,8 @@ def replace_folder(
             undo.callback(_put_back, retired, destination)
         temporary.rename(destination)
         undo.callback(destination.rename, temporary)
-        _sync(destination.parent)
+        for folder in (destination, *absent):
+            _sync(folder.parent)
         undo.pop_all()
     _remove(retired)
 

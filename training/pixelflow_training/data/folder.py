@@ -51,13 +51,16 @@ class FolderSource:
             raise ConfigError(f"data.path: {root} has {_listed(classes, 'class folders')}, expected {expected}")
         others: dict[str, list[str]] = {name: [] for name in classes}
         members = [_images_below(root, name, others[name]) for name in classes]
+        left_out = _of_other_formats(path for name in classes for path in others[name])
         if empty := [name for name, images in zip(classes, members, strict=True) if not images]:
-            raise ConfigError(f"data.path: {root} has {_listed(empty, 'class folders')} without images")
+            why = f"; of formats that are not read there are {left_out}" if left_out else ""
+            raise ConfigError(f"data.path: {root} has {_listed(empty, 'class folders')} without images{why}")
+        if left_out:
+            warnings.warn(f"data.path: {root} has images of formats that are not read: {left_out}", stacklevel=2)
         counts = torch.tensor([len(images) for images in members])
         self.labels: Tensor = torch.arange(len(classes)).repeat_interleave(counts)
         self._names = Names(name for images in members for name in images)
         self.classes: list[str] = classes
-        _warn_of_others(root, (path for name in classes for path in others[name]))
 
     def name(self, sample: int) -> str:
         """Path relative to the root."""
@@ -101,13 +104,10 @@ def _images_below(root: Path, name: str, others: list[str]) -> list[str]:
     return sorted(found, key=os.fsencode)
 
 
-def _warn_of_others(root: Path, files: Iterable[str]) -> None:
+def _of_other_formats(files: Iterable[str]) -> str:
+    """Count files by their suffix: ``2 .gif, 1 .tiff``."""
     counts = Counter(Path(file).suffix.lower() for file in files)
-    if counts:
-        named = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
-        warnings.warn(
-            f"data.path: {root} has images that are left out, because their format is not read: {named}", stacklevel=3
-        )
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -62,6 +61,10 @@ def _check_labels(labels: object, num_classes: int) -> None:
         )
 
 
-def _check_classes(classes: Sequence[str] | None, num_classes: int) -> None:
-    if classes is not None and num_classes and len(classes) != num_classes:
+def _check_classes(classes: object, num_classes: int) -> None:
+    if classes is None:
+        return
+    if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"classes: got {classes!r}, expected a list or tuple of names")
+    if num_classes and len(classes) != num_classes:
         raise ValueError(f"classes: got {len(classes)} names, expected {num_classes}: model.num_classes")
