@@ -12,12 +12,16 @@ from typing import BinaryIO, cast
 
 
 @contextmanager
-def folder_for(folder: Path) -> Iterator[None]:
-    """Make a folder and its missing parents; those that are still empty are removed again if the block fails."""
+def folder_for(folder: Path) -> Iterator[list[Path]]:
+    """Make a folder and its missing parents; those that are still empty are removed again if the block fails.
+
+    Yields:
+        the folders that were missing, the innermost first.
+    """
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        yield
+        yield absent
     except BaseException:
         for path in absent:
             with suppress(OSError):

@@ -37,11 +37,10 @@ def replace_folder(
         OSError: from the file system or ``write``; everything is as it was before.
     """
     check_destination(destination, overwrite=overwrite, replaceable=replaceable)
-    absent = [path for path in destination.parents if not path.exists()]
     token = secrets.token_hex(4)
     temporary = destination.with_name(f".{destination.name}.{token}.partial")
     retired = destination.with_name(f".{destination.name}.{token}.old")
-    with folder_for(destination.parent), ExitStack() as undo:
+    with folder_for(destination.parent) as made, ExitStack() as undo:
         temporary.mkdir()
         undo.callback(shutil.rmtree, temporary, ignore_errors=True)
         write(temporary)
@@ -53,7 +52,7 @@ def replace_folder(
             undo.callback(_put_back, retired, destination)
         temporary.rename(destination)
         undo.callback(destination.rename, temporary)
-        for folder in (destination, *absent):
+        for folder in (destination, *made):
             _sync(folder.parent)
         undo.pop_all()
     _remove(retired)
