@@ -9,6 +9,7 @@ from support import modulate
 from support.compiled import by_arch, compiled_for, compiles
 from support.kernels import assert_same_bits
 from support.modulate import VARIANTS, Variant, forward
+from support.modulate_roundings import Expected
 
 pytestmark = compiles
 
@@ -21,19 +22,14 @@ def check(arch: int, variant: Variant, width: int, dtype: torch.dtype, std: floa
     layout = modulate.layout_of(RAGGED)
     operands = modulate.make(variant, layout, width, dtype, std=std, mean=mean)
     grads = modulate.random_grads(variant, operands)
-    sizes = modulate.sizes(operands, layout, grads)
+    expected = Expected(operands, layout, grads)
     with compiled_for(arch) as gpu:
         residual, out = forward(operands, layout)
         got = modulate.gradients(variant, operands, layout, grads)
     assert gpu.launched == {"_modulate_forward_kernel": 2, "_modulate_backward_kernel": 1, "_sum_kernel": 1}
-    plain_residual, plain_out = modulate.plain(operands, layout)
-    assert_same_bits(residual, plain_residual, "residual")
-    modulate.assert_close(out, plain_out, modulate.truth(operands, layout)[1], "out", sizes["out"])
-    plain = modulate.gradients(modulate.plain, operands, layout, grads)
-    truth = modulate.gradients(modulate.truth, operands, layout, grads, torch.float64)
-    assert got.keys() == truth.keys()
-    for name, gradient in got.items():
-        modulate.assert_close(gradient, plain[name], truth[name], name, sizes[name])
+    assert_same_bits(residual, modulate.plain(operands, layout)[0], "residual")
+    expected.check("out", out)
+    expected.check_gradients(got)
 
 
 @by_arch

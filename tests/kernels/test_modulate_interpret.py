@@ -19,6 +19,7 @@ from pixelflow_kernels.modulate import op
 from support import modulate, packs
 from support.kernels import assert_filled, assert_same_bits, plain, poisoned, poisoned_like
 from support.modulate import EPS, VARIANTS, Operands, Variant, forward
+from support.modulate_roundings import Expected
 
 pytestmark = pytest.mark.interpret
 
@@ -64,22 +65,10 @@ def gradients(
         return modulate.gradients(variant, operands, layout, grads)
 
 
-def assert_forward(operands: Operands, layout: PackedLayout, size: float) -> None:
+def assert_forward(operands: Operands, layout: PackedLayout, expected: Expected) -> None:
     residual, out = forward(operands, layout)
-    plain_residual, plain = modulate.plain(operands, layout)
-    assert_same_bits(residual, plain_residual, "residual")
-    modulate.assert_close(out, plain, modulate.truth(operands, layout)[1], "out", size)
-
-
-def assert_gradients(
-    got: dict[str, Tensor], operands: Operands, layout: PackedLayout, grads: tuple[Tensor | None, Tensor]
-) -> None:
-    sizes = modulate.sizes(operands, layout, grads)
-    plain = modulate.gradients(modulate.plain, operands, layout, grads)
-    truth = modulate.gradients(modulate.truth, operands, layout, grads, torch.float64)
-    assert got.keys() == truth.keys()
-    for name, gradient in got.items():
-        modulate.assert_close(gradient, plain[name], truth[name], name, sizes[name])
+    assert_same_bits(residual, modulate.plain(operands, layout)[0], "residual")
+    expected.check("out", out)
 
 
 @st.composite
@@ -116,10 +105,11 @@ def test_level_d(
     layout = modulate.layout_of(lengths)
     operands = modulate.make(variant, layout, width, dtype, std=std, mean=mean, seed=seed)
     grads = modulate.random_grads(variant, operands, seed + 1)
-    assert_forward(operands, layout, modulate.sizes(operands, layout, grads)["out"])
+    expected = Expected(operands, layout, grads)
+    assert_forward(operands, layout, expected)
     config = {"TOKENS": tokens, "num_warps": 1}
     sums = {"BLOCK_SLOTS": slots, "BLOCK_CHANNELS": 16 if width < 100 else 128, "num_warps": 1}
-    assert_gradients(gradients(variant, operands, layout, grads, config, sums), operands, layout, grads)
+    expected.check_gradients(gradients(variant, operands, layout, grads, config, sums))
 
 
 @pytest.mark.parametrize("name", ["add_gated_layer_norm_modulate", "add_gated_rms_norm_modulate"])
@@ -127,7 +117,7 @@ def test_a_long_pack_with_the_frozen_configuration(name: str) -> None:
     variant, layout = VARIANTS[name], modulate.layout_of([32, 0, 1, 65, 200 if "rms" in name else 600])
     operands = modulate.make(variant, layout, 8, torch.float32, mean=1.0)
     grads = modulate.random_grads(variant, operands)
-    assert_gradients(gradients(variant, operands, layout, grads), operands, layout, grads)
+    Expected(operands, layout, grads).check_gradients(gradients(variant, operands, layout, grads))
 
 
 @pytest.mark.parametrize("images", [128, 129, 200])
@@ -141,7 +131,7 @@ def test_more_images_than_are_looked_at_together(images: int) -> None:
     grads = modulate.random_grads(variant, operands)
     sums = {"BLOCK_SLOTS": 4, "BLOCK_CHANNELS": 8, "num_warps": 1}
     got = gradients(variant, operands, layout, grads, {"TOKENS": 2, "num_warps": 1}, sums)
-    assert_gradients(got, operands, layout, grads)
+    Expected(operands, layout, grads).check_gradients(got)
 
 
 def test_a_large_mean_costs_nothing() -> None:
@@ -163,7 +153,7 @@ def test_unused_residual(variant: Variant) -> None:
     layout = modulate.layout_of([2, 3])
     operands = modulate.make(variant, layout, 24, torch.float32)
     grads = (None, modulate.random_grads(variant, operands)[1])
-    assert_gradients(gradients(variant, operands, layout, grads), operands, layout, grads)
+    Expected(operands, layout, grads).check_gradients(gradients(variant, operands, layout, grads))
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -12,6 +12,10 @@ UNUSED = (TESTS, "-k", "unused_residual")
 MANY_IMAGES = (TESTS, "-k", "more_images")
 LONG_PACK = (TESTS, "-k", "long_pack")
 CALL = (TESTS, "-k", "cuda_call")
+IN_BFLOAT16 = (
+    "tests/kernels/test_modulate_emulated.py", "-k", "test_every_variant and 90 and add_gated_rms_norm_modulate",
+)  # fmt: skip
+"""The compiled kernels: a value rounded to 16 bits before it is summed."""
 
 MUTANTS = (
     Mutant(
@@ -293,5 +297,45 @@ MUTANTS = (
         "(rows[0] if scale is None else rows[0] * (1 + scale)).sum(0)",
         "rows[0].sum(0)",
         UNUSED,
+    ),
+    Mutant(
+        "modulate in bfloat16: gate's gradient from what was stored",
+        "modulate/backward.py",
+        "return grad_x * load_high(y_ptr, channels, WIDTH, grad_x.dtype)",
+        "return grad_x.to(y_ptr.dtype.element_ty).to(grad_x.dtype) * load_high(y_ptr, channels, WIDTH, grad_x.dtype)",
+        IN_BFLOAT16,
+        interpret=False,
+    ),
+    Mutant(
+        "modulate in bfloat16: y's gradient from what was stored",
+        "modulate/backward.py",
+        "(gate * grad_x).to(grad_y_ptr.dtype.element_ty)",
+        "(gate * grad_x.to(grad_y_ptr.dtype.element_ty).to(gate.dtype)).to(grad_y_ptr.dtype.element_ty)",
+        IN_BFLOAT16,
+        interpret=False,
+    ),
+    Mutant(
+        "modulate in bfloat16: scale's gradient from rounded tokens",
+        "modulate/backward.py",
+        "unit_main += grad_main * x_main",
+        "unit_main += grad_main * x_main.to(residual_ptr.dtype.element_ty).to(high)",
+        IN_BFLOAT16,
+        interpret=False,
+    ),
+    Mutant(
+        "modulate in bfloat16: weight's gradient summed in the weight's type",
+        "modulate/op.py",
+        ".sum(0).to(weight.dtype)",
+        ".to(weight.dtype).sum(0)",
+        IN_BFLOAT16,
+        interpret=False,
+    ),
+    Mutant(
+        "modulate in bfloat16: norm rounded before its weight",
+        "modulate/forward.py",
+        "        unit *= load_high(weight_ptr, channels, WIDTH, high)\n",
+        "        unit = unit.to(low).to(high) * load_high(weight_ptr, channels, WIDTH, high)\n",
+        IN_BFLOAT16,
+        interpret=False,
     ),
 )

@@ -129,7 +129,7 @@ def plain(operands: Operands, layout: PackedLayout) -> tuple[Tensor, Tensor]:
     return x, normed if shift is None or scale is None else layers.modulate(normed, shift, scale, layout)
 
 
-def _of_tokens(row: Tensor, layout: PackedLayout) -> Tensor:
+def of_tokens(row: Tensor, layout: PackedLayout) -> Tensor:
     return row.repeat_interleave(layout.cu_seqlens.diff().long(), dim=0)
 
 
@@ -143,53 +143,75 @@ def _unit(x: Tensor, is_layer_norm: bool, eps: float) -> tuple[Tensor, Tensor]:
     return x / length, length
 
 
-def truth(operands: Operands, layout: PackedLayout, eps: float = EPS) -> tuple[Tensor, Tensor]:
-    """Return residual and normed tokens in float64, without intermediate rounding; differentiable."""
-    x, y, gate, weight, shift, scale = operands.map(Tensor.double)
-    if y is not None:
-        x = x + (y if gate is None else _of_tokens(gate, layout) * y)
-    out, _ = _unit(x, weight is None, eps)
+def residual(operands: Operands, layout: PackedLayout) -> Tensor:
+    """Return ``x + gate y`` in the operands' type, without rounding to a smaller one; differentiable."""
+    x, y, gate, *_ = operands
+    return x if y is None else x + (y if gate is None else of_tokens(gate, layout) * y)
+
+
+def normed(residual: Tensor, operands: Operands, layout: PackedLayout, eps: float = EPS) -> Tensor:
+    """Return normed and modulated tokens of a residual in float64, without intermediate rounding; differentiable."""
+    _, _, _, weight, shift, scale = operands
+    out, _ = _unit(residual, weight is None, eps)
     out = out if weight is None else weight * out
     if shift is not None and scale is not None:
-        out = out + _of_tokens(scale, layout) * out + _of_tokens(shift, layout)
-    return x, out
+        out = out + of_tokens(scale, layout) * out + of_tokens(shift, layout)
+    return out
+
+
+def truth(operands: Operands, layout: PackedLayout, eps: float = EPS) -> tuple[Tensor, Tensor]:
+    """Return residual and normed tokens in float64, without intermediate rounding; differentiable."""
+    high = operands.map(Tensor.double)
+    added = residual(high, layout)
+    return added, normed(added, high, layout, eps)
+
+
+def magnitudes(
+    operands: Operands, layout: PackedLayout, grads: tuple[Tensor | None, Tensor], common: float = 0.0
+) -> dict[str, Tensor]:
+    """Return the sum of the magnitudes of each element's terms, of the norm (``out``) and of the gradients by name.
+
+    A result may be much smaller where its terms cancel; then neither the kernel nor PyTorch can do better. The residual
+    is that of the operands' type, which is what the norm gets. ``common`` times the mean size of a normalised token is
+    added to that of each of its elements: a mean that is subtracted gives them all a common error.
+    """
+    added = plain(operands, layout)[0].detach().double()
+    _, y, gate, weight, shift, scale = operands.map(lambda t: t.detach().double())
+    grad_residual, grad = (None if g is None else g.double().abs() for g in grads)
+    assert grad is not None
+    unit, length = _unit(added, weight is None, EPS)
+    factor = torch.ones_like(unit) if weight is None else weight.abs() * torch.ones_like(unit)
+    around = torch.zeros_like(unit)
+    if shift is not None and scale is not None:
+        factor = factor * (1 + of_tokens(scale, layout).abs())
+        around = of_tokens(shift, layout).abs()
+    unit = unit.abs() + common * unit.abs().mean(-1, keepdim=True)
+    along = grad * factor
+    along = (along + along.mean(-1, keepdim=True) + unit * (along * unit).mean(-1, keepdim=True)) / length
+    along = along if grad_residual is None else along + grad_residual
+
+    def of_images(x: Tensor) -> Tensor:
+        parts = [part.sum(0) for part in x.split(layout.cu_seqlens.diff().tolist())] if layout.num_images else []
+        return torch.stack([x.new_zeros(x.shape[-1]), *parts])[1:]
+
+    found = {"out": unit * factor + around, "grad x": along, "grad y": along}
+    if y is not None and gate is not None:
+        found["grad y"] = of_tokens(gate, layout).abs() * along
+        found["grad gate"] = of_images(along * y.abs())
+    found["grad shift"] = of_images(grad)
+    found["grad scale"] = of_images(grad * unit * (1 if weight is None else weight.abs()))
+    found["grad weight"] = (grad * unit * (factor if weight is None else factor / weight.abs())).sum(0)
+    return found
 
 
 def sizes(operands: Operands, layout: PackedLayout, grads: tuple[Tensor | None, Tensor]) -> dict[str, float]:
     """Return each result's size of rounding errors: half the number of roundings times the magnitudes in an element.
 
-    A result may be much smaller where its terms cancel; then neither the kernel nor PyTorch can do better. Each element
-    is a product of rounded factors; on the shortest path six values are rounded: ``1 + scale`` and weight, token and
-    mean, mean square and reciprocal. (Level D counts two.)
+    Each element is a product of rounded factors; on the shortest path six values are rounded: ``1 + scale`` and weight,
+    token and mean, mean square and reciprocal. (Level D counts two.)
     """
-    x, y, gate, weight, shift, scale = operands.map(lambda t: t.detach().double())
-    grad_residual, grad = (None if g is None else g.double().abs() for g in grads)
-    assert grad is not None
-    residual, _ = truth(Operands(x, y, gate, weight, shift, scale), layout)
-    unit, length = _unit(residual, weight is None, EPS)
-    factor = torch.ones_like(unit) if weight is None else weight.abs() * torch.ones_like(unit)
-    around = torch.zeros_like(unit)
-    if shift is not None and scale is not None:
-        factor = factor * (1 + _of_tokens(scale, layout).abs())
-        around = _of_tokens(shift, layout).abs()
-    unit, along = unit.abs(), grad * factor
-    along = (along + along.mean(-1, keepdim=True) + unit * (along * unit).mean(-1, keepdim=True)) / length
-    along = along if grad_residual is None else along + grad_residual
-
-    def largest(x: Tensor) -> float:
-        return x.max().item() if x.numel() else 0.0
-
-    def of_images(x: Tensor) -> float:
-        return max([0.0, *(largest(part.sum(0)) for part in x.split(layout.cu_seqlens.diff().tolist()))])
-
-    found = {"out": largest(unit * factor + around), "grad x": largest(along), "grad y": largest(along)}
-    if y is not None and gate is not None:
-        found["grad y"] = largest(_of_tokens(gate, layout).abs() * along)
-        found["grad gate"] = of_images(along * y.abs())
-    found["grad shift"] = of_images(grad)
-    found["grad scale"] = of_images(grad * unit * (1 if weight is None else weight.abs()))
-    found["grad weight"] = largest((grad * unit * (factor if weight is None else factor / weight.abs())).sum(0))
-    return {name: ROUNDINGS / 2 * magnitude for name, magnitude in found.items()}
+    found = magnitudes(operands, layout, grads)
+    return {name: ROUNDINGS / 2 * (x.max().item() if x.numel() else 0.0) for name, x in found.items()}
 
 
 def assert_close(out: Tensor, plain: Tensor, truth: Tensor, name: str, size: float) -> None:
